@@ -1,0 +1,51 @@
+# make demo    builds and installs trine in $(VENV), then runs the main job; results in out/demo
+# make test    the same with everything that tests need, then the whole test suite
+# make lint    formatting and style of Python and C++ (make format mends what can be mended)
+# make build   compiles into python/trine, for work on trine itself (use with PYTHONPATH=python)
+
+PYTHON ?= python3
+VENV ?= .venv
+# Any torch >= 2.11 serves. This one is pinned so that two runs of the demo compare.
+TORCH ?= torch==2.13.0
+
+BIN := $(abspath $(VENV))/bin
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
+
+.PHONY: demo test lint format build clean
+
+demo: $(VENV)/.tools
+	$(BIN)/pip install --quiet --no-build-isolation '.[demo]'
+	$(BIN)/trine demo
+
+test: $(VENV)/.tools
+	$(BIN)/pip install --quiet --no-build-isolation '.[all]'
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(VENV)/.tools
+	$(BIN)/cmake -S . -B build/inplace -G Ninja -DPython_EXECUTABLE=$(BIN)/python \
+	  -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/python/trine
+	$(BIN)/cmake --build build/inplace
+
+clean:
+	rm -rf build out python/trine/*.so
+
+# The build tools, and torch before everything that would otherwise choose one.
+$(VENV)/.tools:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet '$(TORCH)' numpy
+	$(BIN)/pip install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' 'cmake>=3.28' 'ninja>=1.11'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.tools
+	$(BIN)/pip install --quiet ruff clang-format
+	touch $@

@@ -1,0 +1,7 @@
+#include "common/scratch.h"
+
+namespace trine {
+
+std::atomic<bool> poison_scratch{false};
+
+}  // namespace trine

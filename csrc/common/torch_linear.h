@@ -1,0 +1,183 @@
+// What the torch.cpp files of the linear ops share: reading tensors, quantising the input, cutting
+// the output into tiles for the threads. Only torch.cpp files include this.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+#include "common/linear.h"
+#include "common/scratch.h"
+#include "quantize_rows/quantize_rows.h"
+
+namespace trine {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline FloatType float_type(const Tensor& tensor, const char* op, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::float32;
+    case ScalarType::BFloat16:
+      return FloatType::bfloat16;
+    case ScalarType::Half:
+      return FloatType::float16;
+    default:
+      check(false, op, ": ", name, " must be float32, bfloat16 or float16; convert it with .to()");
+      return FloatType::float32;
+  }
+}
+
+inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* dtype_name,
+                        const char* op, const char* name) {
+  check(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name,
+        "; pack the weight again with trine.ops, or load the checkpoint without changing dtypes");
+}
+
+// A floating tensor [..., k] read as a matrix [m, k] whose rows are contiguous.
+struct Matrix {
+  Tensor owner;  // keeps `data` alive where a copy had to be made
+  const char* data;
+  int64_t m, k;
+  int64_t row_bytes;
+  FloatType type;
+
+  const void* row(int64_t i) const { return data + i * row_bytes; }
+};
+
+// Copies only where one row stride cannot describe the tensor.
+inline Matrix as_matrix(const Tensor& x, const char* op, const char* name) {
+  const FloatType type = float_type(x, op, name);
+  const int64_t dim = x.dim();
+  check(dim >= 1, op, ": ", name, " must have at least one dimension, [..., K]; it is a scalar");
+  const int64_t k = x.size(dim - 1);
+  int64_t m = 1;
+  for (int64_t d = 0; d + 1 < dim; ++d) m *= x.size(d);
+
+  const bool strided_rows = dim == 2 && (x.stride(1) == 1 || k <= 1) && x.stride(0) >= k;
+  const Tensor owner = strided_rows || x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const int64_t row_stride = strided_rows ? x.stride(0) : k;
+  return {owner, static_cast<const char*>(owner.const_data_ptr()), m,
+          k,     row_stride * kFloatBytes[static_cast<int>(type)], type};
+}
+
+// [..., k] becomes [..., n].
+inline std::vector<int64_t> linear_shape(const Tensor& x, int64_t n) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  return shape;
+}
+
+// A small floating tensor (bias, scales) as float32, copied only where it must be widened.
+class Float32Vector {
+ public:
+  Float32Vector(const Tensor& tensor, const char* op, const char* name)
+      : owner_(torch::stable::contiguous(tensor)) {
+    const FloatType type = float_type(owner_, op, name);
+    if (type == FloatType::float32) {
+      data_ = static_cast<const float*>(owner_.const_data_ptr());
+      return;
+    }
+    const int64_t count = owner_.numel();
+    storage_.emplace(count * int64_t(sizeof(float)));
+    float* widened = storage_->data<float>();
+    if (type == FloatType::bfloat16)
+      widen_all(static_cast<const bfloat16*>(owner_.const_data_ptr()), count, widened);
+    else
+      widen_all(static_cast<const float16*>(owner_.const_data_ptr()), count, widened);
+    data_ = widened;
+  }
+
+  const float* data() const { return data_; }
+
+ private:
+  template <class T>
+  static void widen_all(const T* values, int64_t count, float* widened) {
+    for (int64_t i = 0; i < count; ++i) widened[i] = widen(values[i]);
+  }
+
+  Tensor owner_;
+  std::optional<Scratch> storage_;
+  const float* data_;
+};
+
+inline std::optional<Float32Vector> read_bias(const std::optional<Tensor>& bias, int64_t n,
+                                              const char* op) {
+  if (!bias.has_value()) return std::nullopt;
+  check(bias->dim() == 1 && bias->size(0) == n, op, ": bias must have shape [", n,
+        "], one value per output feature");
+  return std::make_optional<Float32Vector>(*bias, op, "bias");
+}
+
+// Static activation quantisation: one scale and zero point for the whole tensor.
+struct StaticInput {
+  float scale;
+  int32_t zero_point;
+};
+
+// The rows of `x` as int8 in scratch memory, zero-padded to a multiple of `k_multiple` (itself a
+// multiple of 64).
+class QuantizedInput {
+ public:
+  QuantizedInput(const Matrix& x, int64_t k_multiple, std::optional<StaticInput> fixed = {})
+      : stride_(std::max(round_up(x.k, k_multiple), k_multiple)),
+        storage_(x.m * (stride_ + int64_t(sizeof(float) + sizeof(int32_t)))) {
+    int8_t* q = storage_.data<int8_t>();
+    float* scale = reinterpret_cast<float*>(q + x.m * stride_);
+    int32_t* sum = reinterpret_cast<int32_t*>(scale + x.m);
+    const QuantizeRowsKernel& kernel = quantize_rows_kernel();
+    // A thread is worth waking for some 32k values (measured: about 5 us of work).
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(x.k, 1));
+    torch::stable::parallel_for(0, x.m, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        int8_t* row = q + i * stride_;
+        if (fixed.has_value())
+          kernel.static_row(x.row(i), x.type, x.k, fixed->scale, fixed->zero_point, row, scale + i,
+                            sum + i);
+        else
+          kernel.dynamic_row(x.row(i), x.type, x.k, row, scale + i, sum + i);
+        std::fill(row + x.k, row + stride_, int8_t{0});
+      }
+    });
+    rows_ = {q, stride_, scale, sum};
+  }
+
+  const QuantizedRows& rows() const { return rows_; }
+  int8_t* row(int64_t i) { return storage_.data<int8_t>() + i * stride_; }
+
+ private:
+  int64_t stride_;
+  Scratch storage_;
+  QuantizedRows rows_;
+};
+
+// Runs `run(Tile)` over all of [0, m) x [0, n), cut along the side that gives the threads even
+// work. Where the cuts fall never changes a result: each output is computed whole by one thread.
+template <class Run>
+void parallel_tiles(int64_t m, int64_t n, int64_t k, const Run& run) {
+  // A thread is worth waking for some 256k multiplications (about 5 us at M = 1 from DRAM).
+  constexpr int64_t kWorthAThread = 1 << 18;
+  // 16 outputs are a cache line of fp32: threads do not write into each other's lines.
+  constexpr int64_t kBlock = 16;
+  if (m == 0 || n == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool cut_columns = n >= kBlock * threads || n >= m;
+  const int64_t length = cut_columns ? n : m;
+  const int64_t block = cut_columns ? kBlock : 1;
+  const int64_t blocks = (length + block - 1) / block;
+  const int64_t work_per_block = std::max<int64_t>(1, block * k * (cut_columns ? m : n));
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / work_per_block);
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * block, to = std::min(end * block, length);
+    run(cut_columns ? Tile{0, m, from, to} : Tile{from, to, 0, n});
+  });
+}
+
+}  // namespace trine

@@ -1,0 +1,81 @@
+#include "common/dispatch.h"
+#include "common/torch_linear.h"
+#include "int8_linear/int8_linear.h"
+
+namespace trine {
+namespace {
+
+constexpr const char* kOp = "int8_linear";
+
+constexpr Int8LinearKernel kKernels[] = {
+    {Isa::scalar, int8_linear_scalar},
+};
+[[maybe_unused]] const bool announced = announce(kOp, kKernels);
+
+std::optional<StaticInput> read_static_input(const std::optional<Tensor>& scale,
+                                             const std::optional<Tensor>& zero_point) {
+  if (!scale.has_value()) {
+    check(!zero_point.has_value(), kOp, ": input_zero_point needs input_scale beside it");
+    return std::nullopt;
+  }
+  check(scale->numel() == 1, kOp, ": input_scale must hold one value for the whole tensor");
+  check_dtype(*scale, ScalarType::Float, "float32", kOp, "input_scale");
+  StaticInput fixed{*static_cast<const float*>(scale->const_data_ptr()), 0};
+  check(fixed.scale > 0.0f, kOp, ": input_scale must be positive, it is ", fixed.scale);
+  if (zero_point.has_value()) {
+    check(zero_point->numel() == 1, kOp, ": input_zero_point must hold one value");
+    check_dtype(*zero_point, ScalarType::Int, "int32", kOp, "input_zero_point");
+    fixed.zero_point = *static_cast<const int32_t*>(zero_point->const_data_ptr());
+    check(fixed.zero_point >= -128 && fixed.zero_point <= 127, kOp,
+          ": input_zero_point must lie in [-128, 127], it is ", fixed.zero_point);
+  }
+  return fixed;
+}
+
+Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale,
+                       const std::optional<Tensor>& input_zero_point) {
+  const Matrix rows = as_matrix(x, kOp, "x");
+  check_dtype(packed_weight, ScalarType::Char, "int8", kOp, "packed_weight");
+  check_dtype(weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
+  check(packed_weight.dim() == 2, kOp, ": packed_weight must be [N, 16 * ceil(K / 16)]");
+  const int64_t n = packed_weight.size(0), packed_k = round_up(rows.k, kInt8Chunk);
+  check(packed_weight.size(1) == packed_k, kOp, ": x has K = ", rows.k,
+        " columns, which needs a packed_weight of ", packed_k, " columns; it has ",
+        packed_weight.size(1));
+  check(weight_scale.dim() == 1 && weight_scale.size(0) == n, kOp, ": weight_scale must be [", n,
+        "], one scale per row of packed_weight");
+  const auto fixed = read_static_input(input_scale, input_zero_point);
+  const int64_t max_k = fixed.has_value() ? kInt8MaxKStatic : kInt8MaxK;
+  check(rows.k <= max_k, kOp, ": K = ", rows.k, " exceeds ", max_k,
+        ", beyond which int32 sums could overflow");
+
+  const Tensor weight = torch::stable::contiguous(packed_weight);
+  const Float32Vector scale(weight_scale, kOp, "weight_scale");
+  const auto bias_values = read_bias(bias, n, kOp);
+  Tensor y = torch::stable::new_empty(x, linear_shape(x, n));
+  if (rows.m == 0 || n == 0) return y;
+
+  const QuantizedInput input(rows, 64, fixed);
+  const Int8Weight packed{static_cast<const int8_t*>(weight.const_data_ptr()), packed_k, rows.k,
+                          scale.data()};
+  const LinearOutput out{y.mutable_data_ptr(), n, rows.type,
+                         bias_values.has_value() ? bias_values->data() : nullptr};
+  const Int8LinearKernel& kernel = select(kKernels);
+  parallel_tiles(rows.m, n, rows.k, [&](const Tile& tile) {
+    kernel.run(input.rows(), fixed.has_value() ? fixed->zero_point : 0, packed, out, tile);
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace trine
+
+STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
+  m.def(
+      "int8_linear(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias=None, *, "
+      "Tensor? input_scale=None, Tensor? input_zero_point=None) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
+  m.impl("int8_linear", TORCH_BOX(&trine::int8_linear_cpu));
+}

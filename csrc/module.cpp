@@ -1,0 +1,52 @@
+// The Python module: instruction-set control and build facts. Loading it loads libtrine, and that
+// registers the operators with torch; none is bound here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/dispatch.h"
+#include "common/isa.h"
+#include "common/scratch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+trine::Isa isa_of(const std::string& name) {
+  for (trine::Isa isa : trine::all_isas())
+    if (name == trine::isa_name(isa)) return isa;
+  throw py::value_error("unknown instruction set '" + name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("version") = TRINE_VERSION;
+  m.attr("compiler") = __VERSION__;
+
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (trine::Isa isa : trine::all_isas())
+      if (trine::isa_supported(isa)) names.emplace_back(trine::isa_name(isa));
+    return names;
+  });
+  m.def("enabled_isa", [] { return std::string(trine::isa_name(trine::highest_isa())); });
+  m.def("lower_isa", [](const std::string& name) { trine::lower_isa(isa_of(name)); });
+  m.def("restore_isa", &trine::restore_isa);
+
+  m.def("poison_scratch", [](bool poison) { trine::poison_scratch = poison; });
+
+  // Op name to the instruction sets it has kernels for, fastest first.
+  m.def("kernels", [] {
+    std::map<std::string, std::vector<std::string>> table;
+    for (const auto& [op, isas] : trine::announced_kernels())
+      for (trine::Isa isa : isas) table[op].emplace_back(trine::isa_name(isa));
+    return table;
+  });
+  m.def("kernel_in_force", [](const std::string& op) {
+    for (const auto& entry : trine::announced_kernels())
+      if (entry.op == op)
+        for (trine::Isa isa : entry.isas)
+          if (trine::isa_enabled(isa)) return std::string(trine::isa_name(isa));
+    throw py::value_error("no op named '" + op + "'");
+  });
+}

@@ -1,0 +1,43 @@
+#include <tuple>
+
+#include "common/dispatch.h"
+#include "common/torch_linear.h"
+
+namespace trine {
+namespace {
+
+constexpr QuantizeRowsKernel kKernels[] = {
+    {Isa::scalar, quantize_row_scalar, quantize_row_static_scalar},
+};
+[[maybe_unused]] const bool announced = announce("quantize_rows", kKernels);
+
+std::tuple<Tensor, Tensor, Tensor> quantize_rows_cpu(const Tensor& x) {
+  const Matrix rows = as_matrix(x, "quantize_rows", "x");
+  Tensor q = torch::stable::new_empty(x, {rows.m, rows.k}, ScalarType::Char);
+  Tensor scale = torch::stable::new_empty(x, {rows.m}, ScalarType::Float);
+  Tensor sum = torch::stable::new_empty(x, {rows.m}, ScalarType::Int);
+  auto* q_data = static_cast<int8_t*>(q.mutable_data_ptr());
+  auto* scale_data = static_cast<float*>(scale.mutable_data_ptr());
+  auto* sum_data = static_cast<int32_t*>(sum.mutable_data_ptr());
+  const QuantizeRowsKernel& kernel = quantize_rows_kernel();
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(rows.k, 1));
+  torch::stable::parallel_for(0, rows.m, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernel.dynamic_row(rows.row(i), rows.type, rows.k, q_data + i * rows.k, scale_data + i,
+                         sum_data + i);
+  });
+  return {q, scale, sum};
+}
+
+}  // namespace
+
+const QuantizeRowsKernel& quantize_rows_kernel() { return select(kKernels); }
+
+}  // namespace trine
+
+STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
+  m.def("quantize_rows(Tensor x) -> (Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
+  m.impl("quantize_rows", TORCH_BOX(&trine::quantize_rows_cpu));
+}

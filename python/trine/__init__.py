@@ -1,0 +1,6 @@
+"""Smaller, faster PyTorch models: ternary, INT8 and 2:4-sparse layers on hand-written kernels."""
+
+from trine import backends, ops
+from trine._C import version as __version__
+
+__all__ = ["__version__", "backends", "ops"]

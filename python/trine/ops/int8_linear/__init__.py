@@ -1,0 +1,81 @@
+"""Linear layer with int8 weights and int8 activations quantised inside."""
+
+import torch
+from torch import Tensor
+
+from trine import _library  # noqa: F401  (registers the operator)
+from trine.ops._linear import LinearThroughQuantization, in_autocast_dtype, needs_grad
+from trine.ops.int8_linear.pack import pack_int8, unpack_int8
+
+__all__ = ["int8_linear", "pack_int8", "unpack_int8"]
+
+_op = torch.ops.trine.int8_linear.default
+
+
+def int8_linear(
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+) -> Tensor:
+    """Multiply `x` by an INT8 weight: y = (acc * x_scale) * weight_scale + bias.
+
+    x is quantised inside: per row by its largest magnitude (see `quantize_rows`), or, where
+    `input_scale` is given, with that scale and zero point for the whole tensor, as ONNX's
+    QuantizeLinear does. The int32 sums are exact; scaling is in fp32 and rounds once to x's dtype,
+    so every backend gives the same bits. Gradients flow to x and bias (straight-through).
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16.
+        packed_weight: int8 [N, 16 * ceil(K / 16)], from `pack_int8`.
+        weight_scale: float32 [N].
+        bias: [N], floating, or None.
+        input_scale: float32, one value; None quantises each row by itself.
+        input_zero_point: int32, one value in [-128, 127]; only with `input_scale`.
+
+    Returns:
+        [..., N] in x's dtype (under autocast, in its dtype). A row of x that holds NaN or infinity
+        gives a row of NaN.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, K > 131072 (int32 could overflow; 65536 with
+            `input_scale`).
+    """
+    x = in_autocast_dtype(x)
+    if not needs_grad(x, bias):
+        return _op(
+            x,
+            packed_weight,
+            weight_scale,
+            bias,
+            input_scale=input_scale,
+            input_zero_point=input_zero_point,
+        )
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        return _op(
+            x,
+            packed_weight,
+            weight_scale,
+            bias,
+            input_scale=input_scale,
+            input_zero_point=input_zero_point,
+        )
+
+    def weight() -> Tensor:
+        return unpack_int8(packed_weight, x.shape[-1]) * weight_scale[:, None]
+
+    return LinearThroughQuantization.apply(x, bias, run, weight)
+
+
+@torch.library.register_fake("trine::int8_linear")
+def _fake(x, packed_weight, weight_scale, bias=None, *, input_scale=None, input_zero_point=None):
+    if packed_weight.shape[1] != 16 * ((x.shape[-1] + 15) // 16):
+        raise ValueError(
+            f"int8_linear: x has K = {x.shape[-1]} columns, which does not fit a packed_weight of "
+            f"{packed_weight.shape[1]} columns"
+        )
+    return x.new_empty(*x.shape[:-1], packed_weight.shape[0])

@@ -1,0 +1,40 @@
+"""What every test shares: a fixed seed, poisoned memory, and each instruction set in turn."""
+
+import pytest
+import torch
+
+from trine import _C, backends
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fill every torch.empty with NaN and every scratch block with 0xa5.
+
+    A kernel that leaves an output unwritten, or reads what it did not write, then shows.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    _C.poison_scratch(True)
+    yield
+    _C.poison_scratch(False)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=backends.cpu_isas())
+def isa(request) -> str:
+    """Each instruction set of this machine, forced."""
+    with backends.cpu_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads; the old number comes back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,52 @@
+"""Inputs that every linear op is tried on."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# (M, N, K): one of everything, odd sizes, chunk borders and their neighbours, no rows, no columns.
+SHAPES = (
+    (1, 1, 1),
+    (1, 17, 100),
+    (2, 5, 15),
+    (3, 16, 16),
+    (5, 33, 63),
+    (7, 31, 64),
+    (8, 48, 65),
+    (33, 20, 257),
+    (1, 70, 1000),
+    (4, 3, 1024),
+    (0, 4, 32),
+    (4, 0, 32),
+    (4, 3, 0),
+)
+
+
+def difficult_rows(k: int, dtype: torch.dtype) -> Tensor:
+    """Rows that need care: zero, tiny, huge, constant, NaN, infinite, one outlier."""
+    rows = torch.randn(8, k)
+    rows[1] = 0
+    rows[2] = rows[2].sign() * torch.finfo(dtype).tiny
+    rows[3] = rows[3].sign() * torch.finfo(dtype).max
+    rows[4] = -1.5
+    rows[5, k // 2] = torch.nan
+    rows[6, k - 1] = -torch.inf
+    rows[7, 0] = 1e4
+    return rows.to(dtype)
+
+
+def non_contiguous(x: Tensor) -> list[Tensor]:
+    """Tensors equal to `x` [M, K] in other memory layouts: padded rows, transposed, every second."""
+    m, k = x.shape
+    padded = torch.full((m, k + 3), torch.nan, dtype=x.dtype)
+    padded[:, :k] = x
+    every_second = torch.full((m, 2 * k), torch.nan, dtype=x.dtype)
+    every_second[:, ::2] = x
+    return [padded[:, :k], x.T.contiguous().T, every_second[:, ::2]]
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal in shape, dtype, and every value; NaN equals NaN, and 0 equals -0."""
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
