@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from trine import _C, backends
 
 

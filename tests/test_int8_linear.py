@@ -1,9 +1,7 @@
 """int8_linear: every instruction set against the reference."""
 
 import pytest
-import torch
-from linear_inputs import DTYPES, SHAPES, assert_same_bits, difficult_rows, non_contiguous
-
+from linear_inputs import DTYPES, SHAPES, assert_same_bits
 from trine.ops import int8_linear
 from trine.ops.int8_linear import reference
 

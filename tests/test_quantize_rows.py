@@ -3,7 +3,6 @@
 import pytest
 import torch
 from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguous
-
 from trine.ops import quantize_rows
 from trine.ops.quantize_rows import reference
 

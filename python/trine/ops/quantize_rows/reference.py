@@ -13,9 +13,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     finite = torch.isfinite(rows).all(1)
     zero = absmax < SMALLEST_ABSMAX
 
-    q = torch.round(rows * (127.0 / absmax)[:, None]).clamp(-127, 127)
+    # A tensor, because torch computes `127.0 / absmax` as absmax.reciprocal() * 127, which rounds
+    # twice, and on CUDA `absmax / 127.0` as a multiplication by 1 / 127.
+    largest = torch.full_like(absmax, 127.0)
+    q = torch.round(rows * (largest / absmax)[:, None]).clamp(-127, 127)
     q = torch.where((finite & ~zero)[:, None], q, 0.0).to(torch.int8)
-    scale = torch.where(zero, 0.0, absmax / 127.0)
+    scale = torch.where(zero, 0.0, absmax / largest)
     scale = torch.where(finite, scale, torch.nan)
     return q, scale, q.sum(1, dtype=torch.int32)
 
