@@ -37,7 +37,7 @@ def difficult_rows(k: int, dtype: torch.dtype) -> Tensor:
 
 
 def non_contiguous(x: Tensor) -> list[Tensor]:
-    """Tensors equal to `x` [M, K] in other memory layouts: padded rows, transposed, every second."""
+    """Tensors equal to `x` [M, K] with padded rows, transposed, and strided."""
     m, k = x.shape
     padded = torch.full((m, k + 3), torch.nan, dtype=x.dtype)
     padded[:, :k] = x
