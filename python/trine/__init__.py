@@ -2,5 +2,6 @@
 
 from trine import backends, ops
 from trine._C import version as __version__
+from trine.compress import Recipe
 
-__all__ = ["__version__", "backends", "ops"]
+__all__ = ["Recipe", "__version__", "backends", "ops"]
