@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "ceilings/ceilings.h"
 #include "common/dispatch.h"
 #include "common/isa.h"
 #include "common/scratch.h"
@@ -48,5 +49,24 @@ PYBIND11_MODULE(_C, m) {
         for (trine::Isa isa : entry.isas)
           if (trine::isa_enabled(isa)) return std::string(trine::isa_name(isa));
     throw py::value_error("no op named '" + op + "'");
+  });
+
+  // One thread's ceilings (see ceilings/ceilings.h); the caller takes the time. They run without
+  // the interpreter lock, so that several Python threads can measure together.
+  m.def(
+      "read_memory",
+      [](uintptr_t address, int64_t bytes) {
+        return trine::ceiling_kernel().read(reinterpret_cast<const void*>(address), bytes);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "dot_int8", [](int64_t repeats) { return trine::ceiling_kernel().dot_int8(repeats); },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "fma_fp32", [](int64_t repeats) { return trine::ceiling_kernel().fma_fp32(repeats); },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("ceiling_ops", [] {
+    const auto& kernel = trine::ceiling_kernel();
+    return std::pair(kernel.dot_int8_ops, kernel.fma_fp32_ops);
   });
 }

@@ -1,0 +1,1 @@
+"""Speed, measured: `python -m benchmarks.run`, or `pytest benchmarks --benchmark-only`."""

@@ -1,0 +1,56 @@
+#include <immintrin.h>
+
+#include "ceilings/ceilings.h"
+
+namespace trine {
+namespace {
+
+// A value the compiler cannot see through, so that it computes every round.
+int opaque(int value) {
+  volatile int hidden = value;
+  return hidden;
+}
+
+}  // namespace
+
+uint64_t read_avx2(const void* data, int64_t bytes) {
+  const char* start = static_cast<const char*>(data);
+  const int64_t stride = bytes / kReadStreams / 32 * 32;
+  __m256i sums[kReadStreams] = {};
+  for (int64_t at = 0; at < stride; at += 32)
+    for (int stream = 0; stream < kReadStreams; ++stream)
+      sums[stream] = _mm256_add_epi64(
+          sums[stream],
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + stream * stride + at)));
+  for (int stream = 1; stream < kReadStreams; ++stream)
+    sums[0] = _mm256_add_epi64(sums[0], sums[stream]);
+  alignas(32) uint64_t lanes[4];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sums[0]);
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3];
+}
+
+// The exact product of signed bytes that AVX2 allows: maddubs, madd, add.
+float dot_int8_avx2(int64_t repeats) {
+  const __m256i a = _mm256_set1_epi8(static_cast<char>(opaque(1)));
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i sums[kAccumulators];
+  for (int i = 0; i < kAccumulators; ++i) sums[i] = _mm256_set1_epi32(opaque(i));
+  for (int64_t i = 0; i < repeats; ++i)
+    for (__m256i& sum : sums)
+      // The accumulator is an operand too, so that no product is the same twice.
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, sum), ones));
+  for (int i = 1; i < kAccumulators; ++i) sums[0] = _mm256_add_epi32(sums[0], sums[i]);
+  return static_cast<float>(_mm256_extract_epi32(sums[0], 0));
+}
+
+float fma_fp32_avx2(int64_t repeats) {
+  const __m256 a = _mm256_set1_ps(0.5f * static_cast<float>(opaque(1)));
+  __m256 sums[kAccumulators];
+  for (int i = 0; i < kAccumulators; ++i) sums[i] = _mm256_set1_ps(static_cast<float>(opaque(i)));
+  for (int64_t i = 0; i < repeats; ++i)
+    for (__m256& sum : sums) sum = _mm256_fmadd_ps(sum, a, a);
+  for (int i = 1; i < kAccumulators; ++i) sums[0] = _mm256_add_ps(sums[0], sums[i]);
+  return _mm256_cvtss_f32(sums[0]);
+}
+
+}  // namespace trine

@@ -1,0 +1,52 @@
+#include <immintrin.h>
+
+#include "ceilings/ceilings.h"
+
+namespace trine {
+namespace {
+
+int opaque(int value) {
+  volatile int hidden = value;
+  return hidden;
+}
+
+}  // namespace
+
+uint64_t read_avx512(const void* data, int64_t bytes) {
+  const char* start = static_cast<const char*>(data);
+  const int64_t stride = bytes / kReadStreams / 64 * 64;
+  __m512i sums[kReadStreams];
+  for (__m512i& sum : sums) sum = _mm512_setzero_si512();
+  for (int64_t at = 0; at < stride; at += 64)
+    for (int stream = 0; stream < kReadStreams; ++stream)
+      sums[stream] =
+          _mm512_add_epi64(sums[stream], _mm512_loadu_si512(start + stream * stride + at));
+  for (int stream = 1; stream < kReadStreams; ++stream)
+    sums[0] = _mm512_add_epi64(sums[0], sums[stream]);
+  return static_cast<uint64_t>(_mm512_reduce_add_epi64(sums[0]));
+}
+
+// Without VNNI: maddubs, madd, add on 512-bit registers.
+float dot_int8_avx512(int64_t repeats) {
+  const __m512i a = _mm512_set1_epi8(static_cast<char>(opaque(1)));
+  const __m512i ones = _mm512_set1_epi16(1);
+  __m512i sums[kAccumulators];
+  for (int i = 0; i < kAccumulators; ++i) sums[i] = _mm512_set1_epi32(opaque(i));
+  for (int64_t i = 0; i < repeats; ++i)
+    for (__m512i& sum : sums)
+      sum = _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(a, sum), ones));
+  for (int i = 1; i < kAccumulators; ++i) sums[0] = _mm512_add_epi32(sums[0], sums[i]);
+  return static_cast<float>(_mm512_reduce_add_epi32(sums[0]));
+}
+
+float fma_fp32_avx512(int64_t repeats) {
+  const __m512 a = _mm512_set1_ps(0.5f * static_cast<float>(opaque(1)));
+  __m512 sums[kAccumulators];
+  for (int i = 0; i < kAccumulators; ++i) sums[i] = _mm512_set1_ps(static_cast<float>(opaque(i)));
+  for (int64_t i = 0; i < repeats; ++i)
+    for (__m512& sum : sums) sum = _mm512_fmadd_ps(sum, a, a);
+  for (int i = 1; i < kAccumulators; ++i) sums[0] = _mm512_add_ps(sums[0], sums[i]);
+  return _mm512_cvtss_f32(sums[0]);
+}
+
+}  // namespace trine
