@@ -97,7 +97,8 @@ def main() -> None:
     cores = torch.get_num_threads()
     thread_counts = arguments.threads or sorted({1, cores})
     isa = arguments.isa or trine.backends.cpu_isas()[-1]
-    console = Console()
+    # Piped into a file the table keeps its columns.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     torch.manual_seed(0)
 
     rows, ceilings = [], []
