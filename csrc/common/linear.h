@@ -11,9 +11,13 @@
 
 namespace trine {
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
+namespace {  // kernel files include this: see float_types.h
+
+[[maybe_unused]] inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
+
+}  // namespace
 
 // Rows of int8 activations. Each row starts on a 64-byte boundary and is zero from k to `stride`.
 struct QuantizedRows {

@@ -8,6 +8,9 @@ namespace {
 constexpr const char* kOp = "int8_linear";
 
 constexpr Int8LinearKernel kKernels[] = {
+#ifdef TRINE_X86
+    {Isa::avx512vnni, int8_linear_avx512vnni},
+#endif
     {Isa::scalar, int8_linear_scalar},
 };
 [[maybe_unused]] const bool announced = announce(kOp, kKernels);

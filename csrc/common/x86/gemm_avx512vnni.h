@@ -1,0 +1,160 @@
+// Integer matrix products on AVX-512 VNNI: activations int8, weights read as unsigned bytes.
+//
+//   y[m][n] = narrow(((float(acc) * x.scale[m]) * weight_scale[n]) + bias[n])
+//   acc     = sum over k of (u[n][k] - kOffset) * q[m][k]              (exact)
+//
+// vpdpbusd multiplies 64 unsigned by 64 signed bytes and adds them up in 16 int32 lanes, without
+// saturation. The weight is the unsigned operand, so it carries an offset (128 for INT8, 1 for
+// ternary codes 0, 1, 2) which costs one subtraction of offset * x.sum[m] per output. Intermediate
+// sums may wrap modulo 2^32; the true one fits, so the result is exact.
+//
+// How a kernel uses this header (its file must be named avx512vnni.cpp):
+//
+//   1. Describe the weight by a type. `PanelWeight<offset>` takes unsigned bytes in memory:
+//      rows of `stride` bytes, a multiple of 64, 64-byte aligned; row `first_n` at `data`. Bytes
+//      beyond k may hold anything. Decode a block of block_columns(k) rows into a Scratch, then
+//        integer_linear(x, PanelWeight<1>{panel, stride, n}, k, {weight_scale}, out,
+//                       {tile.m_begin, tile.m_end, n, n + rows});
+//      for each block in turn: the panel stays in L2 while all activation rows pass.
+//      `PackedInt8Weight` reads packed INT8 rows directly. Your own type (for instance one
+//      that decodes in registers, best when there are few activation rows) needs
+//        static constexpr int32_t kOffset;
+//        static constexpr int64_t kMaxTileRows = 6;
+//        int64_t whole_k;                              // multiple of 64: load may be used below it
+//        Row row(int64_t n) const;                     // a pointer to row n, of any kind
+//        static __m512i load(Row row, int64_t k);      // bytes k .. k + 63 of the row, unsigned
+//        __m512i load_tail(Row row, int64_t k) const;  // the same at whole_k, if k goes beyond it
+//        static void prefetch(Row row, int64_t k);     // called with each load; may do nothing
+//   2. Call integer_linear(x, weight, k, scaling, out, tile). x.q is zero from k to a multiple of
+//      64 (QuantizedInput does that). `Scaling` is {weight_scale}, {weight_scale, true} for one
+//      scale per tensor, and can subtract a column term from acc (zero points).
+//   For groups along k, or several weights in one output, take accumulate_block (int32 sums of up
+//   to 6 rows and kMaxBlockColumns columns) and do your own scaling.
+//
+// What bounds it: with many rows, the two vpdpbusd per cycle of the core; a step of a 6 x 4 tile is
+// 24 of them on 10 loads. With one row, the reading of the weight.
+#pragma once
+
+#include <immintrin.h>
+
+#include "common/x86/float_avx512.h"
+#include "common/x86/gemm_blocking.h"
+
+namespace trine {
+namespace {
+
+template <int32_t offset>
+struct PanelWeight {
+  static constexpr int32_t kOffset = offset;
+  static constexpr int64_t kMaxTileRows = 6;
+
+  const uint8_t* data;
+  int64_t stride;
+  int64_t first_n;
+  int64_t whole_k = stride;
+
+  const uint8_t* row(int64_t n) const { return data + (n - first_n) * stride; }
+  static __m512i load(const uint8_t* row, int64_t k) { return _mm512_load_si512(row + k); }
+  static __m512i load_tail(const uint8_t* row, int64_t k) { return load(row, k); }
+  static void prefetch(const uint8_t*, int64_t) {}
+};
+
+// Packed INT8 rows, int8 [n][stride], made unsigned by flipping the sign bit (w + 128). A packed
+// row is whole 16-byte chunks, so the last load of a row is masked: it may end at the end of the
+// memory.
+struct PackedInt8Weight {
+  static constexpr int32_t kOffset = 128;
+  static constexpr int64_t kMaxTileRows = 6;
+  using Row = const int8_t*;
+
+  Row data;
+  int64_t stride;
+  int64_t whole_k = stride / 64 * 64;
+  __mmask64 tail = (__mmask64{1} << (stride % 64)) - 1;
+
+  Row row(int64_t n) const { return data + n * stride; }
+  static __m512i load(Row row, int64_t k) { return flip(_mm512_loadu_si512(row + k)); }
+  __m512i load_tail(Row row, int64_t k) const {
+    return flip(_mm512_maskz_loadu_epi8(tail, row + k));
+  }
+  static void prefetch(Row, int64_t) {}
+
+ private:
+  static __m512i flip(__m512i w) {
+    return _mm512_xor_si512(w, _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+};
+
+// The sums of the lanes of a, b, c, d.
+[[maybe_unused]] inline __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i abcd =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+template <int kRows, class Weight>
+void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t last_n,
+                     const Slice& k, int32_t* sums) {
+  // Columns beyond the last repeat it; their sums are never read.
+  const auto row0 = weight.row(n);
+  const auto row1 = weight.row(std::min(n + 1, last_n));
+  const auto row2 = weight.row(std::min(n + 2, last_n));
+  const auto row3 = weight.row(std::min(n + 3, last_n));
+
+  __m512i acc[kRows][kTileColumns];
+  for (auto& row : acc)
+    for (__m512i& sum : row) sum = _mm512_setzero_si512();
+  const auto step = [&](int64_t at, __m512i w0, __m512i w1, __m512i w2, __m512i w3) {
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i q = _mm512_load_si512(x.q + i * x.stride + at);
+      acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], w0, q);
+      acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], w1, q);
+      acc[i][2] = _mm512_dpbusd_epi32(acc[i][2], w2, q);
+      acc[i][3] = _mm512_dpbusd_epi32(acc[i][3], w3, q);
+    }
+  };
+
+  const int64_t whole_end = std::min(k.end, weight.whole_k);
+  for (int64_t at = k.begin; at < whole_end; at += 64) {
+    step(at, weight.load(row0, at), weight.load(row1, at), weight.load(row2, at),
+         weight.load(row3, at));
+    weight.prefetch(row0, at);
+    weight.prefetch(row1, at);
+    weight.prefetch(row2, at);
+    weight.prefetch(row3, at);
+  }
+  if (whole_end < k.end)
+    step(whole_end, weight.load_tail(row0, whole_end), weight.load_tail(row1, whole_end),
+         weight.load_tail(row2, whole_end), weight.load_tail(row3, whole_end));
+
+  for (int i = 0; i < kRows; ++i) {
+    auto* row = reinterpret_cast<__m128i*>(sums + i * kMaxBlockColumns);
+    const __m128i sum = sum_lanes(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+    _mm_store_si128(row, _mm_add_epi32(_mm_load_si128(row), sum));
+  }
+}
+
+template <class Weight, class T>
+void finish_row(const Weight&, const int32_t* sums, int64_t count, const RowScaling& row, T* y) {
+  const __m512i minus = _mm512_set1_epi32(row.minus);
+  const __m512 x_scale = _mm512_set1_ps(row.x_scale);
+  __m512 weight_scale = _mm512_set1_ps(*row.weight_scale);
+  for (int64_t n = 0; n < count; n += 16) {
+    const int64_t lanes = std::min<int64_t>(16, count - n);
+    __m512i acc = _mm512_sub_epi32(_mm512_load_si512(sums + n), minus);
+    if (row.column_minus != nullptr)
+      acc =
+          _mm512_sub_epi32(acc, _mm512_maskz_loadu_epi32(first_lanes(lanes), row.column_minus + n));
+    if (!row.per_tensor) weight_scale = load_floats(row.weight_scale + n, lanes);
+    __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc), x_scale), weight_scale);
+    if (row.bias != nullptr) value = _mm512_add_ps(value, load_floats(row.bias + n, lanes));
+    store_floats(value, y + n, lanes);
+  }
+}
+
+}  // namespace
+}  // namespace trine
