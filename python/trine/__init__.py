@@ -1,7 +1,7 @@
 """Smaller, faster PyTorch models: ternary, INT8 and 2:4-sparse layers on hand-written kernels."""
 
-from trine import backends, ops
+from trine import backends, nn, ops, quantize
 from trine._C import version as __version__
 from trine.compress import Recipe
 
-__all__ = ["Recipe", "__version__", "backends", "ops"]
+__all__ = ["Recipe", "__version__", "backends", "nn", "ops", "quantize"]

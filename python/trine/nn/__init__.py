@@ -1,0 +1,24 @@
+"""Linear layers with compressed weights, drop-in for `torch.nn.Linear`."""
+
+from trine.nn.int8 import Int8Linear
+from trine.nn.packed import PackedLinear
+
+__all__ = ["Int8Linear", "PackedLinear", "layer_kinds", "pack_linear"]
+
+layer_kinds: dict[str, type[PackedLinear]] = {layer.kind: layer for layer in (Int8Linear,)}
+
+# What a recipe may choose for a layer: the class, and the options of its `from_linear`.
+_CHOICES = {
+    "int8": (Int8Linear, {}),
+}
+
+
+def pack_linear(linear, choice: str) -> PackedLinear:
+    """Pack a dense layer as a recipe's `choice` says: "int8", "ternary", "sparse24", ...
+
+    Raises ValueError for an unknown choice, and what `from_linear` raises.
+    """
+    if choice not in _CHOICES:
+        raise ValueError(f"pack_linear: unknown choice {choice!r}; known are {', '.join(_CHOICES)}")
+    layer, options = _CHOICES[choice]
+    return layer.from_linear(linear, **options)

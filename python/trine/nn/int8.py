@@ -1,0 +1,107 @@
+"""Linear layer with an int8 weight; activations are quantised to int8 inside."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trine.nn.packed import PackedLinear, dense_parts
+from trine.ops import int8_linear, pack_int8, unpack_int8
+from trine.ops.int8_linear.pack import CHUNK
+from trine.quantize.weights import int8_absmax
+
+
+class Int8Linear(PackedLinear):
+    """y = x @ (codes * weight_scale).T + bias, on `trine.ops.int8_linear`.
+
+    Buffers: packed_weight int8 [N, 16 * ceil(K / 16)], weight_scale float32 [N], bias [N] or None,
+    and, with `static_input`, input_scale float32 [1] and input_zero_point int32 [1].
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether the layer has one.
+        static_input: the activations have one scale and zero point, fixed beforehand, instead of
+            one scale per row, found at run time.
+        device, dtype: as for torch.nn.Linear; float32, bfloat16 or float16.
+    """
+
+    kind = "int8"
+
+    packed_weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        static_input: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, dtype)
+        packed_k = CHUNK * -(-in_features // CHUNK)
+        self._add_buffer("packed_weight", (out_features, packed_k), torch.int8, device)
+        self._add_buffer("weight_scale", (out_features,), torch.float32, device)
+        self._add_buffer("bias", (out_features,) if bias else None, self._dtype, device)
+        static_shape = (1,) if static_input else None
+        self._add_buffer("input_scale", static_shape, torch.float32, device)
+        self._add_buffer("input_zero_point", static_shape, torch.int32, device)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> "Int8Linear":
+        """Pack a dense layer, each row of its weight by its largest magnitude.
+
+        Args:
+            linear: torch.nn.Linear or transformers' Conv1D, float32, bfloat16 or float16.
+            input_scale: one float32 value, for statically quantised activations.
+            input_zero_point: one int32 value in [-128, 127]; 0 where it is None.
+
+        Raises ValueError for another class or dtype, and for NaN or infinite weights.
+        """
+        if input_scale is None and input_zero_point is not None:
+            raise ValueError("from_linear: input_zero_point needs input_scale beside it")
+        weight, bias = dense_parts(linear)
+        codes, scale = int8_absmax(weight)
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            bias is not None,
+            static_input=input_scale is not None,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        layer.packed_weight = pack_int8(codes)
+        layer.weight_scale = scale
+        layer.bias = bias
+        if input_scale is not None:
+            zero = torch.zeros(1) if input_zero_point is None else input_zero_point
+            layer.input_scale = input_scale.detach().to(weight.device, torch.float32).reshape(1)
+            layer.input_zero_point = zero.to(weight.device, torch.int32).reshape(1)
+        return layer
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return int8_linear(
+            x,
+            self.packed_weight,
+            self.weight_scale,
+            bias,
+            input_scale=self.input_scale,
+            input_zero_point=self.input_zero_point,
+        )
+
+    def _dense_weight(self) -> Tensor:
+        return unpack_int8(self.packed_weight, self.in_features) * self.weight_scale[:, None]
+
+    def _options(self) -> dict[str, Any]:
+        return {"static_input": self.input_scale is not None}

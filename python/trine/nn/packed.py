@@ -1,0 +1,186 @@
+"""What the packed linear layers share: their state, its dtypes, and how it is loaded."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a frozen compressed weight, called like `torch.nn.Linear`.
+
+    The state lies in buffers, whose dtypes are part of the kernel's contract: only those named in
+    `float_buffers` follow `.half()` and `.to(dtype)`; codes and scales keep theirs. Gradients flow
+    to the input alone.
+
+    Constructing a layer makes an empty one, to be loaded; until then it returns NaN, so that a
+    forgotten load shows. `from_linear` packs a dense layer.
+    """
+
+    kind: ClassVar[str]
+    float_buffers: ClassVar[tuple[str, ...]] = ("bias",)
+
+    bias: Tensor | None
+    weight_scale: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, dtype: torch.dtype | str | None
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self._dtype = _float_dtype(dtype)
+
+    def _add_buffer(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ) -> None:
+        """Register a buffer that is yet to be loaded, or None where `shape` is None."""
+        unset = torch.nan if dtype.is_floating_point else 0
+        buffer = None if shape is None else torch.full(shape, unset, dtype=dtype, device=device)
+        self.register_buffer(name, buffer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The layer's float dtype: that of `weight` and of the bias."""
+        return self._dtype if self.bias is None else self.bias.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [out_features, in_features] that the packed one stands for; a copy."""
+        return self._dense_weight().to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x, self.bias)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with another bias."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{type(self).__name__}: the input has {x.shape[-1]} features, "
+                f"expected {self.in_features}"
+            )
+        return self._linear(x, bias)
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _dense_weight(self) -> Tensor:
+        raise NotImplementedError
+
+    def _options(self) -> dict[str, Any]:
+        """The constructor's arguments beyond those of nn.Linear, as JSON can hold them."""
+        return {}
+
+    def config(self) -> dict[str, Any]:
+        """The constructor arguments that make this layer again, empty; JSON can hold them."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **self._options(),
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.config().items())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        following = {id(self._buffers[name]) for name in self.float_buffers}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or id(tensor) in following:
+                return moved
+            return tensor.to(moved.device)
+
+        any_buffer = next(buffer for buffer in self._buffers.values() if buffer is not None)
+        self._dtype = fn(torch.empty(0, dtype=self.dtype, device=any_buffer.device)).dtype
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        errors = self._loading_errors(state_dict, prefix)
+        if errors:  # reported by load_state_dict; nothing of this layer changes
+            error_msgs.extend(errors)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _loading_errors(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
+        """What is wrong with the part of `state_dict` that is meant for this layer."""
+        given = [name for name in self._buffers if prefix + name in state_dict]
+        if not given:
+            return []  # a partial checkpoint; load_state_dict(strict=True) reports it
+        errors = []
+        for name, buffer in self._buffers.items():
+            key, tensor = prefix + name, state_dict.get(prefix + name)
+            if buffer is None and tensor is not None:
+                errors.append(f"{key}: {type(self).__name__} was made without {name}.")
+            elif buffer is not None and tensor is None:
+                errors.append(f"{key} is missing, though {prefix + given[0]} is there.")
+            elif buffer is not None and tensor.shape != buffer.shape:
+                errors.append(
+                    f"{key} has shape {list(tensor.shape)}, expected {list(buffer.shape)}."
+                )
+            elif buffer is not None and not self._dtype_fits(name, tensor):
+                errors.append(
+                    f"{key} is {tensor.dtype}, expected {buffer.dtype}; "
+                    "the checkpoint was cast after packing."
+                )
+        return errors
+
+    def _dtype_fits(self, name: str, tensor: Tensor) -> bool:
+        if name in self.float_buffers:
+            return tensor.dtype in FLOAT_DTYPES
+        return tensor.dtype == self._buffers[name].dtype
+
+
+def dense_parts(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight [N, K] and bias of a dense layer that is to be packed, without their history.
+
+    Takes `torch.nn.Linear` and transformers' `Conv1D` (whose weight is [K, N]). Raises ValueError
+    for another class, for a dtype that the kernels lack, and for NaN or infinite weights.
+    """
+    if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+        raise ValueError(
+            "from_linear takes torch.nn.Linear or transformers' Conv1D; "
+            f"got {type(linear).__name__}"
+        )
+    weight = linear.weight.detach()
+    if weight.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"from_linear: the weight is {weight.dtype}; convert the layer to float32, bfloat16 or "
+            "float16 first"
+        )
+    if weight.is_meta:
+        raise ValueError("from_linear: the weight is on the meta device; load the layer first")
+    if not weight.isfinite().all():
+        raise ValueError("from_linear: the weight holds NaN or infinity; it cannot be quantised")
+    bias = None if linear.bias is None else linear.bias.detach().clone()
+    return weight.T if is_conv1d(linear) else weight, bias
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D`: a linear layer with a transposed weight."""
+    return any(
+        base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils"
+        for base in type(module).__mro__
+    )
+
+
+def _float_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if dtype is None:
+        return torch.get_default_dtype()
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in FLOAT_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
+    return found

@@ -1,0 +1,65 @@
+"""How a dense weight becomes few levels: the rules that packing and training share.
+
+Everything is computed in fp32 after widening, with one rounding at each step, so that training and
+packing see the same codes.
+"""
+
+import torch
+from torch import Tensor
+
+from trine.ops import quantize_rows
+from trine.ops.quantize_rows import reference
+
+
+def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` without the sums, on every device: q int8 [M, K] and scale float32 [M]."""
+    rows = quantize_rows if x.is_cpu else reference.quantize_rows  # equal bits; one runs anywhere
+    q, scale, _ = rows(x)
+    return q, scale
+
+
+def int8_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each row of `weight` [N, K] to int8 by its largest magnitude.
+
+    scale = absmax / 127, codes = rint(w * (127 / absmax)) (half to even) in [-127, 127], the rule
+    of `trine.ops.quantize_rows`: a row of zeros gets codes 0 and scale 0, so that it yields exactly
+    0; a row with NaN or infinity gets scale NaN.
+
+    Returns codes int8 [N, K] and scale float32 [N].
+    """
+    return int8_rows(weight)
+
+
+def ternary_absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise `weight` [N, K] to {-1, 0, 1} by its mean magnitude.
+
+    The rule of BitNet b1.58 (arXiv:2402.17764): scale = mean |w|, codes = clamp(rint(w / scale),
+    -1, 1). The mean is summed in float64, so that the number of threads does not show in it. A
+    weight of zeros gets codes 0 and scale 0.
+
+    Returns codes int8 [N, K] and scale float32 [1].
+    """
+    wide = weight.float()
+    scale = wide.abs().mean(dtype=torch.float64).float() if wide.numel() else wide.new_zeros(())
+    codes = torch.where(scale > 0, wide / scale, 0.0).round().clamp(-1, 1).to(torch.int8)
+    return codes, scale.reshape(1)
+
+
+def two_of_four(weight: Tensor) -> Tensor:
+    """Mark the two largest magnitudes of every four consecutive columns; among equals the first.
+
+    Returns a bool mask of the shape of `weight` [N, K]. A last group of fewer than four columns
+    keeps at most two as well.
+    """
+    n, k = weight.shape
+    # Padding is smaller than any magnitude, so that it never takes a place.
+    magnitude = torch.nn.functional.pad(weight.float().abs(), (0, -k % 4), value=-1.0)
+    groups = magnitude.reshape(n, -1, 4).unbind(-1)
+    # A value is kept if fewer than two others of its group go before it.
+    kept = []
+    for i, value in enumerate(groups):
+        before = [groups[j] >= value for j in range(i)] + [
+            groups[j] > value for j in range(i + 1, 4)
+        ]
+        kept.append(sum(b.to(torch.int8) for b in before) < 2)
+    return torch.stack(kept, -1).reshape(n, -1)[:, :k]

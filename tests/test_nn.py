@@ -1,0 +1,306 @@
+"""The packed linear layers: state, dtypes, loading, drop-in behaviour, on every instruction set."""
+
+import copy
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from linear_inputs import DTYPES, assert_same_bits, non_contiguous
+from torch import Tensor, nn
+from trine import nn as packed_nn
+
+CHOICES = list(packed_nn._CHOICES)
+SHAPES = ((1, 1), (5, 37), (17, 64), (16, 130))  # (N, K)
+
+
+def dense(k: int = 37, n: int = 5, bias: bool = True, dtype: torch.dtype = torch.float32):
+    return nn.Linear(k, n, bias).to(dtype)
+
+
+def packed(choice: str, k: int = 37, n: int = 5, bias: bool = True, dtype=torch.float32):
+    return packed_nn.pack_linear(dense(k, n, bias, dtype), choice)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_is_the_linear_layer_of_its_weight(isa, choice, dtype, bias):
+    for n, k in SHAPES:
+        layer = packed(choice, k, n, bias, dtype)
+        x = torch.randn(2, 3, k).to(dtype)
+        y = layer(x)
+        assert y.shape == (2, 3, n)
+        assert y.dtype == dtype
+        # fp32 weight, so that only the int8 rows and the rounding of y (2**-8 in bf16) differ.
+        bias_values = None if layer.bias is None else layer.bias.float()
+        expected = nn.functional.linear(x.float(), layer._dense_weight().float(), bias_values)
+        assert relative_error(y, expected) < 0.02
+
+
+def test_int8_weight_is_close_to_the_dense_one():
+    linear = dense(130, 16)
+    layer = packed_nn.Int8Linear.from_linear(linear)
+    step = linear.weight.abs().amax(1, keepdim=True) / 127
+    assert ((layer.weight - linear.weight).abs() <= 0.5001 * step).all()
+
+
+def test_zero_rows_give_exactly_the_bias():
+    linear = dense(64, 4)
+    with torch.no_grad():
+        linear.weight[1] = 0
+        linear.weight[2] = 1e-40  # below the smallest scale: counts as zero
+    layer = packed_nn.Int8Linear.from_linear(linear)
+    y = layer(torch.randn(3, 64))
+    assert torch.equal(y[:, 1:3], linear.bias[1:3].expand(3, 2))
+
+
+def test_static_input():
+    linear, x = dense(), torch.rand(6, 37) * 2
+    scale, zero_point = torch.tensor(2.0 / 255), torch.tensor(-128)
+    layer = packed_nn.Int8Linear.from_linear(linear, input_scale=scale, input_zero_point=zero_point)
+    assert relative_error(layer(x), linear(x)) < 0.02
+    again = packed_nn.Int8Linear(**layer.config())
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x), layer(x))
+    assert again.input_zero_point.dtype == torch.int32
+    symmetric = packed_nn.Int8Linear.from_linear(linear, input_scale=torch.tensor(2.0 / 127))
+    assert relative_error(symmetric(x), linear(x)) < 0.02
+    with pytest.raises(ValueError, match="needs input_scale"):
+        packed_nn.Int8Linear.from_linear(linear, input_zero_point=zero_point)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+class TestState:
+    def test_no_parameters(self, choice):
+        layer = packed(choice)
+        assert not list(layer.parameters())
+        assert "bias" in layer.state_dict()
+        assert "bias" not in packed(choice, bias=False).state_dict()
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_round_trip_through_config_and_state_dict(self, choice, dtype, bias):
+        layer = packed(choice, bias=bias, dtype=dtype)
+        kind = packed_nn.layer_kinds[layer.kind]
+        again = kind(**json.loads(json.dumps(layer.config())))
+        x = torch.randn(4, 37).to(dtype)
+        assert again(x).isnan().all()  # empty
+        again.load_state_dict(layer.state_dict())
+        assert torch.equal(again(x), layer(x))
+        assert again.weight.dtype == dtype
+        assert again.config() == layer.config()
+
+    def test_copies(self, choice):
+        layer, x = packed(choice), torch.randn(4, 37)
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        for other in (
+            copy.deepcopy(layer),
+            pickle.loads(pickle.dumps(layer)),
+            torch.load(buffer, weights_only=False),
+        ):
+            assert torch.equal(other(x), layer(x))
+            other.bias.zero_()
+            assert not torch.equal(other(x), layer(x))
+
+    def test_codes_and_scales_keep_their_dtype(self, choice):
+        layer = packed(choice)
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        for cast in (
+            lambda m: m.half(),
+            lambda m: m.bfloat16(),
+            lambda m: m.to(torch.float16),
+            lambda m: m.type(torch.bfloat16),
+            lambda m: m.to("cpu", torch.float16),
+        ):
+            module = cast(nn.Sequential(copy.deepcopy(layer)))[0]
+            dtype = module.weight.dtype
+            assert dtype in (torch.float16, torch.bfloat16)
+            for name, tensor in module.state_dict().items():
+                if name in module.float_buffers:
+                    assert tensor.dtype == dtype
+                else:
+                    assert_same_bits(tensor, before[name])
+            assert module(torch.randn(2, 37).to(dtype)).dtype == dtype
+
+    def test_dtype_follows_without_a_bias(self, choice):
+        layer = packed(choice, bias=False).bfloat16()
+        assert layer.weight.dtype == torch.bfloat16
+        assert copy.deepcopy(layer).float().weight.dtype == torch.float32
+
+    def test_default_dtype_is_taken(self, choice):
+        layer = packed(choice)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            config = {k: v for k, v in layer.config().items() if k != "dtype"}
+            again = packed_nn.layer_kinds[layer.kind](**config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert again.weight.dtype == torch.bfloat16
+        before = layer.state_dict()
+        again.load_state_dict(before)
+        for name, tensor in again.state_dict().items():
+            if name not in again.float_buffers:
+                assert_same_bits(tensor, before[name])
+
+    def test_assigned_state_brings_its_dtype(self, choice):
+        layer = packed(choice, dtype=torch.bfloat16)
+        again = packed_nn.layer_kinds[layer.kind](37, 5, **layer._options(), device="meta")
+        again.load_state_dict(layer.state_dict(), assign=True)
+        assert again.weight.dtype == torch.bfloat16
+        x = torch.randn(2, 37).bfloat16()
+        assert torch.equal(again.to("cpu")(x), layer(x))
+
+    def test_meta_construction_and_to_empty(self, choice):
+        layer = packed(choice)
+        with torch.device("meta"):
+            again = packed_nn.layer_kinds[layer.kind](**layer.config())
+        assert again.weight.device.type == "meta"
+        again.to_empty(device="cpu").load_state_dict(layer.state_dict())
+        x = torch.randn(2, 37)
+        assert torch.equal(again(x), layer(x))
+
+    def test_weight_is_read_only(self, choice):
+        layer = packed(choice)
+        with pytest.raises((AttributeError, KeyError)):
+            layer.weight = torch.zeros(5, 37)
+        with pytest.raises((AttributeError, KeyError)):
+            layer.weight = nn.Parameter(torch.zeros(5, 37))
+
+    def test_loading_errors(self, choice):
+        layer = packed(choice)
+        model = nn.Sequential(packed(choice))
+        good = {f"0.{name}": tensor for name, tensor in layer.state_dict().items()}
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for name in good:
+            without = {key: tensor for key, tensor in good.items() if key != name}
+            wrong_shape = {**good, name: good[name][1:]}
+            wrong_dtype = {**good, name: good[name].to(torch.int16)}
+            for bad, message in (
+                (without, f"{name} is missing"),
+                (wrong_shape, f"{name} has shape"),
+                (wrong_dtype, f"{name} is torch.int16, expected"),
+            ):
+                with pytest.raises(RuntimeError, match=message):
+                    model.load_state_dict(bad, strict=False)
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict({})
+        for name, tensor in model.state_dict().items():
+            assert_same_bits(tensor, before[name])
+
+    def test_a_scale_that_was_cast_is_refused(self, choice):
+        layer = packed(choice)
+        if layer.weight_scale is None:
+            return
+        state = {**layer.state_dict(), "weight_scale": layer.weight_scale.bfloat16()}
+        with pytest.raises(RuntimeError, match="cast after packing"):
+            layer.load_state_dict(state, assign=True)
+
+    def test_repr_shows_the_configuration(self, choice):
+        assert "in_features=37, out_features=5, bias=True" in repr(packed(choice))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+class TestFromLinear:
+    def test_layout_of_the_weight_does_not_matter(self, choice):
+        linear = dense(40, 8)
+        expected = packed_nn.pack_linear(linear, choice).state_dict()
+        for weight in non_contiguous(linear.weight.detach()):
+            linear.weight = nn.Parameter(weight)
+            for name, tensor in packed_nn.pack_linear(linear, choice).state_dict().items():
+                assert_same_bits(tensor, expected[name])
+
+    def test_conv1d(self, choice):
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(5, 37)
+        linear = dense()
+        with torch.no_grad():
+            linear.weight.copy_(conv1d.weight.T)
+            linear.bias.copy_(conv1d.bias)
+        x = torch.randn(3, 37)
+        assert torch.equal(
+            packed_nn.pack_linear(conv1d, choice)(x), packed_nn.pack_linear(linear, choice)(x)
+        )
+
+    def test_the_dense_layer_is_untouched_and_not_shared(self, choice):
+        linear = dense()
+        before = copy.deepcopy(linear.state_dict())
+        layer, x = packed_nn.pack_linear(linear, choice), torch.randn(2, 37)
+        y = layer(x)
+        assert_same_bits(linear.weight.detach(), before["weight"])
+        with torch.no_grad():
+            linear.bias.zero_()
+            linear.weight.zero_()
+        assert torch.equal(layer(x), y)
+
+    def test_errors(self, choice):
+        with pytest.raises(ValueError, match=r"takes torch\.nn\.Linear"):
+            packed_nn.pack_linear(nn.Conv2d(3, 4, 1), choice)
+        with pytest.raises(ValueError, match=r"float64; convert the layer"):
+            packed_nn.pack_linear(dense(dtype=torch.float64), choice)
+        with pytest.raises(ValueError, match="meta device"):
+            packed_nn.pack_linear(nn.Linear(4, 4, device="meta"), choice)
+        for value in (torch.nan, torch.inf):
+            linear = dense()
+            linear.weight.data[2, 3] = value
+            with pytest.raises(ValueError, match="NaN or infinity"):
+                packed_nn.pack_linear(linear, choice)
+
+    def test_empty_sides(self, choice):
+        for k, n in ((0, 3), (8, 0)):
+            linear = dense(k, n)
+            y = packed_nn.pack_linear(linear, choice)(torch.randn(2, k))
+            torch.testing.assert_close(y, linear(torch.randn(2, k)))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+class TestCalls:
+    def test_wrong_number_of_features(self, choice):
+        with pytest.raises(ValueError, match="has 36 features, expected 37"):
+            packed(choice)(torch.randn(2, 36))
+
+    def test_gradient_flows_to_the_input_alone(self, choice):
+        layer = packed(choice)
+        x = torch.randn(4, 37, requires_grad=True)
+        grad_y = torch.randn(4, 5)
+        layer(x).backward(grad_y)
+        expected = grad_y.double() @ layer._dense_weight().double()
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-6)
+        assert not layer(x.detach()).requires_grad
+
+    def test_autocast(self, choice):
+        layer, x = packed(choice), torch.randn(2, 37)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == nn.functional.linear(x, torch.randn(3, 37)).dtype
+        with torch.inference_mode():
+            assert layer(x).dtype == torch.float32
+
+
+def test_unknown_choice():
+    with pytest.raises(ValueError, match="unknown choice 'int4'"):
+        packed_nn.pack_linear(dense(), "int4")
+
+
+def test_unknown_dtype():
+    with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
+        packed_nn.Int8Linear(3, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
+        packed_nn.Int8Linear(3, 4, dtype="float99")
+
+
+def all_layers() -> nn.Sequential:
+    return nn.Sequential(*(packed(choice, 24, 24) for choice in CHOICES))
+
+
+def test_compile_and_export():
+    model, x = all_layers().eval(), torch.randn(3, 24)
+    expected = model(x)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    program = torch.export.export(model, (x,))
+    assert torch.equal(program.module()(x), expected)
