@@ -10,6 +10,7 @@ constexpr const char* kOp = "int8_linear";
 constexpr Int8LinearKernel kKernels[] = {
 #ifdef TRINE_X86
     {Isa::avx512vnni, int8_linear_avx512vnni},
+    {Isa::avx2, int8_linear_avx2},
 #endif
     {Isa::scalar, int8_linear_scalar},
 };

@@ -1,0 +1,188 @@
+// Integer matrix products on AVX2: activations int8, two kinds of weight.
+//
+//   y[m][n] = narrow(((float(acc) * x.scale[m]) * weight_scale[n]) + bias[n])
+//   acc     = sum over k of (w[n][k] - kOffset) * q[m][k]              (exact)
+//
+// vpmaddubsw multiplies 32 unsigned by 32 signed bytes and adds pairs into int16, which saturates;
+// neither kind of weight can get there:
+//   kCodes = false  w in [-127, 127], kOffset 0: |q| times w with q's sign, a pair is at most
+//                   2 * 128 * 127 < 2^15. Each pair sum is widened to int32 at once.
+//   kCodes = true   w in {0, 1, 2} (ternary codes, kOffset 1), |q| <= 127: a pair is at most 508,
+//                   so 64 of them (2048 k) are added in int16 before they are widened.
+//
+// How a kernel uses this header (its file must be named avx2.cpp):
+//
+//   1. Describe the weight by a type. `PanelWeight<codes>` takes bytes in memory: rows of `stride`
+//      bytes, a multiple of 64, 32-byte aligned; row `first_n` at `data`. Bytes beyond k may be
+//      anything within the ranges above. Decode a block of block_columns(k) rows into a Scratch,
+//      then
+//        integer_linear(x, PanelWeight<true>{panel, stride, n}, k, {weight_scale}, out,
+//                       {tile.m_begin, tile.m_end, n, n + rows});
+//      for each block in turn: the panel stays in L2 while all activation rows pass.
+//      `PackedInt8Weight` reads packed INT8 rows directly. Your own type needs
+//        static constexpr bool kCodes;
+//        static constexpr int32_t kOffset;
+//        static constexpr int64_t kMaxTileRows = kTileRows<kCodes>;
+//        int64_t whole_k;                              // multiple of 32: load may be used below it
+//        Row row(int64_t n) const;                     // a pointer to row n, of any kind
+//        static __m256i load(Row row, int64_t k);      // bytes k .. k + 31 of the row
+//        __m256i load_tail(Row row, int64_t k) const;  // the same at whole_k, if k goes beyond it
+//   2. Call integer_linear(x, weight, k, scaling, out, tile). x.q is zero from k to a multiple of
+//      64 (QuantizedInput does that). `Scaling` is {weight_scale}, {weight_scale, true} for one
+//      scale per tensor, and can subtract a column term from acc (zero points).
+//   For groups along k, or several weights in one output, take accumulate_block (int32 sums of up
+//   to kMaxTileRows rows and kMaxBlockColumns columns) and do your own scaling.
+//
+// What bounds it: with many rows, the vector instructions: four per 32 products (sign, multiply,
+// widen, add), two for codes. With one row, the reading of the weight.
+#pragma once
+
+#include <immintrin.h>
+
+#include "common/x86/float_avx2.h"
+#include "common/x86/gemm_blocking.h"
+
+namespace trine {
+namespace {
+
+// As many rows of four sums as the 16 registers hold beside the operands: the signed product needs
+// q and |q| of each row in registers.
+template <bool codes>
+inline constexpr int64_t kTileRows = codes ? 3 : 2;
+
+template <bool codes>
+struct PanelWeight {
+  static constexpr bool kCodes = codes;
+  static constexpr int32_t kOffset = codes ? 1 : 0;
+  static constexpr int64_t kMaxTileRows = kTileRows<codes>;
+  using Byte = std::conditional_t<codes, uint8_t, int8_t>;
+  using Row = const Byte*;
+
+  Row data;
+  int64_t stride;
+  int64_t first_n;
+  int64_t whole_k = stride;
+
+  Row row(int64_t n) const { return data + (n - first_n) * stride; }
+  static __m256i load(Row row, int64_t k) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(row + k));
+  }
+  __m256i load_tail(Row row, int64_t k) const { return load(row, k); }
+};
+
+// Packed INT8 rows, int8 [n][stride], as they lie. A packed row is whole 16-byte chunks, so the
+// last load of a row may be a half: the row may end at the end of the memory.
+struct PackedInt8Weight {
+  static constexpr bool kCodes = false;
+  static constexpr int32_t kOffset = 0;
+  static constexpr int64_t kMaxTileRows = kTileRows<false>;
+  using Row = const int8_t*;
+
+  Row data;
+  int64_t stride;
+  int64_t whole_k = stride / 32 * 32;
+
+  Row row(int64_t n) const { return data + n * stride; }
+  static __m256i load(Row row, int64_t k) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + k));
+  }
+  __m256i load_tail(Row row, int64_t k) const {
+    return k >= stride
+               ? _mm256_setzero_si256()
+               : _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k)));
+  }
+};
+
+// The sums of the int32 lanes of a, b, c, d.
+[[maybe_unused]] inline __m128i sum_lanes(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  const __m256i abcd =
+      _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  return _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
+}
+
+// acc[j] += w[j] * q, over 32 columns; int16 pair sums for codes, int32 lanes otherwise.
+template <bool codes>
+inline void multiply_add(__m256i* acc, const __m256i* w, __m256i q) {
+  if constexpr (codes) {
+    for (int64_t j = 0; j < kTileColumns; ++j)
+      acc[j] = _mm256_add_epi16(acc[j], _mm256_maddubs_epi16(w[j], q));
+  } else {
+    const __m256i magnitude = _mm256_abs_epi8(q);
+    for (int64_t j = 0; j < kTileColumns; ++j) {
+      const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w[j], q));
+      acc[j] = _mm256_add_epi32(acc[j], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+  }
+}
+
+template <bool codes>
+inline __m256i widened(__m256i acc) {
+  return codes ? _mm256_madd_epi16(acc, _mm256_set1_epi16(1)) : acc;
+}
+
+template <int kRows, class Weight>
+void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t last_n,
+                     const Slice& k, int32_t* sums) {
+  constexpr bool codes = Weight::kCodes;
+  if constexpr (codes) {
+    constexpr int64_t kInt16K = 64 * 32;  // 64 pairs of at most 508 stay below 2^15
+    if (k.end - k.begin > kInt16K) {
+      accumulate_tile<kRows>(weight, x, n, last_n, {k.begin, k.begin + kInt16K}, sums);
+      return accumulate_tile<kRows>(weight, x, n, last_n, {k.begin + kInt16K, k.end}, sums);
+    }
+  }
+  // Columns beyond the last repeat it; their sums are never read.
+  const auto row0 = weight.row(n);
+  const auto row1 = weight.row(std::min(n + 1, last_n));
+  const auto row2 = weight.row(std::min(n + 2, last_n));
+  const auto row3 = weight.row(std::min(n + 3, last_n));
+
+  __m256i acc[kRows][kTileColumns];
+  for (auto& row : acc)
+    for (__m256i& sum : row) sum = _mm256_setzero_si256();
+  const auto step = [&](int64_t at, __m256i w0, __m256i w1, __m256i w2, __m256i w3) {
+    const __m256i w[kTileColumns] = {w0, w1, w2, w3};
+    for (int i = 0; i < kRows; ++i)
+      multiply_add<codes>(
+          acc[i], w, _mm256_load_si256(reinterpret_cast<const __m256i*>(x.q + i * x.stride + at)));
+  };
+
+  const int64_t whole_end = std::min(k.end, weight.whole_k);
+  int64_t at = k.begin;
+  for (; at < whole_end; at += 32)
+    step(at, weight.load(row0, at), weight.load(row1, at), weight.load(row2, at),
+         weight.load(row3, at));
+  if (at < k.end)
+    step(at, weight.load_tail(row0, at), weight.load_tail(row1, at), weight.load_tail(row2, at),
+         weight.load_tail(row3, at));
+
+  for (int i = 0; i < kRows; ++i) {
+    auto* row = reinterpret_cast<__m128i*>(sums + i * kMaxBlockColumns);
+    const __m128i sum = sum_lanes(widened<codes>(acc[i][0]), widened<codes>(acc[i][1]),
+                                  widened<codes>(acc[i][2]), widened<codes>(acc[i][3]));
+    _mm_store_si128(row, _mm_add_epi32(_mm_load_si128(row), sum));
+  }
+}
+
+template <class Weight, class T>
+void finish_row(const Weight&, const int32_t* sums, int64_t count, const RowScaling& row, T* y) {
+  const __m256i minus = _mm256_set1_epi32(row.minus);
+  const __m256 x_scale = _mm256_set1_ps(row.x_scale);
+  __m256 weight_scale = _mm256_set1_ps(*row.weight_scale);
+  for (int64_t n = 0; n < count; n += 8) {
+    const int64_t lanes = std::min<int64_t>(8, count - n);
+    __m256i acc =
+        _mm256_sub_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(sums + n)), minus);
+    if (row.column_minus != nullptr)
+      acc = _mm256_sub_epi32(acc, _mm256_maskload_epi32(row.column_minus + n, first_lanes(lanes)));
+    if (!row.per_tensor) weight_scale = load_floats(row.weight_scale + n, lanes);
+    __m256 value = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc), x_scale), weight_scale);
+    if (row.bias != nullptr) value = _mm256_add_ps(value, load_floats(row.bias + n, lanes));
+    store_floats(value, y + n, lanes);
+  }
+}
+
+}  // namespace
+}  // namespace trine

@@ -1,0 +1,12 @@
+// INT8 on AVX2: the packed rows are read as they lie, see gemm_avx2.h.
+#include "common/x86/gemm_avx2.h"
+#include "int8_linear/x86.h"
+
+namespace trine {
+
+void int8_linear_avx2(const QuantizedRows& x, int32_t input_zero_point, const Int8Weight& weight,
+                      const LinearOutput& out, const Tile& tile) {
+  int8_linear_tile<PackedInt8Weight>(x, input_zero_point, weight, out, tile);
+}
+
+}  // namespace trine
