@@ -1,10 +1,11 @@
 // Working memory of one op call, 64-byte aligned (a cache line and a zmm register), uninitialised.
 //
 // A block is given back to the thread that took it and reused by its next call, because a malloc
-// of this size would page-fault every time.
+// of this size would page-fault every time. Large blocks are freed instead, so that one large call
+// does not hold memory for ever.
 //
-// Nothing here is inline: kernel files include this header, and a copy compiled with their
-// instruction set must not end up serving the others.
+// Nothing is inline but the cast: kernel files include this, and an inline function compiled there
+// could be the copy that the linker keeps for all.
 #pragma once
 
 #include <atomic>
@@ -18,26 +19,21 @@ namespace trine {
 // reads what it did not write.
 TRINE_API extern std::atomic<bool> poison_scratch;
 
-struct ScratchBlock {
-  void* memory;
-  int64_t bytes;
-};
-
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);
   ~Scratch();
-
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   template <class T>
-  T* data() const {
-    return static_cast<T*>(block_.memory);
+  [[gnu::always_inline]] T* data() const {
+    return static_cast<T*>(memory_);
   }
 
  private:
-  ScratchBlock block_;
+  void* memory_;
+  int64_t bytes_;
 };
 
 }  // namespace trine

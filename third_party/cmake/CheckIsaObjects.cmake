@@ -1,0 +1,19 @@
+# Fails the build if a kernel file's object holds a weak (inline, template) function.
+#
+# The linker keeps one copy of a weak function for the whole library. If that were the one compiled
+# for AVX-512, every other caller would run it too, on processors that have no AVX-512.
+# Run as: cmake -DNM=... -DOBJECTS="a.o;b.o" -P CheckIsaObjects.cmake
+foreach(object IN LISTS OBJECTS)
+  if(NOT object MATCHES "/avx[0-9a-z]*\\.cpp\\.o$")
+    continue()
+  endif()
+  execute_process(COMMAND ${NM} --demangle ${object} OUTPUT_VARIABLE symbols
+                  COMMAND_ERROR_IS_FATAL ANY)
+  string(REGEX MATCHALL "[0-9a-f]+ [Wu] [^\n]*" weak "${symbols}")
+  if(weak)
+    list(JOIN weak "\n  " weak)
+    message(FATAL_ERROR
+      "${object} holds weak functions, compiled for its instruction set:\n  ${weak}\n"
+      "Put them into an anonymous namespace, move them out of line, or build with optimisation.")
+  endif()
+endforeach()
