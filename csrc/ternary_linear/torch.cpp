@@ -1,0 +1,83 @@
+#include "common/dispatch.h"
+#include "common/torch_linear.h"
+#include "ternary_linear/ternary_linear.h"
+
+namespace trine {
+namespace {
+
+constexpr const char* kOp = "ternary_linear";
+
+constexpr TernaryLinearKernel kKernels[] = {
+    {Isa::scalar, ternary_linear_scalar},
+};
+[[maybe_unused]] const bool announced = announce(kOp, kKernels);
+
+// 256 values are one zmm register of packed weights: kernels read activations without a tail.
+constexpr int64_t kActivationMultiple = 256;
+
+// The group size that the shape of `weight_scale` means, 0 for one scale per row or per tensor.
+int64_t read_group_size(const Tensor& weight_scale, int64_t n, int64_t k) {
+  if (weight_scale.dim() == 2 && weight_scale.size(0) == n) {
+    const int64_t groups = weight_scale.size(1);
+    check(groups > 0 && k > 0 && k % groups == 0 && k / groups % kTernaryChunk == 0, kOp,
+          ": weight_scale has ", groups, " groups per row, which must cut K = ", k,
+          " into groups of a multiple of ", kTernaryChunk, " values");
+    return k / groups;
+  }
+  const bool per_tensor = weight_scale.dim() <= 1 && weight_scale.numel() == 1;
+  const bool per_row = weight_scale.dim() == 1 && weight_scale.size(0) == n;
+  check(per_tensor || per_row, kOp, ": weight_scale must hold one value, [", n,
+        "] (one per row of packed_weight) or [", n, ", groups]");
+  return 0;
+}
+
+Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
+                          const std::optional<Tensor>& bias) {
+  const Matrix rows = as_matrix(x, kOp, "x");
+  check_dtype(packed_weight, ScalarType::Int, "int32", kOp, "packed_weight");
+  check_dtype(weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
+  check(packed_weight.dim() == 2, kOp, ": packed_weight must be [N, 4 * ceil(K / 64)]");
+  const int64_t n = packed_weight.size(0);
+  const int64_t words = round_up(rows.k, kTernaryChunk) / kTernaryPerWord;
+  check(packed_weight.size(1) == words, kOp, ": x has K = ", rows.k,
+        " columns, which needs a packed_weight of ", words, " columns; it has ",
+        packed_weight.size(1));
+  check(rows.k <= kTernaryMaxK, kOp, ": K = ", rows.k, " exceeds ", kTernaryMaxK,
+        ", beyond which int32 sums could overflow");
+  const int64_t group_size = read_group_size(weight_scale, n, rows.k);
+
+  const Tensor weight = torch::stable::contiguous(packed_weight);
+  const Tensor scale = torch::stable::contiguous(weight_scale);
+  const auto bias_values = read_bias(bias, n, kOp);
+  Tensor y = torch::stable::new_empty(x, linear_shape(x, n));
+  if (rows.m == 0 || n == 0) return y;
+
+  const QuantizedInput input(rows, kActivationMultiple);
+  const float* scales = static_cast<const float*>(scale.const_data_ptr());
+  std::optional<Scratch> row_scales;  // one scale for the tensor is repeated: kernels know rows
+  if (group_size == 0 && scale.numel() == 1) {
+    row_scales.emplace(n * int64_t(sizeof(float)));
+    std::fill_n(row_scales->data<float>(), n, *scales);
+    scales = row_scales->data<float>();
+  }
+  const TernaryWeight packed{static_cast<const uint8_t*>(weight.const_data_ptr()), words * 4,
+                             rows.k, scales, group_size};
+  const LinearOutput out{y.mutable_data_ptr(), n, rows.type,
+                         bias_values.has_value() ? bias_values->data() : nullptr};
+  const TernaryLinearKernel& kernel = select(kKernels);
+  parallel_tiles(rows.m, n, rows.k,
+                 [&](const Tile& tile) { kernel.run(input.rows(), packed, out, tile); });
+  return y;
+}
+
+}  // namespace
+}  // namespace trine
+
+STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
+  m.def(
+      "ternary_linear(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias=None) -> "
+      "Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
+  m.impl("ternary_linear", TORCH_BOX(&trine::ternary_linear_cpu));
+}

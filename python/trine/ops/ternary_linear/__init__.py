@@ -1,0 +1,101 @@
+"""Linear layer with weights in {-1, 0, 1} and int8 activations quantised inside."""
+
+import torch
+from torch import Tensor
+
+from trine import _library  # noqa: F401  (registers the operator)
+from trine.ops._linear import LinearThroughQuantization, in_autocast_dtype, needs_grad
+from trine.ops.ternary_linear.pack import pack_ternary, unpack_ternary
+
+__all__ = ["pack_ternary", "ternary_linear", "unpack_ternary"]
+
+_op = torch.ops.trine.ternary_linear.default
+
+_MAX_K = 2**22  # kTernaryMaxK in ternary_linear.h gives the reason
+
+
+def ternary_linear(
+    x: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Multiply `x` by a ternary weight: y = (acc * x_scale) * weight_scale + bias.
+
+    Each row of x is quantised to int8 inside by its largest magnitude (see `quantize_rows`). The
+    int32 sums are exact; scaling is in fp32 and rounds once to x's dtype, so every backend gives
+    the same bits. With a weight_scale [N, G] the columns are cut into G equal groups, and
+    y = (sum over g, ascending, of acc_g * weight_scale[:, g]) * x_scale + bias. Gradients flow to
+    x and bias (straight-through). The scheme is that of BitNet b1.58 (Ma et al. 2024,
+    arXiv:2402.17764).
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16.
+        packed_weight: int32 [N, 4 * ceil(K / 64)], from `pack_ternary`.
+        weight_scale: float32; one value ([] or [1]), one per row ([N]), or one per row and group
+            ([N, G], where K / G is a multiple of 64).
+        bias: [N], floating, or None.
+
+    Returns:
+        [..., N] in x's dtype (under autocast, in its dtype). A row of x that holds NaN or infinity
+        gives a row of NaN.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, K > 2**22 (int32 could overflow).
+    """
+    x = in_autocast_dtype(x)
+    if not needs_grad(x, bias):
+        return _op(x, packed_weight, weight_scale, bias)
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        return _op(x, packed_weight, weight_scale, bias)
+
+    def weight() -> Tensor:
+        return _dequantize(packed_weight, weight_scale, x.shape[-1])
+
+    return LinearThroughQuantization.apply(x, bias, run, weight)
+
+
+def _dequantize(packed_weight: Tensor, weight_scale: Tensor, k: int) -> Tensor:
+    """The dense float32 [N, K] that a packed weight and its scales stand for."""
+    values = unpack_ternary(packed_weight, k)
+    if weight_scale.dim() == 2:
+        return values * weight_scale.repeat_interleave(k // weight_scale.shape[1], 1)
+    return values * weight_scale.reshape(-1, 1)
+
+
+@torch.library.register_fake("trine::ternary_linear")
+def _fake(
+    x: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    k = x.shape[-1]
+    _check(packed_weight.dim() == 2, "packed_weight must be [N, 4 * ceil(K / 64)]")
+    n, words = packed_weight.shape
+    _check(packed_weight.dtype == torch.int32, "packed_weight must be int32")
+    _check(weight_scale.dtype == torch.float32, "weight_scale must be float32")
+    _check(
+        words == 4 * ((k + 63) // 64),
+        f"x has K = {k} columns, which does not fit a packed_weight of {words} columns",
+    )
+    _check(k <= _MAX_K, f"K = {k} exceeds {_MAX_K}, beyond which int32 sums could overflow")
+    if weight_scale.dim() == 2 and weight_scale.shape[0] == n:
+        groups = weight_scale.shape[1]
+        _check(
+            groups > 0 and k > 0 and k % groups == 0 and k // groups % 64 == 0,
+            f"weight_scale has {groups} groups per row, which must cut K = {k} into groups of a "
+            "multiple of 64 values",
+        )
+    else:
+        _check(
+            weight_scale.dim() <= 1 and weight_scale.numel() in (1, n),
+            f"weight_scale must hold one value, [{n}] (one per row of packed_weight) or "
+            f"[{n}, groups]",
+        )
+    if bias is not None:
+        _check(
+            bias.dim() == 1 and bias.shape[0] == n,
+            f"bias must have shape [{n}], one value per output feature",
+        )
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"ternary_linear: {message}")
