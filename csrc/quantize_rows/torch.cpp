@@ -7,6 +7,10 @@ namespace trine {
 namespace {
 
 constexpr QuantizeRowsKernel kKernels[] = {
+#ifdef TRINE_X86
+    {Isa::avx512, quantize_row_avx512, quantize_row_static_avx512},
+    {Isa::avx2, quantize_row_avx2, quantize_row_static_avx2},
+#endif
     {Isa::scalar, quantize_row_scalar, quantize_row_static_scalar},
 };
 [[maybe_unused]] const bool announced = announce("quantize_rows", kKernels);
