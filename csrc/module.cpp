@@ -23,6 +23,9 @@ trine::Isa isa_of(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
   m.attr("version") = TRINE_VERSION;
   m.attr("compiler") = __VERSION__;
+  // How the build decided about libtrine_cuda, as a sentence, and its kernels as "op/file op/file".
+  m.attr("cuda_build") = TRINE_CUDA_BUILD;
+  m.attr("cuda_kernels") = TRINE_CUDA_KERNELS;
 
   m.def("isas", [] {
     std::vector<std::string> names;

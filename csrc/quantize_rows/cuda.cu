@@ -106,8 +106,7 @@ __device__ __forceinline__ void store_chunk(const Problem& problem, int8_t* row,
   } else {
 #pragma unroll
     for (int i = 0; i < kChunkValues<T>; ++i)
-      if (begin + i < problem.k)
-        store_global<1>(to + i, reinterpret_cast<const char*>(&chunk) + i);
+      if (begin + i < problem.k) store_global<1>(to + i, reinterpret_cast<const char*>(&chunk) + i);
   }
 }
 
@@ -120,8 +119,7 @@ template <class T>
 __device__ __forceinline__ uint32_t largest_magnitude(const Chunk<T>& chunk, uint32_t largest) {
 #pragma unroll
   for (int i = 0; i < kChunkValues<T>; ++i)
-    largest = Maximum{}(largest,
-                        __float_as_uint(widen_on_device(chunk.value[i])) & kMagnitudeBits);
+    largest = Maximum{}(largest, __float_as_uint(widen_on_device(chunk.value[i])) & kMagnitudeBits);
   return largest;
 }
 
@@ -145,7 +143,7 @@ __device__ __forceinline__ QuantizedChunk<T> quantize_chunk(const Chunk<T>& chun
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       byte[j] = quantize_to_low_byte(widen_on_device(chunk.value[i + j]), to_q);
-    const uint32_t low = __byte_perm(byte[0], byte[1], 0x0040);   // bytes 0 of both, side by side
+    const uint32_t low = __byte_perm(byte[0], byte[1], 0x0040);  // bytes 0 of both, side by side
     const uint32_t high = __byte_perm(byte[2], byte[3], 0x0040);
     const uint32_t four = __byte_perm(low, high, 0x5410) & keep;  // bytes 0 and 1 of both
     total = __dp4a(int32_t(four), 0x01010101, total);
@@ -198,8 +196,7 @@ __global__ void __launch_bounds__(kBlockThreads) quantize_rows_kernel(Problem pr
     if (c < chunks) store_chunk<T>(problem, q, c, quantize_chunk(held[i], to_q, keep, total));
   }
   for (int64_t c = first_not_held; c < chunks; c += kRowThreads)
-    store_chunk<T>(problem, q, c,
-                   quantize_chunk(load_chunk<T>(problem, x, c), to_q, keep, total));
+    store_chunk<T>(problem, q, c, quantize_chunk(load_chunk<T>(problem, x, c), to_q, keep, total));
   total = reduce_threads<kRowThreads>(total, Sum{}, warp_total);
 
   if (has_row && thread == 0) {
@@ -244,7 +241,13 @@ void quantize_rows_cuda(const void* x, FloatType type, int64_t m, int64_t k, int
                         int8_t* q, float* scale, int32_t* sum, cudaStream_t stream) {
   if (m == 0) return;
   const Problem problem = {
-      static_cast<const char*>(x), m, k, row_bytes, q, scale, sum,
+      static_cast<const char*>(x),
+      m,
+      k,
+      row_bytes,
+      q,
+      scale,
+      sum,
       common_alignment(16, reinterpret_cast<uintptr_t>(x), row_bytes),
       common_alignment(8, reinterpret_cast<uintptr_t>(q), k),
   };

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from trine import _C
-from trine._library import cuda_library_status
+from trine import _C, _library
+
+_LOWEST_CUDA_CAPABILITY = (8, 0)  # the oldest GPU that every cuda.cu is compiled for
 
 
 def cpu_isas() -> list[str]:
@@ -33,11 +34,13 @@ def cpu_isa(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class OpBackend:
-    """Which kernel an op uses on the CPU here, and why."""
+    """Which kernel an op uses on the CPU here, and why; and what there is for CUDA."""
 
     op: str
     kernel: str
     reason: str
+    cuda_kernels: tuple[str, ...]  # the files of csrc/<op> in libtrine_cuda; empty where none is
+    cuda_reason: str  # where they run, or why they cannot run here
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ class Backends:
             f"CUDA library       {self.cuda_library}",
         ]
         width = max(len(entry.op) for entry in self.ops)
-        lines += [f"{e.op:<{width}}  cpu: {e.kernel:<11} {e.reason}" for e in self.ops]
+        for e in self.ops:
+            lines.append(f"{e.op:<{width}}  cpu:  {e.kernel:<11} {e.reason}")
+            cuda = ", ".join(e.cuda_kernels) or "none"
+            lines.append(f"{'':<{width}}  cuda: {cuda:<11} {e.cuda_reason}")
         return "\n".join(lines)
 
 
@@ -73,7 +79,7 @@ def describe() -> Backends:
         isa_in_force=_C.enabled_isa(),
         threads=torch.get_num_threads(),
         torch_version=torch.__version__,
-        cuda_library=cuda_library_status(),
+        cuda_library=_library.cuda_library.status,
         ops=tuple(_op_backend(op, isas) for op, isas in _C.kernels().items()),
     )
 
@@ -89,7 +95,30 @@ def _op_backend(op: str, isas: list[str]) -> OpBackend:
         parts = [f"this processor lacks {', '.join(lacking)}"] if lacking else []
         parts += [f"{', '.join(switched_off)} switched off"] if switched_off else []
         reason = "; ".join(parts)
-    return OpBackend(op, kernel, reason)
+    cuda_kernels = _cuda_kernels(op)
+    return OpBackend(op, kernel, reason, cuda_kernels, _cuda_reason(cuda_kernels))
+
+
+def _cuda_kernels(op: str) -> tuple[str, ...]:
+    built = (name.split("/") for name in _C.cuda_kernels.split())
+    return tuple(backend for built_op, backend in built if built_op == op)
+
+
+def _cuda_reason(kernels: tuple[str, ...]) -> str:
+    """Where an op's CUDA kernels run, or why they cannot."""
+    if not _C.cuda_kernels:
+        return f"the CUDA library is {_C.cuda_build}"
+    if not kernels:
+        return "this op has no CUDA kernel yet"
+    if not _library.cuda_library.loaded:
+        return f"cannot run here: the CUDA library is {_library.cuda_library.status}"
+    if not torch.cuda.is_available():
+        return "cannot run here: torch sees no GPU"
+    capability = torch.cuda.get_device_capability()
+    device = f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})"
+    if capability < _LOWEST_CUDA_CAPABILITY:
+        return f"cannot run here: {device} is older than sm_80"
+    return f"runs on {device}"
 
 
 def _processor_name() -> str:

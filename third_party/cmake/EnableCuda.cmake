@@ -9,6 +9,14 @@ if(NOT TRINE_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "TRINE_CUDA must be AUTO, ON or OFF; it is '${TRINE_CUDA}'.")
 endif()
 
+# The GPU targets of a source, by its file name. cuda.cu: code for sm_80 (A100 and, with fewer features in use, everything after it) and sm_90 (H100, H200),
+# and PTX that the driver compiles for later GPUs.
+set(TRINE_CUDA_TARGETS_cuda -gencode=arch=compute_80,code=sm_80
+    -gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90)
+# Instructions that exist on one generation only.
+set(TRINE_CUDA_TARGETS_cuda_sm80 -gencode=arch=compute_80,code=sm_80)
+set(TRINE_CUDA_TARGETS_cuda_sm90a -gencode=arch=compute_90a,code=sm_90a)
+
 # Sets `problem` to why nvcc cannot be used, or to nothing. nvcc refuses host compilers that are
 # newer than itself, which CMake's own check would report in fifty lines.
 function(find_usable_nvcc problem)
@@ -21,7 +29,7 @@ function(find_usable_nvcc problem)
   set(trial ${CMAKE_CURRENT_BINARY_DIR}/nvcc_trial)
   file(WRITE ${trial}.cu "#include <concepts>\n#include <string>\n__global__ void trial() {}\n")
   execute_process(
-    COMMAND ${TRINE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -std=c++20 ${TRINE_CUDA_TARGETS_DEFAULT}
+    COMMAND ${TRINE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -std=c++20 ${TRINE_CUDA_TARGETS_cuda}
             -c ${trial}.cu -o ${trial}.o
     RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
   if(failed)
@@ -36,14 +44,6 @@ function(find_usable_nvcc problem)
   endif()
 endfunction()
 
-# Code for sm_80 (A100 and, with fewer features in use, everything after it) and sm_90 (H100, H200),
-# and PTX that the driver compiles for later GPUs.
-set(TRINE_CUDA_TARGETS_DEFAULT -gencode=arch=compute_80,code=sm_80
-    -gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90)
-# Instructions that exist on one generation only.
-set(TRINE_CUDA_TARGETS_sm80 -gencode=arch=compute_80,code=sm_80)
-set(TRINE_CUDA_TARGETS_sm90a -gencode=arch=compute_90a,code=sm_90a)
-
 set(TRINE_WITH_CUDA OFF)
 if(TRINE_CUDA STREQUAL "OFF")
   set(TRINE_CUDA_BUILD "not built: trine was built with TRINE_CUDA=OFF")
@@ -55,6 +55,10 @@ else()
     set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
     set(CMAKE_CUDA_ARCHITECTURES OFF)  # each source names its own targets
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+    set(CMAKE_CUDA_STANDARD 20)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    set(CMAKE_CUDA_EXTENSIONS OFF)
+    set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
     enable_language(CUDA)
     set(TRINE_CUDA_BUILD "built with nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
   elseif(TRINE_CUDA STREQUAL "ON")

@@ -16,8 +16,8 @@ void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int t
   kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string(op) + ": the CUDA kernel did not start: " +
-                             cudaGetErrorString(error));
+    throw std::runtime_error(std::string(op) +
+                             ": the CUDA kernel did not start: " + cudaGetErrorString(error));
 }
 
 }  // namespace trine

@@ -1,0 +1,176 @@
+"""libtrine_cuda: when it is built and loaded, and what the compiler made of its kernels."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import trine
+from trine import _C, _library, backends
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = Path(trine.__file__).with_name("libtrine_cuda.so")
+
+needs_library = pytest.mark.skipif(
+    not _C.cuda_kernels, reason=f"the CUDA library is {_C.cuda_build}"
+)
+
+
+def build_tool(name: str) -> str:
+    """The path of a program: beside this Python, on the PATH, or in one of NVIDIA's wheels."""
+    site_packages = Path(sysconfig.get_path("purelib"))
+    places = [
+        sysconfig.get_path("scripts"),
+        os.environ.get("PATH", ""),
+        *map(str, site_packages.glob("nvidia/*/bin")),
+        str(site_packages / "triton/backends/nvidia/bin"),
+    ]
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        pytest.skip(f"{name} was not found (for NVIDIA's tools: pip install nvidia-cuda-{name})")
+    return found
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def by_kernel(dump: str, pattern: str) -> list[tuple[str, str]]:
+    """Each kernel's name (one per GPU target) and what cuobjdump says of it."""
+    parts = re.split(pattern, dump)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@needs_library
+class TestCompiledKernels:
+    def test_has_code_for_each_target(self):
+        cuobjdump = build_tool("cuobjdump")
+        for kind, targets in {"--list-elf": {"sm_80", "sm_90"}, "--list-ptx": {"sm_90"}}.items():
+            listed = run(cuobjdump, kind, str(LIBRARY))
+            assert targets <= set(re.findall(r"sm_\d+a?", listed))
+
+    def test_nothing_spills(self):
+        usage = run(build_tool("cuobjdump"), "--dump-resource-usage", str(LIBRARY))
+        kernels = by_kernel(usage, r"Function (\S+):\n")
+        assert any("quantize_rows" in name for name, _ in kernels)
+        for name, used in kernels:
+            # STACK is memory for spilled registers and for arrays that were not kept in registers.
+            assert re.search(r"REG:\d+ STACK:0 .*LOCAL:0 ", used), (name, used)
+
+    def test_quantize_rows_reads_and_writes_whole_chunks(self):
+        build_tool("nvdisasm")  # cuobjdump calls it
+        sass = run(build_tool("cuobjdump"), "--dump-sass", str(LIBRARY))
+        kernels = [k for k in by_kernel(sass, r"Function : (\S+)") if "quantize_rows" in k[0]]
+        assert len(kernels) == 2 * 3 * 5  # targets, dtypes, sizes of row
+        for name, code in kernels:
+            assert "LDG.E.128" in code, name
+            assert ("STG.E.64" if "float16" in name else "STG.E ") in code, name
+            assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory"
+
+
+class TestLoadRules:
+    def test_absent_library(self, tmp_path, monkeypatch):
+        absent = tmp_path / "libtrine_cuda.so"
+        monkeypatch.setattr(_C, "cuda_kernels", "")
+        monkeypatch.setattr(_C, "cuda_build", "not built: no nvcc was found")
+        library = _library.load_cuda_library(absent)
+        assert (library.loaded, library.status) == (False, "not built: no nvcc was found")
+
+        monkeypatch.setattr(_C, "cuda_kernels", " quantize_rows/cuda")
+        monkeypatch.setattr(_C, "cuda_build", "built with nvcc 13.0")
+        library = _library.load_cuda_library(absent)
+        assert not library.loaded
+        assert (
+            library.status == f"built with nvcc 13.0, but {absent} is missing: install trine again"
+        )
+
+    def test_torch_without_cuda(self, tmp_path, monkeypatch):
+        (tmp_path / "libtrine_cuda.so").write_bytes(b"would not load")
+        monkeypatch.setattr(torch.version, "cuda", None)
+        library = _library.load_cuda_library(tmp_path / "libtrine_cuda.so")
+        assert not library.loaded
+        assert library.status.endswith(
+            f"not loaded: this torch ({torch.__version__}) has no CUDA support"
+        )
+
+    def test_failed_load_shows_the_loaders_words(self, tmp_path, monkeypatch):
+        (tmp_path / "libtrine_cuda.so").write_bytes(b"this is no ELF file")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        with pytest.warns(RuntimeWarning, match="failed to load: .*(file too short|invalid ELF)"):
+            library = _library.load_cuda_library(tmp_path / "libtrine_cuda.so")
+        assert not library.loaded
+        assert re.search("file too short|invalid ELF", library.status)
+
+    @needs_library
+    @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+    def test_only_cuda_symbols_of_torch_are_missing(self, monkeypatch):
+        """The library itself is whole: all that a CPU-only torch lacks is torch's own CUDA part."""
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        with pytest.warns(RuntimeWarning, match="undefined symbol: aoti_torch_get_current_cuda"):
+            _library.load_cuda_library(LIBRARY)
+
+    def test_describe_has_a_cuda_line_for_each_op(self):
+        found = backends.describe()
+        for op in found.ops:
+            assert f"{op.op}/" in _C.cuda_kernels or not op.cuda_kernels
+        text = str(found)
+        assert text.count("cuda: ") == len(found.ops)
+        assert _C.cuda_build in text
+        if not torch.cuda.is_available():
+            assert "runs on" not in text
+
+    @needs_library
+    def test_describe_names_the_kernels(self):
+        (entry,) = (op for op in backends.describe().ops if op.op == "quantize_rows")
+        assert entry.cuda_kernels == ("cuda",)
+
+
+class TestBuildOption:
+    """TRINE_CUDA, tried on a project that has nothing but EnableCuda.cmake."""
+
+    def configure(self, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        (folder / "CMakeLists.txt").write_text(
+            "cmake_minimum_required(VERSION 3.28)\nproject(trial LANGUAGES NONE)\n"
+            f'set(CMAKE_CXX_COMPILER "c++")\ninclude("{ROOT}/third_party/cmake/EnableCuda.cmake")\n'
+        )
+        command = [build_tool("cmake"), "-S", str(folder), "-B", str(folder / "build")]
+        return subprocess.run([*command, *options], capture_output=True, text=True)
+
+    def broken_nvcc(self, folder: Path) -> str:
+        nvcc = folder / "nvcc"
+        nvcc.write_text(
+            f"#!{sys.executable}\nprint('#error -- unsupported GNU version!')\nraise SystemExit(1)"
+        )
+        nvcc.chmod(0o755)
+        return f"-DTRINE_NVCC={nvcc}"
+
+    def test_off(self, tmp_path):
+        result = self.configure(tmp_path, "-DTRINE_CUDA=OFF", self.broken_nvcc(tmp_path))
+        assert result.returncode == 0
+        assert "CUDA library: not built: trine was built with TRINE_CUDA=OFF" in result.stdout
+
+    def test_auto_with_an_unusable_nvcc_says_so_and_builds_for_the_cpu(self, tmp_path):
+        result = self.configure(tmp_path, self.broken_nvcc(tmp_path))
+        assert result.returncode == 0
+        assert "cannot compile with c++: #error -- unsupported GNU version!" in result.stdout
+        assert "CMake Warning" in result.stderr
+
+    @pytest.mark.parametrize("nvcc", ["broken", "missing"])
+    def test_on_without_a_usable_nvcc_is_an_error(self, tmp_path, nvcc):
+        missing = f"-DTRINE_NVCC={tmp_path / 'no_such_nvcc'}"
+        option = self.broken_nvcc(tmp_path) if nvcc == "broken" else missing
+        result = self.configure(tmp_path, "-DTRINE_CUDA=ON", option)
+        assert result.returncode != 0
+        words = " ".join(result.stderr.split())
+        assert "TRINE_CUDA=ON, but" in words
+        assert "cannot compile with c++" in words
+
+    def test_other_values_are_errors(self, tmp_path):
+        result = self.configure(tmp_path, "-DTRINE_CUDA=perhaps")
+        assert result.returncode != 0
+        assert "TRINE_CUDA must be AUTO, ON or OFF; it is 'perhaps'" in result.stderr
