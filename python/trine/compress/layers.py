@@ -1,0 +1,119 @@
+"""The linear layers of a model: which there are, which may be replaced, and the copy that does."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from trine.nn import PackedLinear
+from trine.nn.packed import FLOAT_DTYPES, is_conv1d
+
+# All that `register_*_hook` writes, which a replacement takes over.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every nn.Linear and every Conv1D of transformers once, by its first name in the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or is_conv1d(module)
+    }
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each counted once."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """The layers that must stay as they are, by name, each with the reason."""
+    users = Counter(
+        _memory(tensor)
+        for module in model.modules()
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    )
+    found = {name: _obstacle(layer, users) for name, layer in linear_layers(model).items()}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def _obstacle(layer: nn.Module, users: Mapping[int, int]) -> str | None:
+    if parametrize.is_parametrized(layer):
+        return "it has parametrizations"
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight directly"
+    if _has_own_forward(layer):
+        return f"{type(layer).__name__} has a forward of its own"
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if type(weight) is not nn.Parameter:
+        return "its weight is not a plain parameter"
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if any(t is not None and users[_memory(t)] > 1 for t in (weight, bias)):
+        return "its weight or bias is shared with another module"
+    return None
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    library_class = next(c for c in type(layer).__mro__ if c is nn.Linear or c.__name__ == "Conv1D")
+    return type(layer).forward is not library_class.forward or "forward" in vars(layer)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Equal for tensors that share memory, different for all others."""
+    has_memory = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+    address = tensor.untyped_storage().data_ptr() if has_memory else 0
+    return address or id(tensor)
+
+
+def copy_model(
+    model: nn.Module,
+    replacements: Mapping[nn.Module | Tensor, nn.Module | Tensor],
+) -> nn.Module:
+    """A deep copy in which every reference to a key of `replacements` is one to its value.
+
+    The keys themselves are never copied, so their memory is not needed twice. A module's
+    replacement takes over its hooks. Raises ValueError where the model cannot be copied.
+    """
+    memo: dict[int, object] = {id(old): new for old, new in replacements.items()}
+    try:
+        copied = copy.deepcopy(model, memo)
+        for old, new in replacements.items():
+            for hooks in _HOOKS if isinstance(old, nn.Module) else ():
+                # With the memo: a hook that is a method of the model becomes one of the copy.
+                setattr(new, hooks, copy.deepcopy(getattr(old, hooks), memo))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"compress works on a copy of the model, but it cannot be copied: {error}"
+        ) from error
+    return copied
+
+
+def close_fast_paths(model: nn.Module) -> None:
+    """Make torch's transformer encoder call its linear layers where one of them is packed.
+
+    Its fast path hands `linear1.weight` to a fused float kernel, so it would unpack the weight in
+    every call and leave the packed layer aside.
+    """
+    for module in model.modules():
+        if not any(isinstance(child, PackedLinear) for child in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # only the fast path can take nested tensors

@@ -1,0 +1,93 @@
+"""What each linear layer is called with in a run over sample inputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trine.compress.layers import copy_model
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to call a linear layer: with x of that many rows (all but the last dimension)."""
+
+    rows: int
+    dtype: torch.dtype
+
+
+def as_batches(sample_inputs: Any) -> list[Any]:
+    """The batches in `sample_inputs`: a list is one of batches, anything else is one batch.
+
+    A batch is a tensor (the only argument), a tuple (positional arguments) or a mapping (keyword
+    arguments, as tokenizers give). Raises ValueError for anything else, and where there is none.
+    """
+    batches = list(sample_inputs) if isinstance(sample_inputs, list) else [sample_inputs]
+    for batch in batches:
+        if not isinstance(batch, Tensor | tuple | Mapping):
+            raise ValueError(
+                "sample_inputs must be a tensor, a tuple of arguments, a mapping of keyword "
+                f"arguments, or a list of such; got {type(batch).__name__}"
+            )
+    if not batches:
+        raise ValueError("sample_inputs is an empty list; compress measures at the shapes in it")
+    return batches
+
+
+def observe(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any]
+) -> dict[str, Counter[Call]]:
+    """How often each of `layers` is called with which rows and dtype, over all `batches`.
+
+    The model itself is not run: a copy is, in evaluation mode, which shares the parameters alone
+    (a forward pass writes buffers at most), so hooks, buffers and modes stay as they are even
+    where the run fails. What the model raises comes through.
+    """
+    probe = copy_model(model, {p: p for p in model.parameters()}).eval()
+    calls: dict[str, Counter[Call]] = {name: Counter() for name in layers}
+
+    def count(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.numel():
+                calls[name][Call(x.numel() // x.shape[-1], x.dtype)] += 1
+
+        return hook
+
+    for name in layers:
+        probe.get_submodule(name).register_forward_pre_hook(count(name), with_kwargs=True)
+    with _undisturbed(probe):
+        for batch in batches:
+            _run(probe, batch)
+    return calls
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Tensor):
+        model(batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(*batch)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Without gradients, with every random state restored, and every layer really called.
+
+    (The fast path of nn.TransformerEncoderLayer reads weights and calls no layer.)
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
