@@ -2,6 +2,6 @@
 
 from trine import backends, nn, ops, quantize
 from trine._C import version as __version__
-from trine.compress import Recipe
+from trine.compress import Recipe, compress
 
-__all__ = ["Recipe", "__version__", "backends", "nn", "ops", "quantize"]
+__all__ = ["Recipe", "__version__", "backends", "compress", "nn", "ops", "quantize"]
