@@ -1,0 +1,133 @@
+#include "common/dispatch.h"
+#include "common/torch_linear.h"
+#include "sparse24_linear/sparse24_linear.h"
+
+namespace trine {
+namespace {
+
+constexpr const char* kOp = "sparse24_linear";
+
+constexpr Sparse24FloatKernel kFloatKernels[] = {
+    {Isa::scalar, sparse24_block_scalar, sparse24_widen_scalar, sparse24_float_scalar},
+};
+constexpr Sparse24Int8Kernel kInt8Kernels[] = {
+    {Isa::scalar, sparse24_int8_scalar},
+};
+[[maybe_unused]] const bool announced = announce("sparse24_linear (float values)", kFloatKernels) &&
+                                        announce("sparse24_linear (int8 values)", kInt8Kernels);
+
+// The rows of x as fp32 in scratch memory, in the layout that `kernel` wants.
+class WidenedInput {
+ public:
+  WidenedInput(const Matrix& x, int64_t columns, const Sparse24FloatKernel& kernel)
+      : block_(kernel.block(x.m)),
+        storage_(round_up(x.m, block_) * columns * int64_t(sizeof(float))),
+        blocks_{storage_.data<float>(), x.m, columns, block_} {
+    const FloatRows rows{x.data, x.row_bytes, x.m, x.k, x.type};
+    float* data = storage_.data<float>();
+    const int64_t block_size = block_ * columns;
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(block_size, 1));
+    torch::stable::parallel_for(0, round_up(x.m, block_) / block_, grain,
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t b = begin; b < end; ++b)
+                                    kernel.widen(rows, b, block_, columns, data + b * block_size);
+                                });
+  }
+
+  const FloatBlocks& blocks() const { return blocks_; }
+
+ private:
+  int64_t block_;
+  Scratch storage_;
+  FloatBlocks blocks_;
+};
+
+void run_float(const Matrix& rows, const Tensor& values, const uint8_t* indices, int64_t columns,
+               const LinearOutput& out) {
+  const Sparse24FloatKernel& kernel = select(kFloatKernels);
+  const WidenedInput input(rows, columns, kernel);
+  const Sparse24FloatWeight weight{values.const_data_ptr(), float_type(values, kOp, "values"),
+                                   indices};
+  parallel_tiles(rows.m, values.size(0), columns / 2,
+                 [&](const Tile& tile) { kernel.run(input.blocks(), weight, out, tile); });
+}
+
+void run_int8(const Matrix& rows, const Tensor& values, const uint8_t* indices, int64_t columns,
+              const float* scale, const LinearOutput& out) {
+  const Sparse24Int8Kernel& kernel = select(kInt8Kernels);
+  const QuantizedInput input(rows, 64);
+  const Sparse24Int8Weight weight{static_cast<const int8_t*>(values.const_data_ptr()), indices,
+                                  columns / kSparse24Columns, scale};
+  parallel_tiles(rows.m, values.size(0), columns / 2,
+                 [&](const Tile& tile) { kernel.run(input.rows(), weight, out, tile); });
+}
+
+// `columns` is K rounded up to whole chunks.
+void check_weight(const Matrix& rows, const Tensor& values, const Tensor& indices,
+                  int64_t columns) {
+  check(values.dim() == 2, kOp, ": values must be [N, 16 * ceil(K / 32)]");
+  const int64_t n = values.size(0), chunks = columns / kSparse24Columns;
+  check(values.size(1) == chunks * kSparse24Values, kOp, ": x has K = ", rows.k,
+        " columns, which needs values of ", chunks * kSparse24Values, " columns; they have ",
+        values.size(1));
+  check_dtype(indices, ScalarType::Byte, "uint8", kOp, "indices");
+  check(indices.dim() == 2 && indices.size(0) == n && indices.size(1) == chunks * kSparse24Indices,
+        kOp, ": indices must be [", n, ", ", chunks * kSparse24Indices,
+        "], four bytes for every 16 values");
+}
+
+void check_scale(const Matrix& rows, const Tensor& values,
+                 const std::optional<Tensor>& weight_scale) {
+  if (values.scalar_type() != ScalarType::Char) {
+    float_type(values, kOp, "values (where not int8)");
+    check(!weight_scale.has_value(), kOp,
+          ": weight_scale goes with int8 values only; multiply float values by it instead");
+    return;
+  }
+  const int64_t n = values.size(0);
+  check(weight_scale.has_value(), kOp, ": int8 values need a weight_scale of shape [", n, "]");
+  check_dtype(*weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
+  check(weight_scale->dim() == 1 && weight_scale->size(0) == n, kOp, ": weight_scale must be [", n,
+        "], one scale per row of values");
+  check(rows.k <= kSparse24Int8MaxK, kOp, ": K = ", rows.k, " exceeds ", kSparse24Int8MaxK,
+        ", beyond which int32 sums could overflow");
+}
+
+Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& indices,
+                           const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& weight_scale) {
+  const Matrix rows = as_matrix(x, kOp, "x");
+  const int64_t columns = round_up(rows.k, kSparse24Columns);
+  check_weight(rows, values, indices, columns);
+  check_scale(rows, values, weight_scale);
+  const int64_t n = values.size(0);
+
+  const Tensor whole_values = torch::stable::contiguous(values);
+  const Tensor whole_indices = torch::stable::contiguous(indices);
+  const auto* index_data = static_cast<const uint8_t*>(whole_indices.const_data_ptr());
+  const auto bias_values = read_bias(bias, n, kOp);
+  Tensor y = torch::stable::new_empty(x, linear_shape(x, n));
+  if (rows.m == 0 || n == 0) return y;
+
+  const LinearOutput out{y.mutable_data_ptr(), n, rows.type,
+                         bias_values.has_value() ? bias_values->data() : nullptr};
+  if (weight_scale.has_value()) {
+    const Float32Vector scale(*weight_scale, kOp, "weight_scale");
+    run_int8(rows, whole_values, index_data, columns, scale.data(), out);
+  } else {
+    run_float(rows, whole_values, index_data, columns, out);
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace trine
+
+STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
+  m.def(
+      "sparse24_linear(Tensor x, Tensor values, Tensor indices, Tensor? bias=None, *, "
+      "Tensor? weight_scale=None) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
+  m.impl("sparse24_linear", TORCH_BOX(&trine::sparse24_linear_cpu));
+}

@@ -1,0 +1,79 @@
+"""Linear layer whose weight holds at most two non-zeros in four columns (2:4 sparsity)."""
+
+import torch
+from torch import Tensor
+
+from trine import _library  # noqa: F401  (registers the operator)
+from trine.ops._linear import LinearThroughQuantization, in_autocast_dtype, needs_grad
+from trine.ops.sparse24_linear.pack import expand_sparse24, pack_sparse24, unpack_sparse24
+
+__all__ = ["pack_sparse24", "sparse24_linear", "unpack_sparse24"]
+
+_op = torch.ops.trine.sparse24_linear.default
+
+
+def sparse24_linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    """Multiply `x` by a 2:4-sparse weight (Mishra et al. 2021, arXiv:2104.08378).
+
+    With float values, y = x @ weight.T + bias in fp32, rounded once to x's dtype; the order of the
+    sum, and so the last bits, depend on the instruction set and on the number of rows, not on the
+    number of threads. With int8 values, x is quantised per row (see `quantize_rows`) and the result
+    has the bits of `int8_linear` on the dense weight, on every backend. Gradients flow to x and
+    bias (exact with float values, straight-through with int8).
+
+    Only the columns of x that are stored are read: NaN or infinity in another column does not reach
+    the output with float values. One in a stored column does, also where the stored value is 0.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16.
+        values: [N, 16 * ceil(K / 32)], float32, bfloat16, float16 or int8, from `pack_sparse24`.
+        indices: uint8 [N, 4 * ceil(K / 32)], from `pack_sparse24`. They are not checked for
+            damage: a nibble whose two positions do not ascend gives a wrong number.
+        bias: [N], floating, or None.
+        weight_scale: float32 [N], with int8 values, and only with them.
+
+    Returns:
+        [..., N] in x's dtype (under autocast, in its dtype). With int8 values, a row of x that
+        holds NaN or infinity gives a row of NaN.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, int8 values with K > 131072 (int32 could
+            overflow), values or weight_scale that require a gradient.
+    """
+    if needs_grad(values, weight_scale):
+        raise ValueError(
+            "sparse24_linear gives no gradient to values and weight_scale; train a dense weight "
+            "and pack it afterwards, or detach them"
+        )
+    x = in_autocast_dtype(x)
+    if not needs_grad(x, bias):
+        return _op(x, values, indices, bias, weight_scale=weight_scale)
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        return _op(x, values, indices, bias, weight_scale=weight_scale)
+
+    def weight() -> Tensor:
+        dense = expand_sparse24(values, indices, x.shape[-1]).float()
+        return dense if weight_scale is None else dense * weight_scale[:, None]
+
+    return LinearThroughQuantization.apply(x, bias, run, weight)
+
+
+@torch.library.register_fake("trine::sparse24_linear")
+def _fake(x, values, indices, bias=None, *, weight_scale=None):
+    chunks = (x.shape[-1] + 31) // 32
+    if values.shape[1] != 16 * chunks or indices.shape[1] != 4 * chunks:
+        raise ValueError(
+            f"sparse24_linear: x has K = {x.shape[-1]} columns, which does not fit values of "
+            f"{values.shape[1]} and indices of {indices.shape[1]} columns"
+        )
+    if (values.dtype == torch.int8) != (weight_scale is not None):
+        raise ValueError("sparse24_linear: weight_scale goes with int8 values, and only with them")
+    return x.new_empty(*x.shape[:-1], values.shape[0])
