@@ -50,6 +50,48 @@ def test_int8_weight_is_close_to_the_dense_one():
     assert ((layer.weight - linear.weight).abs() <= 0.5001 * step).all()
 
 
+def test_ternary_codes_and_scale():
+    linear = dense(70, 6)
+    layer = packed_nn.TernaryLinear.from_linear(linear)
+    scale = linear.weight.detach().double().abs().mean()
+    expected = (linear.weight.detach().double() / scale).round().clamp(-1, 1) * scale
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("granularity", "groups"), [("tensor", None), ("row", None), (64, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_ternary_granularities(isa, granularity, groups, bias):
+    n, k = 6, 192
+    codes = torch.randint(-1, 2, (n, k), dtype=torch.int8)
+    shape = {"tensor": (1,), "row": (n,)}.get(granularity, (n, groups))
+    scale = torch.rand(shape) + 0.1
+    bias_values = torch.randn(n) if bias else None
+    layer = packed_nn.TernaryLinear.from_codes(codes, scale, bias_values)
+    by_column = scale.repeat_interleave(k // groups, 1) if groups else scale[:, None]
+    assert_same_bits(layer.weight, codes * by_column)
+    x = torch.randn(4, k)
+    assert relative_error(layer(x), nn.functional.linear(x, layer.weight, bias_values)) < 0.02
+
+    again = packed_nn.TernaryLinear(**json.loads(json.dumps(layer.config())))
+    assert again.weight_scale.shape == shape
+    again.load_state_dict(layer.state_dict())
+    assert_same_bits(again(x), layer(x))
+
+
+def test_ternary_errors():
+    for granularity in ("column", 63, 100, 0, 128):
+        with pytest.raises(ValueError, match="granularity is"):
+            packed_nn.TernaryLinear(192, 4, granularity=granularity)
+    codes = torch.zeros(6, 192, dtype=torch.int8)
+    for shape in ((5,), (6, 5), (5, 3), ()):
+        with pytest.raises(ValueError, match="weight_scale has shape"):
+            packed_nn.TernaryLinear.from_codes(codes, torch.ones(shape))
+    with pytest.raises(ValueError, match="granularity is 96"):
+        packed_nn.TernaryLinear.from_codes(codes, torch.ones(6, 2))
+    with pytest.raises(ValueError, match="bias has shape"):
+        packed_nn.TernaryLinear.from_codes(codes, torch.ones(1), torch.zeros(5))
+
+
 def test_zero_rows_give_exactly_the_bias():
     linear = dense(64, 4)
     with torch.no_grad():

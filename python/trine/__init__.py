@@ -3,5 +3,6 @@
 from trine import backends, nn, ops, quantize
 from trine._C import version as __version__
 from trine.compress import Recipe, compress
+from trine.compress.convert import convert
 
-__all__ = ["Recipe", "__version__", "backends", "compress", "nn", "ops", "quantize"]
+__all__ = ["Recipe", "__version__", "backends", "compress", "convert", "nn", "ops", "quantize"]

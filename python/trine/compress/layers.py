@@ -104,14 +104,14 @@ def copy_model(
     return copied
 
 
-def close_fast_paths(model: nn.Module) -> None:
-    """Make torch's transformer encoder call its linear layers where one of them is packed.
+def close_fast_paths(model: nn.Module, kind: type[nn.Module] = PackedLinear) -> None:
+    """Make torch's transformer encoder call its linear layers where one of them is of that kind.
 
-    Its fast path hands `linear1.weight` to a fused float kernel, so it would unpack the weight in
-    every call and leave the packed layer aside.
+    Its fast path hands `linear1.weight` to a fused float kernel, and so leaves the layer aside: a
+    packed one would be unpacked in every call, one in training would not be quantised.
     """
     for module in model.modules():
-        if not any(isinstance(child, PackedLinear) for child in module.modules()):
+        if not any(isinstance(child, kind) for child in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0

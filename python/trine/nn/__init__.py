@@ -1,19 +1,25 @@
 """Linear layers with compressed weights, drop-in for `torch.nn.Linear`."""
 
+from torch import nn
+
 from trine.nn.int8 import Int8Linear
 from trine.nn.packed import PackedLinear
+from trine.nn.ternary import TernaryLinear
 
-__all__ = ["Int8Linear", "PackedLinear", "layer_kinds", "pack_linear"]
+__all__ = ["Int8Linear", "PackedLinear", "TernaryLinear", "layer_kinds", "pack_linear"]
 
-layer_kinds: dict[str, type[PackedLinear]] = {layer.kind: layer for layer in (Int8Linear,)}
+layer_kinds: dict[str, type[PackedLinear]] = {
+    layer.kind: layer for layer in (TernaryLinear, Int8Linear)
+}
 
 # What a recipe may choose for a layer: the class, and the options of its `from_linear`.
-_CHOICES = {
+_CHOICES: dict[str, tuple[type[PackedLinear], dict[str, str]]] = {
     "int8": (Int8Linear, {}),
+    "ternary": (TernaryLinear, {}),
 }
 
 
-def pack_linear(linear, choice: str) -> PackedLinear:
+def pack_linear(linear: nn.Module, choice: str) -> PackedLinear:
     """Pack a dense layer as a recipe's `choice` says: "int8", "ternary", "sparse24", ...
 
     Raises ValueError for an unknown choice, and what `from_linear` raises.

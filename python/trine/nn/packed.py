@@ -21,7 +21,7 @@ class PackedLinear(nn.Module):
     """
 
     kind: ClassVar[str]
-    float_buffers: ClassVar[tuple[str, ...]] = ("bias",)
+    float_buffers: tuple[str, ...] = ("bias",)
 
     bias: Tensor | None
     weight_scale: Tensor | None
@@ -49,7 +49,8 @@ class PackedLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The layer's float dtype: that of `weight` and of the bias."""
-        return self._dtype if self.bias is None else self.bias.dtype
+        following = (self._buffers[name] for name in self.float_buffers)
+        return next((tensor.dtype for tensor in following if tensor is not None), self._dtype)
 
     @property
     def weight(self) -> Tensor:

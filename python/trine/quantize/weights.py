@@ -4,6 +4,8 @@ Everything is computed in fp32 after widening, with one rounding at each step, s
 packing see the same codes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -63,3 +65,23 @@ def two_of_four(weight: Tensor) -> Tensor:
         ]
         kept.append(sum(b.to(torch.int8) for b in before) < 2)
     return torch.stack(kept, -1).reshape(n, -1)[:, :k]
+
+
+def sparse24(weight: Tensor) -> tuple[Tensor, None]:
+    """`weight` [N, K] with the other two of every four set to 0 (see `two_of_four`); no scale."""
+    return torch.where(two_of_four(weight), weight, 0), None
+
+
+def sparse24_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`int8_absmax` of what `sparse24` keeps."""
+    return int8_absmax(sparse24(weight)[0])
+
+
+# What becomes of a weight [N, K] under each choice of a recipe: its values [N, K], and their scale
+# ([N] or [1]; None where the values are floats). Where there is a scale, activations are int8 rows.
+WEIGHT_RULES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
+    "int8": int8_absmax,
+    "ternary": ternary_absmean,
+    "sparse24": sparse24,
+    "sparse24-int8": sparse24_int8,
+}

@@ -1,0 +1,26 @@
+"""From a model trained under quantisation to one that serves packed weights."""
+
+from torch import nn
+
+from trine.compress.layers import close_fast_paths, copy_model
+from trine.quantize.qat import QatLinear
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """A copy of `model` in which every `QatLinear` is the packed layer that it stands for.
+
+    Nothing else changes, and `model` is not touched. In evaluation mode both give the same bits.
+
+    Raises:
+        ValueError: the model holds no QatLinear, a weight holds NaN or infinity, or the model
+            cannot be copied.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QatLinear)]
+    if not layers:
+        raise ValueError(
+            "convert: the model holds no QatLinear; make one with trine.quantize.prepare_qat, or "
+            "use trine.compress on a model that was trained in float"
+        )
+    converted = copy_model(model, {layer: layer.pack() for layer in layers})
+    close_fast_paths(converted)
+    return converted

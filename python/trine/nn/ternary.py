@@ -1,0 +1,140 @@
+"""Linear layer with weights in {-1, 0, 1}; activations are quantised to int8 inside."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trine.nn.packed import PackedLinear, dense_parts
+from trine.ops import pack_ternary, ternary_linear, unpack_ternary
+from trine.ops.ternary_linear.pack import CHUNK
+from trine.quantize.weights import ternary_absmean
+
+
+class TernaryLinear(PackedLinear):
+    """y = x @ (codes * weight_scale).T + bias, on `trine.ops.ternary_linear`.
+
+    Buffers: packed_weight int32 [N, 4 * ceil(K / 64)], weight_scale float32 ([1], [N] or
+    [N, K / group size], see `granularity`), bias [N] or None.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether the layer has one.
+        granularity: how much of the weight shares one scale: "tensor" (BitNet), "row", or a group
+            size, that many consecutive columns of a row (a multiple of 64 that divides K).
+        device, dtype: as for torch.nn.Linear; float32, bfloat16 or float16.
+
+    Raises ValueError for another granularity or dtype.
+    """
+
+    kind = "ternary"
+
+    packed_weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        granularity: str | int = "tensor",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, dtype)
+        self.granularity = granularity
+        words = CHUNK // 16 * -(-in_features // CHUNK)
+        scale_shape = _scale_shape(granularity, out_features, in_features)
+        self._add_buffer("packed_weight", (out_features, words), torch.int32, device)
+        self._add_buffer("weight_scale", scale_shape, torch.float32, device)
+        self._add_buffer("bias", (out_features,) if bias else None, self._dtype, device)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module) -> "TernaryLinear":
+        """Pack a dense layer by its mean magnitude, one scale for the tensor (BitNet b1.58).
+
+        Args:
+            linear: torch.nn.Linear or transformers' Conv1D, float32, bfloat16 or float16. A layer
+                that was not trained for it loses most of its accuracy.
+
+        Raises ValueError for another class or dtype, and for NaN or infinite weights.
+        """
+        weight, bias = dense_parts(linear)
+        return cls.from_codes(*ternary_absmean(weight), bias, dtype=weight.dtype)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+    ) -> "TernaryLinear":
+        """Pack a weight that is ternary already.
+
+        Args:
+            codes: int8 [N, K], values -1, 0, 1.
+            weight_scale: [1], [N] or [N, groups]; the granularity follows from it.
+            bias: [N] or None.
+            dtype: the layer's float dtype; that of the bias, or torch's default, where it is None.
+
+        Raises ValueError for shapes or values that do not fit.
+        """
+        packed = pack_ternary(codes)
+        n, k = codes.shape
+        if dtype is None and bias is not None:
+            dtype = bias.dtype
+        granularity = _granularity(weight_scale, n, k)
+        has_bias = bias is not None
+        layer = cls(k, n, has_bias, granularity=granularity, device="meta", dtype=dtype)
+        if has_bias and bias.shape != (n,):
+            raise ValueError(f"from_codes: bias has shape {list(bias.shape)}, expected [{n}]")
+        layer.packed_weight = packed
+        layer.weight_scale = weight_scale.detach().to(codes.device, torch.float32, copy=True)
+        if has_bias:
+            layer.bias = bias.detach().to(codes.device, layer._dtype, copy=True)
+        return layer
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return ternary_linear(x, self.packed_weight, self.weight_scale, bias)
+
+    def _dense_weight(self) -> Tensor:
+        codes = unpack_ternary(self.packed_weight, self.in_features)
+        if self.weight_scale.dim() < 2:
+            return codes * self.weight_scale[:, None]
+        by_group = codes.unflatten(1, (self.weight_scale.shape[1], -1))
+        return (by_group * self.weight_scale[:, :, None]).flatten(1)
+
+    def _options(self) -> dict[str, Any]:
+        return {"granularity": self.granularity}
+
+
+def _scale_shape(granularity: str | int, n: int, k: int) -> tuple[int, ...]:
+    if granularity == "tensor":
+        return (1,)
+    if granularity == "row":
+        return (n,)
+    is_group = isinstance(granularity, int) and granularity > 0 and granularity % CHUNK == 0
+    if is_group and k > 0 and k % granularity == 0:
+        return (n, k // granularity)
+    raise ValueError(
+        f"TernaryLinear: granularity is {granularity!r}; it must be 'tensor', 'row' or a multiple "
+        f"of {CHUNK} that divides in_features = {k}"
+    )
+
+
+def _granularity(weight_scale: Tensor, n: int, k: int) -> str | int:
+    shape = tuple(weight_scale.shape)
+    if shape == (1,):
+        return "tensor"
+    if shape == (n,):
+        return "row"
+    if len(shape) == 2 and shape[0] == n and shape[1] > 0 and k % shape[1] == 0:
+        return k // shape[1]
+    raise ValueError(
+        f"TernaryLinear: weight_scale has shape {list(shape)}, expected [1], [{n}] or "
+        f"[{n}, groups] with groups that divide in_features = {k}"
+    )

@@ -1,0 +1,66 @@
+"""From a float model to one that trains under quantisation."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from trine.quantize.qat import QatLinear
+
+if TYPE_CHECKING:
+    from trine.compress.recipe import Recipe
+
+
+def prepare_qat(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """A copy of `model` whose linear layers anticipate being packed as `recipe` says.
+
+    The chosen nn.Linear layers become `QatLinear` layers with the same parameters under the same
+    names. Train the copy as usual, then call `trine.convert`. Layers that cannot be replaced (their
+    weight is shared, computed, or read by another module) and transformers' Conv1D stay float; the
+    copy's attribute `qat_skipped` names them with the reason.
+
+    Args:
+        model: any module; it is not touched.
+        recipe: its `linear` chooses for each layer by name; `prefer` has no meaning here.
+
+    Raises:
+        ValueError: no layer is left to train under quantisation, or the model cannot be copied.
+    """
+    # Imported here because trine.compress builds on this package.
+    from trine.compress.layers import close_fast_paths, copy_model, linear_layers, obstacles
+
+    replacements: dict[nn.Module, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    blocked = obstacles(model)
+    for name, layer in linear_layers(model).items():
+        choice = recipe.choice(name)
+        if choice == "float":
+            continue
+        if name in blocked:
+            skipped[name] = blocked[name]
+        elif not isinstance(layer, nn.Linear):
+            skipped[name] = f"{type(layer).__name__} has no form for training under quantisation"
+        else:
+            replacements[layer] = _qat_linear(layer, choice)
+    if not replacements:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise ValueError(
+            "prepare_qat: the recipe and the model leave no nn.Linear to train under quantisation"
+            + (f" ({reasons})" if reasons else "")
+        )
+    prepared = copy_model(model, replacements)
+    close_fast_paths(prepared, QatLinear)
+    prepared.qat_skipped = skipped
+    return prepared
+
+
+def _qat_linear(linear: nn.Linear, choice: str) -> QatLinear:
+    has_bias = linear.bias is not None
+    layer = QatLinear(
+        linear.in_features, linear.out_features, has_bias, device="meta", choice=choice
+    )
+    layer.weight = copy.deepcopy(linear.weight)
+    layer.bias = copy.deepcopy(linear.bias)
+    return layer.train(linear.training)
