@@ -1,0 +1,41 @@
+#include "softmax_kl/rows.h"
+
+namespace trine {
+namespace {
+
+// One float, with the operations of a vector.
+struct Scalar {
+  static constexpr int width = 1;
+  float v;
+
+  Scalar() = default;
+  explicit Scalar(float value) : v(value) {}
+
+  template <class T>
+  static Scalar load(const T* from) {
+    return Scalar(widen(*from));
+  }
+  static Scalar load(const float* from, int, Scalar) { return Scalar(*from); }
+  template <class T>
+  void store(T* to) const {
+    narrow(v, to);
+  }
+  void store(float* to, int) const { *to = v; }
+
+  friend Scalar operator+(Scalar a, Scalar b) { return Scalar(a.v + b.v); }
+  friend Scalar operator-(Scalar a, Scalar b) { return Scalar(a.v - b.v); }
+  friend Scalar operator*(Scalar a, Scalar b) { return Scalar(a.v * b.v); }
+  static Scalar mul_add(Scalar a, Scalar b, Scalar c) { return Scalar(a.v * b.v + c.v); }
+  static Scalar max(Scalar a, Scalar b) { return a.v > b.v ? a : b; }  // b where one is NaN
+  static bool greater(Scalar a, Scalar b) { return a.v > b.v; }
+  static Scalar select(bool condition, Scalar a, Scalar b) { return condition ? a : b; }
+  static Scalar low_bits_to_exponent(Scalar x) { return Scalar(from_bits(to_bits(x.v) << 23)); }
+  float reduce_add() const { return v; }
+  float reduce_max() const { return v; }
+};
+
+}  // namespace
+
+TRINE_SOFTMAX_KL_KERNELS(scalar, Scalar)
+
+}  // namespace trine
