@@ -37,36 +37,37 @@ constexpr float kSmallestExponent = -87.6831f;  // -126.5 ln 2
 constexpr float kP0 = 0x1.fffffep-2f, kP1 = 0x1.5554bp-3f, kP2 = 0x1.555674p-5f,
                 kP3 = 0x1.122776p-7f, kP4 = 0x1.6bec06p-10f;
 
-// x = i ln 2 + r, as 2^i and expm1(r). For x <= 0 or a rounding error above; NaN stays NaN.
+// exp(x) as 2^i and expm1(r).
 template <class V>
-struct Reduced {
+struct Parts {
   V power, expm1;
-
-  explicit Reduced(V x) {
-    x = V::max(V(kExpIsZero), x);
-    const V shifted = V::mul_add(x, V(kLog2E), V(kRound));
-    const V i = shifted - V(kRound);
-    const V r = V::mul_add(i, V(-kLn2Low), V::mul_add(i, V(-kLn2High), x));
-    V p = V::mul_add(V(kP4), r, V(kP3));
-    p = V::mul_add(p, r, V(kP2));
-    p = V::mul_add(p, r, V(kP1));
-    p = V::mul_add(p, r, V(kP0));
-    power = V::low_bits_to_exponent(shifted);
-    expm1 = V::mul_add(p, r * r, r);
-  }
 };
+
+// For x <= 0, or above it by rounding; NaN stays NaN.
+template <class V>
+Parts<V> reduce(V x) {
+  x = V::max(V(kExpIsZero), x);
+  const V shifted = V::mul_add(x, V(kLog2E), V(kRound));
+  const V i = shifted - V(kRound);
+  const V r = V::mul_add(i, V(-kLn2Low), V::mul_add(i, V(-kLn2High), x));
+  V p = V::mul_add(V(kP4), r, V(kP3));
+  p = V::mul_add(p, r, V(kP2));
+  p = V::mul_add(p, r, V(kP1));
+  p = V::mul_add(p, r, V(kP0));
+  return {V::low_bits_to_exponent(shifted), V::mul_add(p, r * r, r)};
+}
 
 template <class V>
 V exp(V x) {
-  const Reduced<V> reduced(x);
-  return V::mul_add(reduced.power, reduced.expm1, reduced.power);
+  const Parts<V> parts = reduce(x);
+  return V::mul_add(parts.power, parts.expm1, parts.power);
 }
 
 // Relative to the result for every x: where 2^i is 1 the difference is exactly 0.
 template <class V>
 V expm1(V x) {
-  const Reduced<V> reduced(x);
-  return V::mul_add(reduced.power, reduced.expm1, reduced.power - V(1.0f));
+  const Parts<V> parts = reduce(x);
+  return V::mul_add(parts.power, parts.expm1, parts.power - V(1.0f));
 }
 
 // Calls body(first, count) for whole vectors and then for the rest of fewer than V::width.
@@ -81,9 +82,8 @@ void for_each_vector(int64_t count, const Body& body) {
 template <class V>
 const float* as_float(LogitRow row, int64_t begin, int64_t count, float* block) {
   const auto widen_into_block = [&](const auto* values) {
-    int64_t i = 0;
-    for (; i + V::width <= count; i += V::width) V::load(values + i).store(block + i);
-    for (; i < count; ++i) block[i] = widen(values[i]);
+    for_each_vector<V>(count,
+                       [&](int64_t i, auto n) { V::load(values + i, n).store(block + i, n); });
     return block;
   };
   switch (row.type) {
@@ -237,9 +237,7 @@ struct TeacherGradient {
 template <class V>
 void write_block(const float* values, int64_t count, FloatType type, int64_t begin, void* out) {
   const auto narrow_all = [&](auto* to) {
-    int64_t i = 0;
-    for (; i + V::width <= count; i += V::width) V::load(values + i).store(to + i);
-    for (; i < count; ++i) narrow(values[i], to + i);
+    for_each_vector<V>(count, [&](int64_t i, auto n) { V::load(values + i, n).store(to + i, n); });
   };
   switch (type) {
     case FloatType::bfloat16:
@@ -258,14 +256,13 @@ void gradient_row(LogitRow student, LogitRow teacher, int64_t n, float inverse_t
   // NaN, where the row has no loss, goes with the scale into every element.
   const Gradient<V> gradient(row, inverse_temperature,
                              std::isnan(row.log_ratio) ? row.log_ratio : scale);
-  const V zero(0.0f);
   for (int64_t begin = 0; begin < n; begin += kBlock<V>) {
     const int64_t count = std::min(kBlock<V>, n - begin);
     const float* s = as_float<V>(student, begin, count, student_block);
     const float* t = as_float<V>(teacher, begin, count, teacher_block);
     float* result = type == FloatType::float32 ? static_cast<float*>(out) + begin : result_block;
     for_each_vector<V>(count, [&](int64_t i, auto n) {
-      gradient(V::load(s + i, n, zero), V::load(t + i, n, zero)).store(result + i, n);
+      gradient(V::load(s + i, n), V::load(t + i, n)).store(result + i, n);
     });
     write_block<V>(result, count, type, begin, out);
   }

@@ -8,19 +8,17 @@ struct Scalar {
   static constexpr int width = 1;
   float v;
 
-  Scalar() = default;
   explicit Scalar(float value) : v(value) {}
 
   template <class T>
-  static Scalar load(const T* from) {
+  static Scalar load(const T* from, int) {
     return Scalar(widen(*from));
   }
   static Scalar load(const float* from, int, Scalar) { return Scalar(*from); }
   template <class T>
-  void store(T* to) const {
+  void store(T* to, int) const {
     narrow(v, to);
   }
-  void store(float* to, int) const { *to = v; }
 
   friend Scalar operator+(Scalar a, Scalar b) { return Scalar(a.v + b.v); }
   friend Scalar operator-(Scalar a, Scalar b) { return Scalar(a.v - b.v); }

@@ -15,6 +15,12 @@ namespace {
 constexpr const char* kOp = "softmax_kl";
 
 constexpr SoftmaxKlKernel kKernels[] = {
+#if defined(TRINE_X86)
+    {Isa::avx512, softmax_kl_avx512, softmax_kl_student_gradient_avx512,
+     softmax_kl_teacher_gradient_avx512},
+    {Isa::avx2, softmax_kl_avx2, softmax_kl_student_gradient_avx2,
+     softmax_kl_teacher_gradient_avx2},
+#endif
     {Isa::scalar, softmax_kl_scalar, softmax_kl_student_gradient_scalar,
      softmax_kl_teacher_gradient_scalar},
 };

@@ -1,0 +1,62 @@
+#include "common/x86/float_avx2.h"
+#include "softmax_kl/rows.h"
+
+namespace trine {
+namespace {
+
+struct Vector {
+  static constexpr int width = 8;
+  __m256 v;
+
+  explicit Vector(__m256 value) : v(value) {}
+  explicit Vector(float value) : v(_mm256_set1_ps(value)) {}
+
+  template <class T>
+  static Vector load(const T* from, int count) {
+    return Vector(load_floats(from, count));
+  }
+  static Vector load(const float* from, int count, Vector beyond) {
+    const __m256 values = load_floats(from, count);
+    if (count == width) return Vector(values);
+    return Vector(_mm256_blendv_ps(beyond.v, values, _mm256_castsi256_ps(first_lanes(count))));
+  }
+  template <class T>
+  void store(T* to, int count) const {
+    store_floats(v, to, count);
+  }
+
+  friend Vector operator+(Vector a, Vector b) { return Vector(_mm256_add_ps(a.v, b.v)); }
+  friend Vector operator-(Vector a, Vector b) { return Vector(_mm256_sub_ps(a.v, b.v)); }
+  friend Vector operator*(Vector a, Vector b) { return Vector(_mm256_mul_ps(a.v, b.v)); }
+  static Vector mul_add(Vector a, Vector b, Vector c) {
+    return Vector(_mm256_fmadd_ps(a.v, b.v, c.v));
+  }
+  static Vector max(Vector a, Vector b) { return Vector(_mm256_max_ps(a.v, b.v)); }
+  static __m256 greater(Vector a, Vector b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  static Vector select(__m256 condition, Vector a, Vector b) {
+    return Vector(_mm256_blendv_ps(b.v, a.v, condition));
+  }
+  static Vector low_bits_to_exponent(Vector x) {
+    return Vector(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23)));
+  }
+  float reduce_add() const {
+    return fold([](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+  }
+  float reduce_max() const {
+    return fold([](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+  }
+
+ private:
+  template <class Combine>
+  float fold(Combine combine) const {
+    const __m128 four = combine(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = combine(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(combine(two, _mm_movehdup_ps(two)));
+  }
+};
+
+}  // namespace
+
+TRINE_SOFTMAX_KL_KERNELS(avx2, Vector)
+
+}  // namespace trine

@@ -1,0 +1,49 @@
+#include "common/x86/float_avx512.h"
+#include "softmax_kl/rows.h"
+
+namespace trine {
+namespace {
+
+struct Vector {
+  static constexpr int width = 16;
+  __m512 v;
+
+  explicit Vector(__m512 value) : v(value) {}
+  explicit Vector(float value) : v(_mm512_set1_ps(value)) {}
+
+  template <class T>
+  static Vector load(const T* from, int count) {
+    return Vector(load_floats(from, count));
+  }
+  static Vector load(const float* from, int count, Vector beyond) {
+    return count == width ? Vector(_mm512_loadu_ps(from))
+                          : Vector(_mm512_mask_loadu_ps(beyond.v, first_lanes(count), from));
+  }
+  template <class T>
+  void store(T* to, int count) const {
+    store_floats(v, to, count);
+  }
+
+  friend Vector operator+(Vector a, Vector b) { return Vector(_mm512_add_ps(a.v, b.v)); }
+  friend Vector operator-(Vector a, Vector b) { return Vector(_mm512_sub_ps(a.v, b.v)); }
+  friend Vector operator*(Vector a, Vector b) { return Vector(_mm512_mul_ps(a.v, b.v)); }
+  static Vector mul_add(Vector a, Vector b, Vector c) {
+    return Vector(_mm512_fmadd_ps(a.v, b.v, c.v));
+  }
+  static Vector max(Vector a, Vector b) { return Vector(_mm512_max_ps(a.v, b.v)); }
+  static __mmask16 greater(Vector a, Vector b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  static Vector select(__mmask16 condition, Vector a, Vector b) {
+    return Vector(_mm512_mask_blend_ps(condition, b.v, a.v));
+  }
+  static Vector low_bits_to_exponent(Vector x) {
+    return Vector(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23)));
+  }
+  float reduce_add() const { return _mm512_reduce_add_ps(v); }
+  float reduce_max() const { return _mm512_reduce_max_ps(v); }
+};
+
+}  // namespace
+
+TRINE_SOFTMAX_KL_KERNELS(avx512, Vector)
+
+}  // namespace trine
