@@ -1,8 +1,18 @@
 """Smaller, faster PyTorch models: ternary, INT8 and 2:4-sparse layers on hand-written kernels."""
 
-from trine import backends, nn, ops, quantize
+from trine import backends, distill, nn, ops, quantize
 from trine._C import version as __version__
 from trine.compress import Recipe, compress
 from trine.compress.convert import convert
 
-__all__ = ["Recipe", "__version__", "backends", "compress", "convert", "nn", "ops", "quantize"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "backends",
+    "compress",
+    "convert",
+    "distill",
+    "nn",
+    "ops",
+    "quantize",
+]

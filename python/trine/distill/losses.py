@@ -1,0 +1,80 @@
+"""Losses that train a student on a teacher's outputs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trine.ops import softmax_kl
+
+__all__ = ["IGNORED_LABEL", "distillation_loss"]
+
+IGNORED_LABEL = -100  # the default `ignore_index` of torch.nn.functional.cross_entropy
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float = 4.0,
+    alpha: float = 0.7,
+) -> Tensor:
+    """(1 - alpha) * cross_entropy(student, labels) + alpha * T^2 * KL(p_teacher || p_student).
+
+    The two terms are means over the same rows: those whose label is not -100 (padding, masked
+    tokens). p = softmax(logits / T); the factor T^2 keeps the two terms' gradients in proportion
+    when T changes (Hinton et al. 2015, arXiv:1503.02531). The teacher is a constant: no gradient
+    flows to it. A term whose weight is 0 is not computed at all.
+
+    Args:
+        student_logits: [..., C], float32, bfloat16 or float16.
+        teacher_logits: the same shape; its dtype may differ.
+        labels: int64 class indices [...], or -100 for rows that do not count.
+        temperature: T > 0, for both softmaxes of the KL term; the cross entropy has none.
+        alpha: weight of the teacher, from 0 (labels alone) to 1 (teacher alone).
+
+    Returns:
+        A float32 scalar, computed in fp32 also under autocast. NaN if no row counts, as in
+        `cross_entropy`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a temperature that is not positive and finite,
+            alpha outside [0, 1].
+        IndexError: a label outside [0, C) other than -100 (on the CPU, where alpha < 1).
+    """
+    _check(student_logits, teacher_logits, labels, temperature, alpha)
+    counted = labels != IGNORED_LABEL
+    loss = torch.zeros((), device=student_logits.device)
+    if alpha < 1:
+        classes = student_logits.shape[-1]
+        hard = F.cross_entropy(
+            student_logits.reshape(-1, classes).float(),
+            labels.reshape(-1),
+            ignore_index=IGNORED_LABEL,
+        )
+        loss = loss + (1 - alpha) * hard
+    if alpha > 0:
+        divergence = softmax_kl(student_logits, teacher_logits.detach(), temperature, "none")
+        soft = torch.where(counted, divergence, 0.0).sum() / counted.sum()
+        loss = loss + alpha * soft
+    return loss
+
+
+def _check(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float
+) -> None:
+    if student_logits.dim() == 0 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "distillation_loss: student_logits and teacher_logits must have the same shape [..., C]"
+            f"; they have {list(student_logits.shape)} and {list(teacher_logits.shape)}"
+        )
+    if labels.dtype != torch.int64 or labels.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            "distillation_loss: labels must be int64 class indices of shape "
+            f"{list(student_logits.shape[:-1])}; they are {labels.dtype} {list(labels.shape)}"
+        )
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"distillation_loss: temperature must be positive and finite, it is {temperature}"
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"distillation_loss: alpha must lie in [0, 1], it is {alpha}")
