@@ -102,24 +102,25 @@ struct PackedInt8Weight {
   return _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
 }
 
-// acc[j] += w[j] * q, over 32 columns; int16 pair sums for codes, int32 lanes otherwise.
+// Eight int32 sums, or sixteen int16 for codes. Not __m256i, which has 64-bit lanes: gcc 12 spills
+// sums whose type changes at each instruction.
 template <bool codes>
-inline void multiply_add(__m256i* acc, const __m256i* w, __m256i q) {
+using Sums __attribute__((vector_size(32))) = std::conditional_t<codes, int16_t, int32_t>;
+
+// sum + w * q, over 32 columns. `magnitude` is |q|, not used for codes.
+template <bool codes>
+inline Sums<codes> multiply_add(Sums<codes> sum, __m256i w, __m256i q, __m256i magnitude) {
   if constexpr (codes) {
-    for (int64_t j = 0; j < kTileColumns; ++j)
-      acc[j] = _mm256_add_epi16(acc[j], _mm256_maddubs_epi16(w[j], q));
+    return sum + (Sums<codes>)_mm256_maddubs_epi16(w, q);
   } else {
-    const __m256i magnitude = _mm256_abs_epi8(q);
-    for (int64_t j = 0; j < kTileColumns; ++j) {
-      const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w[j], q));
-      acc[j] = _mm256_add_epi32(acc[j], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
+    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w, q));
+    return sum + (Sums<codes>)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
 }
 
 template <bool codes>
-inline __m256i widened(__m256i acc) {
-  return codes ? _mm256_madd_epi16(acc, _mm256_set1_epi16(1)) : acc;
+inline __m256i widened(Sums<codes> sum) {
+  return codes ? _mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)) : (__m256i)sum;
 }
 
 template <int kRows, class Weight>
@@ -139,14 +140,18 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
   const auto row2 = weight.row(std::min(n + 2, last_n));
   const auto row3 = weight.row(std::min(n + 3, last_n));
 
-  __m256i acc[kRows][kTileColumns];
-  for (auto& row : acc)
-    for (__m256i& sum : row) sum = _mm256_setzero_si256();
+  Sums<codes> acc[kRows][kTileColumns];
+  unrolled<kRows>([&](auto i) { acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = Sums<codes>{}; });
   const auto step = [&](int64_t at, __m256i w0, __m256i w1, __m256i w2, __m256i w3) {
-    const __m256i w[kTileColumns] = {w0, w1, w2, w3};
-    for (int i = 0; i < kRows; ++i)
-      multiply_add<codes>(
-          acc[i], w, _mm256_load_si256(reinterpret_cast<const __m256i*>(x.q + i * x.stride + at)));
+    unrolled<kRows>([&](auto i) {
+      const __m256i q =
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(x.q + i * x.stride + at));
+      const __m256i magnitude = _mm256_abs_epi8(q);
+      acc[i][0] = multiply_add<codes>(acc[i][0], w0, q, magnitude);
+      acc[i][1] = multiply_add<codes>(acc[i][1], w1, q, magnitude);
+      acc[i][2] = multiply_add<codes>(acc[i][2], w2, q, magnitude);
+      acc[i][3] = multiply_add<codes>(acc[i][3], w3, q, magnitude);
+    });
   };
 
   const int64_t whole_end = std::min(k.end, weight.whole_k);
@@ -158,12 +163,12 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
     step(at, weight.load_tail(row0, at), weight.load_tail(row1, at), weight.load_tail(row2, at),
          weight.load_tail(row3, at));
 
-  for (int i = 0; i < kRows; ++i) {
+  unrolled<kRows>([&](auto i) {
     auto* row = reinterpret_cast<__m128i*>(sums + i * kMaxBlockColumns);
     const __m128i sum = sum_lanes(widened<codes>(acc[i][0]), widened<codes>(acc[i][1]),
                                   widened<codes>(acc[i][2]), widened<codes>(acc[i][3]));
     _mm_store_si128(row, _mm_add_epi32(_mm_load_si128(row), sum));
-  }
+  });
 }
 
 template <class Weight, class T>

@@ -96,6 +96,13 @@ struct PackedInt8Weight {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
+// Not __m512i, which has 64-bit lanes: gcc 12 spills sums whose type changes at each instruction.
+using Int32x16 = int32_t __attribute__((vector_size(64)));
+
+[[maybe_unused]] inline Int32x16 dot(Int32x16 sum, __m512i w, __m512i q) {
+  return (Int32x16)_mm512_dpbusd_epi32((__m512i)sum, w, q);
+}
+
 template <int kRows, class Weight>
 void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t last_n,
                      const Slice& k, int32_t* sums) {
@@ -105,37 +112,38 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
   const auto row2 = weight.row(std::min(n + 2, last_n));
   const auto row3 = weight.row(std::min(n + 3, last_n));
 
-  __m512i acc[kRows][kTileColumns];
-  for (auto& row : acc)
-    for (__m512i& sum : row) sum = _mm512_setzero_si512();
+  Int32x16 acc[kRows][kTileColumns];
+  unrolled<kRows>([&](auto i) { acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = Int32x16{}; });
   const auto step = [&](int64_t at, __m512i w0, __m512i w1, __m512i w2, __m512i w3) {
-    for (int i = 0; i < kRows; ++i) {
+    unrolled<kRows>([&](auto i) {
       const __m512i q = _mm512_load_si512(x.q + i * x.stride + at);
-      acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], w0, q);
-      acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], w1, q);
-      acc[i][2] = _mm512_dpbusd_epi32(acc[i][2], w2, q);
-      acc[i][3] = _mm512_dpbusd_epi32(acc[i][3], w3, q);
-    }
+      acc[i][0] = dot(acc[i][0], w0, q);
+      acc[i][1] = dot(acc[i][1], w1, q);
+      acc[i][2] = dot(acc[i][2], w2, q);
+      acc[i][3] = dot(acc[i][3], w3, q);
+    });
   };
 
   const int64_t whole_end = std::min(k.end, weight.whole_k);
-  for (int64_t at = k.begin; at < whole_end; at += 64) {
-    step(at, weight.load(row0, at), weight.load(row1, at), weight.load(row2, at),
-         weight.load(row3, at));
+  int64_t at = k.begin;
+  for (; at < whole_end; at += 64) {
     weight.prefetch(row0, at);
     weight.prefetch(row1, at);
     weight.prefetch(row2, at);
     weight.prefetch(row3, at);
+    step(at, weight.load(row0, at), weight.load(row1, at), weight.load(row2, at),
+         weight.load(row3, at));
   }
-  if (whole_end < k.end)
-    step(whole_end, weight.load_tail(row0, whole_end), weight.load_tail(row1, whole_end),
-         weight.load_tail(row2, whole_end), weight.load_tail(row3, whole_end));
+  if (at < k.end)
+    step(at, weight.load_tail(row0, at), weight.load_tail(row1, at), weight.load_tail(row2, at),
+         weight.load_tail(row3, at));
 
-  for (int i = 0; i < kRows; ++i) {
+  unrolled<kRows>([&](auto i) {
     auto* row = reinterpret_cast<__m128i*>(sums + i * kMaxBlockColumns);
-    const __m128i sum = sum_lanes(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+    const __m128i sum =
+        sum_lanes((__m512i)acc[i][0], (__m512i)acc[i][1], (__m512i)acc[i][2], (__m512i)acc[i][3]);
     _mm_store_si128(row, _mm_add_epi32(_mm_load_si128(row), sum));
-  }
+  });
 }
 
 template <class Weight, class T>
