@@ -11,6 +11,10 @@ constexpr Sparse24FloatKernel kFloatKernels[] = {
     {Isa::scalar, sparse24_block_scalar, sparse24_widen_scalar, sparse24_float_scalar},
 };
 constexpr Sparse24Int8Kernel kInt8Kernels[] = {
+#ifdef TRINE_X86
+    {Isa::avx512vnni, sparse24_int8_avx512vnni},
+    {Isa::avx2, sparse24_int8_avx2},
+#endif
     {Isa::scalar, sparse24_int8_scalar},
 };
 [[maybe_unused]] const bool announced = announce("sparse24_linear (float values)", kFloatKernels) &&
