@@ -87,3 +87,62 @@ def test_compile_and_export():
     compiled = torch.compile(quantize_rows, fullgraph=True)
     for a, b in zip(compiled(x), quantize_rows(x), strict=True):
         assert torch.equal(a, b)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+def assert_gpu_matches_reference(x: torch.Tensor) -> None:
+    for actual, expected in zip(quantize_rows(x), reference.quantize_rows(x.cpu()), strict=True):
+        assert actual.device == x.device
+        assert_same_bits(actual.cpu(), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_matches_reference(dtype):
+    # Rows that 8, 32, 128, 512 and 1024 threads work on, and longer ones.
+    for k in (0, 1, 37, 256, 1001, 4096, 16384, 20001, 65537):
+        assert_gpu_matches_reference(torch.randn(5, k).to(dtype).cuda())
+    for m in (0, 1, 1000):
+        assert_gpu_matches_reference(torch.randn(m, 100).to(dtype).cuda())
+    for k in (1, 16, 37, 130):
+        assert_gpu_matches_reference(difficult_rows(k, dtype).cuda())
+    with torch.device("cuda"):
+        for other in non_contiguous(torch.randn(6, 50).to(dtype)):
+            assert_gpu_matches_reference(other)
+    assert_gpu_matches_reference(torch.randn(4, 101).to(dtype).cuda().flatten()[1:-3].view(4, 100))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_every_bit_pattern_of_16_bit_types(dtype):
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16)[:, None]
+    assert_gpu_matches_reference(patterns.view(dtype).cuda())
+
+
+@needs_gpu
+def test_gpu_uses_the_current_stream_and_never_waits():
+    """Capturing a graph fails where an op waits for the device or works on another stream."""
+    x = torch.randn(64, 1000, device="cuda")
+    quantize_rows(x)  # loads the kernel, which a capture does not allow
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = quantize_rows(x)
+    x.copy_(torch.randn(64, 1000))
+    graph.replay()
+    for actual, expected in zip(captured, reference.quantize_rows(x.cpu()), strict=True):
+        assert_same_bits(actual.cpu(), expected)
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_other_than_the_current_one():
+    assert_gpu_matches_reference(torch.randn(5, 100, device="cuda:1"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_opcheck(dtype):
+    x = torch.randn(3, 37, device="cuda").to(dtype)
+    torch.library.opcheck(torch.ops.trine.quantize_rows.default, (x,))

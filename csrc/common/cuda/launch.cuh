@@ -13,6 +13,8 @@ namespace trine {
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads,
             cudaStream_t stream, Arguments... arguments) {
+  if (blocks > INT32_MAX)  // what a grid holds in x; the cast below would drop the rest
+    throw std::runtime_error(std::string(op) + ": too many rows for one CUDA grid");
   kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)

@@ -1,0 +1,196 @@
+"""The CUDA kernels, run on the CPU: right in every schedule, and every planted bug is caught."""
+
+import random
+import struct
+import subprocess
+from dataclasses import dataclass
+
+import cuda_kernels
+import numpy as np
+import pytest
+import torch
+from cuda_kernels import Mutant
+from linear_inputs import DTYPES, assert_same_bits, difficult_rows
+from torch import Tensor
+from trine.ops.quantize_rows import reference
+
+SEEDS = (1, 2, random.SystemRandom().randrange(3, 2**31))  # a failure names its seed
+
+
+@dataclass(frozen=True)
+class QuantizeRowsCase:
+    x: Tensor  # [m, k], rows contiguous
+    alignment: int = 16  # bytes, of x and of q: torch gives at least 16, a slice of x less
+
+    def encode(self) -> bytes:
+        m, k = self.x.shape
+        size = self.x.element_size()
+        row_bytes = self.x.stride(0) * size
+        # The storage up to the last value: behind it begins what must not be read.
+        extent = (m - 1) * self.x.stride(0) + k if m and k else 0
+        raw = torch.as_strided(self.x, (extent,), (1,)).view(torch.uint8).numpy().tobytes()
+        alignment = max(self.alignment, size)
+        header = (DTYPES.index(self.x.dtype), m, k, row_bytes, alignment, self.alignment, len(raw))
+        return struct.pack("<7q", *header) + raw
+
+    def decode(self, answer: memoryview) -> tuple[tuple[Tensor, Tensor, Tensor], memoryview]:
+        m, k = self.x.shape
+        q = torch.from_numpy(np.frombuffer(answer[: m * k], np.int8).reshape(m, k).copy())
+        answer = answer[m * k :]
+        scale = torch.from_numpy(np.frombuffer(answer[: 4 * m], np.float32).copy())
+        total = torch.from_numpy(np.frombuffer(answer[4 * m : 8 * m], np.int32).copy())
+        return (q, scale, total), answer[8 * m :]
+
+
+def padded(x: Tensor, columns: int) -> Tensor:
+    """Equal to x, with NaN between the rows."""
+    wide = torch.full((x.shape[0], x.shape[1] + columns), torch.nan, dtype=x.dtype)
+    wide[:, : x.shape[1]] = x
+    return wide[:, : x.shape[1]]
+
+
+def quantize_rows_cases() -> list[QuantizeRowsCase]:
+    torch.manual_seed(0)
+    cases = []
+    for dtype in DTYPES:
+        values = 16 // dtype.itemsize  # in a chunk
+        # Each number of threads per row (8, 32, 128, 512, 1024), with four chunks for each of them
+        # and its neighbours.
+        for threads in (8, 32, 128, 512, 1024):
+            full = threads * 4 * values
+            lengths = [full - 1, full] if threads < 512 else [full + 1]
+            cases += [QuantizeRowsCase(torch.randn(3, k).to(dtype)) for k in lengths]
+        cases += [QuantizeRowsCase(torch.randn(5, k).to(dtype)) for k in (1, 3, 8, 17, 64, 100)]
+        cases += [QuantizeRowsCase(difficult_rows(k, dtype)) for k in (1, 16, 37, 130, 600)]
+        cases += [QuantizeRowsCase(torch.randn(m, 24).to(dtype)) for m in (0, 1, 16, 33)]
+        cases += [QuantizeRowsCase(torch.empty(3, 0, dtype=dtype))]
+        # Widths of access: 16 bytes at a time down to one value.
+        cases += [QuantizeRowsCase(torch.randn(3, 72).to(dtype), a) for a in (1, 2, 4, 8)]
+        cases += [QuantizeRowsCase(padded(torch.randn(3, 72).to(dtype), c)) for c in (1, 2, 4, 8)]
+    # Every tie between two integers, and every bit pattern of a 16-bit type.
+    cases += [QuantizeRowsCase(torch.arange(-254, 255).float()[None] / 2)]
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).reshape(256, 256)
+    cases += [QuantizeRowsCase(patterns.view(dtype)) for dtype in (torch.float16, torch.bfloat16)]
+    # The NaN that a GPU's arithmetic gives: every bit of its payload set.
+    cases += [
+        QuantizeRowsCase(torch.full((2, 9), 2**31 - 1, dtype=torch.int32).view(torch.float32))
+    ]
+    # Row maxima for which 127 / absmax and x * that must each be rounded, and only once.
+    cases += [QuantizeRowsCase(torch.rand(64, 40) * 10.0 ** torch.arange(-32, 32)[:, None])]
+    return cases
+
+
+def assert_matches_reference(mutant: Mutant | None, seed: int) -> None:
+    cases = quantize_rows_cases()
+    program = cuda_kernels.build("quantize_rows", mutant)
+    try:
+        answer = memoryview(cuda_kernels.run(program, seed, [case.encode() for case in cases]))
+    except subprocess.CalledProcessError as error:
+        raise AssertionError(error.stderr.decode()) from error
+    for case in cases:
+        actual, answer = case.decode(answer)
+        for a, b in zip(actual, reference.quantize_rows(case.x), strict=True):
+            assert_same_bits(a, b)
+    assert not answer
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: "fresh" if seed == SEEDS[-1] else seed)
+def test_quantize_rows_matches_reference(seed):
+    assert_matches_reference(None, seed)
+
+
+REDUCE = "common/cuda/reduce.cuh"
+KERNEL = "quantize_rows/cuda.cu"
+MUTANTS = (
+    Mutant("missing barrier", REDUCE, "    __syncthreads();\n", ""),
+    Mutant(
+        "barrier that some threads skip",
+        REDUCE,
+        "= value;\n    __syncthreads();",
+        "= value, __syncthreads();",
+        r"deadlock(.|\n)*waits in __syncthreads(.|\n)*waits in __shfl_xor_sync",
+    ),
+    Mutant(
+        "shared array used again without a barrier",
+        KERNEL,
+        "Sum{}, warp_total)",
+        "Sum{}, reinterpret_cast<int32_t*>(warp_largest))",
+    ),
+    Mutant("half a mask", REDUCE, "_sync(kWholeWarp", "_sync(0x0000ffffu", "does not name"),
+    Mutant("shuffle too narrow", REDUCE, "value, step)", "value, step, kLanes / 2)"),
+    Mutant("shuffle step left out", REDUCE, "step = kLanes / 2;", "step = kLanes / 4;"),
+    Mutant("result of one warp alone", REDUCE, "[lane % kWarps]", "[0]"),
+    Mutant(
+        "result in the wrong place",
+        REDUCE,
+        "warp_results[threadIdx.x / kWarpThreads]",
+        "warp_results[threadIdx.x % kWarpThreads]",
+    ),
+    Mutant(
+        "shared array too short",
+        KERNEL,
+        "TRINE_SHARED_ARRAY(uint32_t, warp_largest, kRowWarps)",
+        "TRINE_SHARED_ARRAY(uint32_t, warp_largest, (kRowWarps + 1) / 2)",
+        "behind the end of a shared array",
+    ),
+    Mutant(
+        "tail read without a mask",
+        KERNEL,
+        "if (begin + i < problem.k)\n        load_global",
+        "load_global",
+        "outside of x",
+    ),
+    Mutant(
+        "tail written without a mask",
+        KERNEL,
+        "if (begin + i < problem.k) store_global",
+        "store_global",
+        "outside of q|q .* was overrun",
+    ),
+    Mutant(
+        "rows behind the last written",
+        KERNEL,
+        "if (has_row && thread == 0)",
+        "if (thread == 0)",
+        "outside of (scale|sum)|(scale|sum) .* was overrun",
+    ),
+    Mutant(
+        "early return before a shuffle",
+        KERNEL,
+        "  const char* x = problem.x + m",
+        "  if (!has_row) return;\n  const char* x = problem.x + m",
+        r"deadlock(.|\n)*returned",
+    ),
+    Mutant(
+        "alignment of rows ignored",
+        KERNEL,
+        "common_alignment(16, reinterpret_cast<uintptr_t>(x), row_bytes)",
+        "common_alignment(16, reinterpret_cast<uintptr_t>(x))",
+        "not aligned to its size",
+    ),
+    Mutant(
+        "long rows cut off",
+        KERNEL,
+        "const int64_t first_not_held = thread + kHeldChunks * kRowThreads",
+        "const int64_t first_not_held = thread + (kHeldChunks + 1) * kRowThreads",
+    ),
+    Mutant("NaN let through", KERNEL, "finite && !zero ? ~0u", "!zero ? ~0u"),
+    Mutant("tiny rows not zero", KERNEL, "absmax < kSmallestAbsmax", "absmax == 0.0f"),
+    Mutant("two roundings", KERNEL, "to_q = 127.0f / absmax", "to_q = 1.0f / absmax * 127.0f"),
+    Mutant(
+        "no rounding of the product",
+        KERNEL,
+        "__float_as_uint(x * to_q + kRoundsToInteger)",
+        "__float_as_uint(__builtin_fmaf(x, to_q, kRoundsToInteger))",
+    ),
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug.replace(" ", "-"))
+def test_planted_bug_is_caught(mutant):
+    with pytest.raises(AssertionError) as caught:
+        assert_matches_reference(mutant, seed=1)
+    if mutant.report is None:
+        assert "Tensor-likes are not equal" in str(caught.value)
+    else:
+        caught.match(mutant.report)
