@@ -101,7 +101,8 @@ def _op_backend(op: str, isas: list[str]) -> OpBackend:
 
 def _cuda_kernels(op: str) -> tuple[str, ...]:
     built = (name.split("/") for name in _C.cuda_kernels.split())
-    return tuple(backend for built_op, backend in built if built_op == op)
+    folder = op.split(" ")[0]  # of "sparse24_linear (int8 values)", say
+    return tuple(backend for built_op, backend in built if built_op == folder)
 
 
 def _cuda_reason(kernels: tuple[str, ...]) -> str:
