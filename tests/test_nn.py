@@ -92,6 +92,26 @@ def test_ternary_errors():
         packed_nn.TernaryLinear.from_codes(codes, torch.ones(1), torch.zeros(5))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sparse24_keeps_the_two_largest_of_each_four(dtype):
+    weight = torch.tensor([[3.0, -4.0, 1.0, 2.0, 0.5, 0.5, -0.5], [-0.0, 0, 7, 0, 1, 2, 3]])
+    linear = dense(7, 2, dtype=dtype)
+    linear.weight.data.copy_(weight)
+    expected = torch.tensor([[3.0, -4.0, 0, 0, 0.5, 0.5, 0], [0, 0, 7, 0, 0, 2, 3]])
+    layer = packed_nn.Sparse24Linear.from_linear(linear)
+    assert_same_bits(layer.weight.detach(), expected.to(dtype))
+    assert layer.weight_scale is None
+    assert "weight_scale" not in layer.state_dict()
+
+    small = packed_nn.Sparse24Linear.from_linear(linear, values="int8")
+    assert small.values.dtype == torch.int8
+    step = expected.abs().amax(1, keepdim=True) / 127
+    assert ((small._dense_weight() - expected).abs() <= 0.5001 * step).all()
+    assert small.config()["values"] == "int8"
+    with pytest.raises(ValueError, match="must be 'float' or 'int8'"):
+        packed_nn.Sparse24Linear(7, 2, values="int4")
+
+
 def test_zero_rows_give_exactly_the_bias():
     linear = dense(64, 4)
     with torch.no_grad():
@@ -208,6 +228,37 @@ class TestState:
         again.to_empty(device="cpu").load_state_dict(layer.state_dict())
         x = torch.randn(2, 37)
         assert torch.equal(again(x), layer(x))
+
+    def test_reading_the_dtype_of_the_weight_does_not_unpack_it(self, choice, monkeypatch):
+        layer = packed(choice, dtype=torch.bfloat16)
+        expected = layer.dense_weight()
+
+        def unpacked(self):
+            raise AssertionError("unpacked")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(layer), "_dense_weight", unpacked)
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            assert weight.dtype == torch.bfloat16
+            assert weight.device == torch.device("cpu")
+            assert weight.shape == weight.size() == (5, 37)
+            assert weight.dim() == weight.ndim == 2
+            assert weight.numel() == 5 * 37
+            assert weight.is_floating_point()
+            assert not weight.requires_grad
+            with pytest.raises(AssertionError, match="unpacked"):
+                weight.float()
+        assert type(weight.detach()) is Tensor
+        assert weight.float().numpy().shape == (5, 37)
+        assert weight.tolist() == expected.tolist()
+        assert repr(weight) == repr(expected)
+        assert_same_bits(copy.deepcopy(weight), expected)
+        x = torch.randn(2, 37).bfloat16()
+        assert_same_bits(nn.functional.linear(x, weight), nn.functional.linear(x, expected))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = nn.functional.linear(x.float(), weight)
+        assert_same_bits(y, nn.functional.linear(x, expected))
 
     def test_weight_is_read_only(self, choice):
         layer = packed(choice)
@@ -338,6 +389,30 @@ def test_unknown_dtype():
 
 def all_layers() -> nn.Sequential:
     return nn.Sequential(*(packed(choice, 24, 24) for choice in CHOICES))
+
+
+class CastsToTheWeightsDtype(nn.Module):
+    """As T5 does."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.linear.weight
+        if isinstance(weight, Tensor) and x.dtype != weight.dtype and weight.dtype != torch.int8:
+            x = x.to(weight.dtype)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_models_that_read_the_weights_dtype(choice):
+    model, x = CastsToTheWeightsDtype(packed(choice, dtype=torch.bfloat16)), torch.randn(2, 37)
+    expected = model.linear(x.bfloat16())
+    assert_same_bits(model(x), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(x), expected)
+    assert_same_bits(torch.export.export(model, (x,)).module()(x), expected)
 
 
 def test_compile_and_export():

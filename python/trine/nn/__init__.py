@@ -4,18 +4,28 @@ from torch import nn
 
 from trine.nn.int8 import Int8Linear
 from trine.nn.packed import PackedLinear
+from trine.nn.sparse24 import Sparse24Linear
 from trine.nn.ternary import TernaryLinear
 
-__all__ = ["Int8Linear", "PackedLinear", "TernaryLinear", "layer_kinds", "pack_linear"]
+__all__ = [
+    "Int8Linear",
+    "PackedLinear",
+    "Sparse24Linear",
+    "TernaryLinear",
+    "layer_kinds",
+    "pack_linear",
+]
 
 layer_kinds: dict[str, type[PackedLinear]] = {
-    layer.kind: layer for layer in (TernaryLinear, Int8Linear)
+    layer.kind: layer for layer in (TernaryLinear, Int8Linear, Sparse24Linear)
 }
 
 # What a recipe may choose for a layer: the class, and the options of its `from_linear`.
 _CHOICES: dict[str, tuple[type[PackedLinear], dict[str, str]]] = {
     "int8": (Int8Linear, {}),
     "ternary": (TernaryLinear, {}),
+    "sparse24": (Sparse24Linear, {"values": "float"}),
+    "sparse24-int8": (Sparse24Linear, {"values": "int8"}),
 }
 
 

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trine.nn.dense_weight import DenseWeight
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,8 +55,19 @@ class PackedLinear(nn.Module):
         return next((tensor.dtype for tensor in following if tensor is not None), self._dtype)
 
     @property
+    def device(self) -> torch.device:
+        return next(tensor.device for tensor in self._buffers.values() if tensor is not None)
+
+    @property
     def weight(self) -> Tensor:
-        """The dense weight [out_features, in_features] that the packed one stands for; a copy."""
+        """The dense weight [out_features, in_features] that the packed one stands for; read-only.
+
+        It is unpacked when its values are used, each time; its dtype and device cost nothing.
+        """
+        return self.dense_weight() if torch.compiler.is_compiling() else DenseWeight(self)
+
+    def dense_weight(self) -> Tensor:
+        """`weight` as a plain tensor of its own."""
         return self._dense_weight().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,8 +114,7 @@ class PackedLinear(nn.Module):
                 return moved
             return tensor.to(moved.device)
 
-        any_buffer = next(buffer for buffer in self._buffers.values() if buffer is not None)
-        self._dtype = fn(torch.empty(0, dtype=self.dtype, device=any_buffer.device)).dtype
+        self._dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(

@@ -56,15 +56,14 @@ def two_of_four(weight: Tensor) -> Tensor:
     n, k = weight.shape
     # Padding is smaller than any magnitude, so that it never takes a place.
     magnitude = torch.nn.functional.pad(weight.float().abs(), (0, -k % 4), value=-1.0)
-    groups = magnitude.reshape(n, -1, 4).unbind(-1)
-    # A value is kept if fewer than two others of its group go before it.
+    groups = magnitude.reshape(n, -(-k // 4), 4).permute(2, 0, 1).contiguous()
     kept = []
-    for i, value in enumerate(groups):
-        before = [groups[j] >= value for j in range(i)] + [
-            groups[j] > value for j in range(i + 1, 4)
-        ]
-        kept.append(sum(b.to(torch.int8) for b in before) < 2)
-    return torch.stack(kept, -1).reshape(n, -1)[:, :k]
+    for i in range(4):
+        a, b, c = (
+            groups[i] >= groups[j] if i < j else groups[i] > groups[j] for j in range(4) if j != i
+        )
+        kept.append((a & b) | (c & (a | b)))  # it goes before at least two of the others
+    return torch.stack(kept, -1).flatten(1)[:, :k]
 
 
 def sparse24(weight: Tensor) -> tuple[Tensor, None]:
