@@ -8,6 +8,10 @@ namespace {
 constexpr const char* kOp = "sparse24_linear";
 
 constexpr Sparse24FloatKernel kFloatKernels[] = {
+#ifdef TRINE_X86
+    {Isa::avx512, sparse24_block_avx512, sparse24_widen_avx512, sparse24_float_avx512},
+    {Isa::avx2, sparse24_block_avx2, sparse24_widen_avx2, sparse24_float_avx2},
+#endif
     {Isa::scalar, sparse24_block_scalar, sparse24_widen_scalar, sparse24_float_scalar},
 };
 constexpr Sparse24Int8Kernel kInt8Kernels[] = {

@@ -1,0 +1,267 @@
+// What the x86 kernels of float values share: both ways to skip the zeros.
+//
+// Few rows of x: 16 values of a weight row are multiplied by the 16 columns of x that belong to
+// them, which are picked from 32 in registers. One pick and one multiplication for 32 columns.
+//
+// Many rows: lanes are rows of x (FloatBlocks with a block of several vectors). Each value is
+// broadcast, and multiplied by the vectors of its column.
+//
+//   for a block of rows of x
+//     for a block of weight rows
+//       for a slice of columns (x's slice stays in L1)
+//         for each weight row: add_slice       -> fp32 sums [weight row][row of x], in L2
+//       write_sums                             -> y
+//
+// Simd describes the instruction set:
+//   kLanes, Vector, zero, load, store, broadcast, add, multiply_add   plain vectors of floats
+//   Chunk, load_chunk(values, indices)    16 values and where their columns lie
+//   Sum, multiply_add(sum, chunk, x)      sum += values * their columns among x[0] .. x[31]
+//   total(sum)
+// and load_floats, store_floats come from common/x86.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/scratch.h"
+#include "common/store.h"
+#include "sparse24_linear/sparse24_linear.h"
+
+namespace trine {
+namespace {
+
+// Calls run(pointer) with `data` as a pointer to its type.
+template <class Run>
+void with_type(const void* data, FloatType type, const Run& run) {
+  switch (type) {
+    case FloatType::float32:
+      return run(static_cast<const float*>(data));
+    case FloatType::bfloat16:
+      return run(static_cast<const bfloat16*>(data));
+    case FloatType::float16:
+      return run(static_cast<const float16*>(data));
+  }
+}
+
+// to[j][i] = from[i][j], 8 x 8.
+[[maybe_unused]] inline void transpose8x8(const float* from, int64_t from_stride, float* to,
+                                          int64_t to_stride) {
+  __m256 row[8], pair[8];
+  for (int i = 0; i < 4; ++i) {  // lanes: columns 0..3 of rows i and i + 4; then columns 4..7
+    const __m256 low = _mm256_loadu_ps(from + i * from_stride);
+    const __m256 high = _mm256_loadu_ps(from + (i + 4) * from_stride);
+    row[i] = _mm256_permute2f128_ps(low, high, 0x20);
+    row[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m256 a = pair[i + j], b = pair[i + j + 2];
+      _mm256_storeu_ps(to + (i + 2 * j) * to_stride, _mm256_shuffle_ps(a, b, 0x44));
+      _mm256_storeu_ps(to + (i + 2 * j + 1) * to_stride, _mm256_shuffle_ps(a, b, 0xee));
+    }
+}
+
+// One chunk of columns, of which `count` exist.
+template <class Simd, class T>
+void widen_chunk(const T* x, int64_t count, float* to) {
+  for (int64_t i = 0; i < kSparse24Columns; i += Simd::kLanes) {
+    const int64_t left = std::min(count - i, Simd::kLanes);
+    Simd::store(to + i, left > 0 ? load_floats(x + i, left) : Simd::zero());
+  }
+}
+
+template <class Simd>
+void widen_block(const FloatRows& x, int64_t b, int64_t block, int64_t columns, float* data) {
+  const auto widen_row = [&](int64_t m, int64_t column, float* to) {
+    with_type(x.data + m * x.row_bytes, x.type,
+              [&](const auto* row) { widen_chunk<Simd>(row + column, x.k - column, to); });
+  };
+  for (int64_t column = 0; column < columns; column += kSparse24Columns) {
+    if (block == 1) {
+      widen_row(b, column, data + column);
+      continue;
+    }
+    for (int64_t i = 0; i < block; i += 8) {
+      float rows[8][kSparse24Columns] = {};
+      for (int64_t m = b * block + i; m < std::min(b * block + i + 8, x.m); ++m)
+        widen_row(m, column, rows[m - b * block - i]);
+      for (int64_t c = 0; c < kSparse24Columns; c += 8)
+        transpose8x8(rows[0] + c, kSparse24Columns, data + (column + c) * block + i, block);
+    }
+  }
+}
+
+// One vector for up to kLanes rows, and so on; more rows than kMaxVectors hold are shared out
+// evenly.
+template <class Simd>
+int64_t rows_per_block(int64_t m) {
+  if (m < Simd::kManyRows) return 1;
+  const int64_t most = Simd::kMaxVectors * Simd::kLanes;
+  const int64_t blocks = (m + most - 1) / most;
+  return round_up((m + blocks - 1) / blocks, Simd::kLanes);
+}
+
+template <class T>
+struct WeightRows {
+  const T* values;
+  const uint8_t* indices;
+  int64_t chunks;  // in a row
+
+  const T* row_values(int64_t n) const { return values + n * chunks * kSparse24Values; }
+  const uint8_t* row_indices(int64_t n) const { return indices + n * chunks * kSparse24Indices; }
+};
+
+// ---- few rows ----
+
+template <class Simd, int kRows, int kColumns, class T>
+void small_tile(const float* x, const WeightRows<T>& weight, const LinearOutput& out, int64_t m,
+                int64_t n) {
+  const int64_t columns = weight.chunks * kSparse24Columns;
+  typename Simd::Sum sums[kRows][kColumns] = {};
+  for (int64_t c = 0; c < weight.chunks; ++c) {
+    typename Simd::Chunk chunk[kColumns];
+    for (int j = 0; j < kColumns; ++j)
+      chunk[j] = Simd::load_chunk(weight.row_values(n + j) + c * kSparse24Values,
+                                  weight.row_indices(n + j) + c * kSparse24Indices);
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kColumns; ++j)
+        Simd::multiply_add(sums[i][j], chunk[j], x + (m + i) * columns + c * kSparse24Columns);
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kColumns; ++j) store(out, m + i, n + j, Simd::total(sums[i][j]));
+}
+
+template <class Simd, int kRows, class T>
+void small_rows(int64_t rows, const float* x, const WeightRows<T>& weight, const LinearOutput& out,
+                int64_t m, const Tile& tile) {
+  if constexpr (kRows > 1)
+    if (rows < kRows) return small_rows<Simd, kRows - 1>(rows, x, weight, out, m, tile);
+  int64_t n = tile.n_begin;
+  for (; n + Simd::kTileColumns <= tile.n_end; n += Simd::kTileColumns)
+    small_tile<Simd, kRows, Simd::kTileColumns>(x, weight, out, m, n);
+  for (; n < tile.n_end; ++n) small_tile<Simd, kRows, 1>(x, weight, out, m, n);
+}
+
+// ---- many rows ----
+
+// A slice of x is read once for each weight row: it takes half of a 48 KiB L1.
+inline constexpr int64_t kSliceBytes = 24 << 10;
+// Weight rows whose sums are kept: with 64 rows of x they are 64 KiB.
+inline constexpr int64_t kBlockColumns = 256;
+
+[[maybe_unused]] inline const float* as_floats(const float* values, int64_t, float*) {
+  return values;
+}
+template <class T>
+const float* as_floats(const T* values, int64_t count, float* widened) {
+  constexpr int64_t kLanes = sizeof(load_floats(values)) / sizeof(float);
+  for (int64_t i = 0; i < count; i += kLanes) store_floats(load_floats(values + i), widened + i);
+  return widened;
+}
+
+// sums[i] += values . x, for each of the kVectors * kLanes rows i of a block.
+template <class Simd, int kVectors>
+void add_slice(const float* x, const float* values, const uint8_t* indices, int64_t chunks,
+               float* sums) {
+  constexpr int64_t kBlock = kVectors * Simd::kLanes;
+  typename Simd::Vector acc[kVectors];
+  for (auto& sum : acc) sum = Simd::zero();
+  for (int64_t c = 0; c < chunks; ++c, x += kSparse24Columns * kBlock, values += kSparse24Values) {
+    uint32_t positions;
+    std::memcpy(&positions, indices + c * kSparse24Indices, sizeof positions);
+#pragma GCC unroll 16
+    for (int i = 0; i < kSparse24Values; ++i) {
+      const float* column = x + (i / 2 * 4 + (positions >> (2 * i) & 3)) * kBlock;
+      const auto value = Simd::broadcast(values[i]);
+      for (int v = 0; v < kVectors; ++v)
+        acc[v] = Simd::multiply_add(value, Simd::load(column + v * Simd::kLanes), acc[v]);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    float* sum = sums + v * Simd::kLanes;
+    Simd::store(sum, Simd::add(Simd::load(sum), acc[v]));
+  }
+}
+
+// y[m .. m + 7][n .. n_end - 1], where inside of the tile, from sums[column][row].
+template <class Simd>
+void write_sums(const float* sums, int64_t block, const LinearOutput& out, const Tile& tile,
+                int64_t m, int64_t n, int64_t n_end) {
+  float rows[8][kBlockColumns];
+  for (int64_t column = 0; column < n_end - n; column += 8)
+    transpose8x8(sums + column * block, block, rows[0] + column, kBlockColumns);
+  with_type(out.y, out.type, [&]<class T>(const T*) {
+    for (int64_t row = std::max(m, tile.m_begin); row < std::min(m + 8, tile.m_end); ++row) {
+      T* y = static_cast<T*>(out.y) + row * out.stride;
+      for (int64_t at = n; at < n_end; at += Simd::kLanes) {
+        const int64_t count = std::min(n_end - at, Simd::kLanes);
+        auto value = load_floats(rows[row - m] + (at - n), count);
+        if (out.bias != nullptr) value = Simd::add(value, load_floats(out.bias + at, count));
+        store_floats(value, y + at, count);
+      }
+    }
+  });
+}
+
+template <class Simd, int kVectors, class T>
+void large_block(const float* x, int64_t first_m, const WeightRows<T>& weight,
+                 const LinearOutput& out, const Tile& tile) {
+  constexpr int64_t kBlock = kVectors * Simd::kLanes;
+  constexpr int64_t kSlice =
+      std::max<int64_t>(1, kSliceBytes / (kBlock * sizeof(float) * kSparse24Columns));  // chunks
+  const Scratch storage(kBlockColumns * kBlock * int64_t(sizeof(float)));
+  float* sums = storage.data<float>();
+  alignas(64) float widened[kSlice * kSparse24Values];
+  for (int64_t n = tile.n_begin; n < tile.n_end; n += kBlockColumns) {
+    const int64_t n_end = std::min(n + kBlockColumns, tile.n_end);
+    std::fill_n(sums, round_up(n_end - n, 8) * kBlock, 0.0f);
+    for (int64_t chunk = 0; chunk < weight.chunks; chunk += kSlice) {
+      const int64_t chunks = std::min(kSlice, weight.chunks - chunk);
+      for (int64_t row = n; row < n_end; ++row)
+        add_slice<Simd, kVectors>(x + chunk * kSparse24Columns * kBlock,
+                                  as_floats(weight.row_values(row) + chunk * kSparse24Values,
+                                            chunks * kSparse24Values, widened),
+                                  weight.row_indices(row) + chunk * kSparse24Indices, chunks,
+                                  sums + (row - n) * kBlock);
+    }
+    for (int64_t m = std::max(first_m, tile.m_begin / 8 * 8);
+         m < std::min(first_m + kBlock, tile.m_end); m += 8)
+      write_sums<Simd>(sums + (m - first_m), kBlock, out, tile, m, n, n_end);
+  }
+}
+
+template <class Simd, int kVectors, class T>
+void large_vectors(int64_t vectors, const float* x, int64_t first_m, const WeightRows<T>& weight,
+                   const LinearOutput& out, const Tile& tile) {
+  if constexpr (kVectors > 1)
+    if (vectors < kVectors)
+      return large_vectors<Simd, kVectors - 1>(vectors, x, first_m, weight, out, tile);
+  large_block<Simd, kVectors>(x, first_m, weight, out, tile);
+}
+
+// ---- both ----
+
+template <class Simd>
+void sparse24_float_tile(const FloatBlocks& x, const Sparse24FloatWeight& weight,
+                         const LinearOutput& out, const Tile& tile) {
+  with_type(weight.values, weight.type, [&](const auto* values) {
+    const WeightRows rows{values, weight.indices, x.columns / kSparse24Columns};
+    if (x.block == 1) {
+      for (int64_t m = tile.m_begin; m < tile.m_end; m += Simd::kTileRows)
+        small_rows<Simd, Simd::kTileRows>(tile.m_end - m, x.data, rows, out, m, tile);
+      return;
+    }
+    for (int64_t m = tile.m_begin / x.block * x.block; m < tile.m_end; m += x.block)
+      large_vectors<Simd, Simd::kMaxVectors>(x.block / Simd::kLanes, x.data + m * x.columns, m,
+                                             rows, out, tile);
+  });
+}
+
+}  // namespace
+}  // namespace trine
