@@ -182,6 +182,16 @@ def test_bad_rows_are_nan_and_no_others(isa, bad, classes):
         assert result[4].isfinite().all()
 
 
+def test_rows_masked_out_have_no_gradient_even_if_they_are_nan(isa):
+    student, teacher = reference.example_inputs(3, classes=40)
+    student[1, 3] = NAN
+    student.requires_grad_()
+    losses = softmax_kl(student, teacher, 2.0, "none")
+    torch.where(losses.isnan(), 0.0, losses).sum().backward()
+    assert (student.grad[1] == 0).all()
+    assert (student.grad[[0, 2]] != 0).all()
+
+
 def test_layouts(isa):
     student, teacher = reference.example_inputs(6, classes=50)
     expected = with_gradients(softmax_kl, student, teacher, 2.0)

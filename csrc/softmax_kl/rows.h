@@ -113,8 +113,7 @@ struct RunningSums {
     const double up_teacher = step(&max_teacher, teacher) * inverse_temperature;
     const double shrink = std::exp(-up_teacher);
     sum_student *= std::exp(-up_student);
-    // An infinite sum over probabilities that are now 0 is 0.
-    weighted = shrink == 0 ? 0 : (weighted + sum_teacher * (up_student - up_teacher)) * shrink;
+    weighted = (weighted + sum_teacher * (up_student - up_teacher)) * shrink;
     sum_teacher *= shrink;
   }
 

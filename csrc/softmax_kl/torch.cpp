@@ -1,6 +1,6 @@
 #include "softmax_kl/softmax_kl.h"
 
-#include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <tuple>
@@ -123,9 +123,12 @@ Tensor softmax_kl_backward_cpu(const Tensor& grad_loss, const Tensor& student,
   const auto run = for_teacher ? kernel.teacher_gradient : kernel.student_gradient;
   parallel_rows(m, n, [&](int64_t i) {
     const double scale = double(upstream[per_row ? i : 0]) * temperature / divisor;
-    run({problem.student.row(i), problem.student.type},
-        {problem.teacher.row(i), problem.teacher.type}, n, problem.inverse_temperature, rows[i],
-        static_cast<float>(scale), out + i * row_bytes);
+    if (scale == 0)  // a row that is masked out costs nothing, and its NaN stays in the loss
+      std::memset(out + i * row_bytes, 0, static_cast<std::size_t>(row_bytes));
+    else
+      run({problem.student.row(i), problem.student.type},
+          {problem.teacher.row(i), problem.teacher.type}, n, problem.inverse_temperature, rows[i],
+          static_cast<float>(scale), out + i * row_bytes);
   });
   return gradient;
 }

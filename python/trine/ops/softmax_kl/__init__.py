@@ -27,7 +27,8 @@ def softmax_kl(
 
     A class whose logit is -inf for the teacher contributes 0, whatever the student's; one that is
     -inf for the student alone makes the loss +inf. A row that holds NaN or +inf, or nothing but
-    -inf, gives NaN. Identical rows give exactly 0.
+    -inf, gives NaN. Identical rows give exactly 0. A row of "none" whose loss receives a gradient
+    of 0 (masked out with `torch.where`) passes on 0, even if it is NaN.
 
     Args:
         student_logits: [..., C], float32, bfloat16 or float16.
