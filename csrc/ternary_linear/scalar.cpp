@@ -32,7 +32,7 @@ void ternary_linear_scalar(const QuantizedRows& x, const TernaryWeight& weight,
       const int8_t* q = x.q + m * x.stride;
       if (groups == 0) {
         const float acc = static_cast<float>(dot(q, w, weight.k));
-        store(out, m, n, (acc * x.scale[m]) * weight.scale[n]);
+        store(out, m, n, (acc * x.scale[m]) * weight.scale[weight.per_tensor ? 0 : n]);
         continue;
       }
       float sum = 0.0f;

@@ -1,6 +1,6 @@
 // Weights in {-1, 0, 1}, int8 activations; acc = sum over k of q[m][k] * w[n][k], exact in int32.
 //
-// One scale per row of the weight:
+// One scale for the weight, or one per row:
 //   y[m][n] = (float(acc) * x.scale[m]) * weight_scale[n] + bias[n]
 // Groups of `group_size` consecutive k, each with a scale of its own, acc_g being the part of acc
 // that group g contributes, added in ascending order from +0:
@@ -31,8 +31,9 @@ struct TernaryWeight {
   const uint8_t* packed;
   int64_t stride;  // bytes from row to row
   int64_t k;
-  const float* scale;  // [n], or [n][k / group_size]
-  int64_t group_size;  // 0: one scale for the whole row
+  const float* scale;  // one value, [n], or [n][k / group_size]
+  bool per_tensor;     // scale is one value
+  int64_t group_size;  // 0: no groups
 };
 
 using TernaryLinearFn = void(const QuantizedRows& x, const TernaryWeight& weight,
@@ -40,6 +41,9 @@ using TernaryLinearFn = void(const QuantizedRows& x, const TernaryWeight& weight
 
 struct TernaryLinearKernel {
   Isa needs;
+  // It reads activations in the order of the packed bits: the 16 dwords of each 64 bytes transposed
+  // as a 4 x 4 matrix, so that dword 4i + w holds k = 16w + 4i and the next three.
+  bool transposed_input;
   TernaryLinearFn* run;
 };
 

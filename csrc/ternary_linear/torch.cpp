@@ -8,12 +8,13 @@ namespace {
 constexpr const char* kOp = "ternary_linear";
 
 constexpr TernaryLinearKernel kKernels[] = {
-    {Isa::scalar, ternary_linear_scalar},
+#ifdef TRINE_X86
+    {Isa::avx512vnni, true, ternary_linear_avx512vnni},
+    {Isa::avx2, true, ternary_linear_avx2},
+#endif
+    {Isa::scalar, false, ternary_linear_scalar},
 };
 [[maybe_unused]] const bool announced = announce(kOp, kKernels);
-
-// 256 values are one zmm register of packed weights: kernels read activations without a tail.
-constexpr int64_t kActivationMultiple = 256;
 
 // The group size that the shape of `weight_scale` means, 0 for one scale per row or per tensor.
 int64_t read_group_size(const Tensor& weight_scale, int64_t n, int64_t k) {
@@ -29,6 +30,21 @@ int64_t read_group_size(const Tensor& weight_scale, int64_t n, int64_t k) {
   check(per_tensor || per_row, kOp, ": weight_scale must hold one value, [", n,
         "] (one per row of packed_weight) or [", n, ", groups]");
   return 0;
+}
+
+void transpose_words(QuantizedInput& input, int64_t m) {
+  const int64_t stride = input.rows().stride;
+  // A thread is worth waking for some 32k bytes, as for quantising them.
+  const int64_t grain = std::max<int64_t>(1, 32768 / stride);
+  torch::stable::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) {
+    for (int8_t* block = input.row(begin); block < input.row(end); block += 64) {
+      uint32_t dwords[4][4];
+      std::memcpy(dwords, block, 64);
+      for (int w = 0; w < 4; ++w)
+        for (int i = 0; i < w; ++i) std::swap(dwords[w][i], dwords[i][w]);
+      std::memcpy(block, dwords, 64);
+    }
+  });
 }
 
 Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
@@ -52,19 +68,18 @@ Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Te
   Tensor y = torch::stable::new_empty(x, linear_shape(x, n));
   if (rows.m == 0 || n == 0) return y;
 
-  const QuantizedInput input(rows, kActivationMultiple);
-  const float* scales = static_cast<const float*>(scale.const_data_ptr());
-  std::optional<Scratch> row_scales;  // one scale for the tensor is repeated: kernels know rows
-  if (group_size == 0 && scale.numel() == 1) {
-    row_scales.emplace(n * int64_t(sizeof(float)));
-    std::fill_n(row_scales->data<float>(), n, *scales);
-    scales = row_scales->data<float>();
-  }
-  const TernaryWeight packed{static_cast<const uint8_t*>(weight.const_data_ptr()), words * 4,
-                             rows.k, scales, group_size};
+  const TernaryLinearKernel& kernel = select(kKernels);
+  QuantizedInput input(rows, kTernaryChunk);
+  if (kernel.transposed_input) transpose_words(input, rows.m);
+  const bool per_tensor = group_size == 0 && scale.numel() == 1;
+  const TernaryWeight packed{static_cast<const uint8_t*>(weight.const_data_ptr()),
+                             words * int64_t(sizeof(int32_t)),
+                             rows.k,
+                             static_cast<const float*>(scale.const_data_ptr()),
+                             per_tensor,
+                             group_size};
   const LinearOutput out{y.mutable_data_ptr(), n, rows.type,
                          bias_values.has_value() ? bias_values->data() : nullptr};
-  const TernaryLinearKernel& kernel = select(kKernels);
   parallel_tiles(rows.m, n, rows.k,
                  [&](const Tile& tile) { kernel.run(input.rows(), packed, out, tile); });
   return y;

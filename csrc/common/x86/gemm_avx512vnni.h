@@ -25,6 +25,9 @@
 //        static __m512i load(Row row, int64_t k);      // bytes k .. k + 63 of the row, unsigned
 //        __m512i load_tail(Row row, int64_t k) const;  // the same at whole_k, if k goes beyond it
 //        static void prefetch(Row row, int64_t k);     // called with each load; may do nothing
+//      and may have
+//        static __m512i unscaled(__m512i sums);        // undoes a factor that the bytes of each
+//                                                      // quarter carry; called once per kSliceK
 //   2. Call integer_linear(x, weight, k, scaling, out, tile). x.q is zero from k to a multiple of
 //      64 (QuantizedInput does that). `Scaling` is {weight_scale}, {weight_scale, true} for one
 //      scale per tensor, and can subtract a column term from acc (zero points).
@@ -85,14 +88,15 @@ struct PackedInt8Weight {
   }
 };
 
-// The sums of the lanes of a, b, c, d.
-[[maybe_unused]] inline __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
+// Each quarter (128 bits) of the result holds the sums of that quarter of a, b, c, d.
+[[maybe_unused]] inline __m512i sum_within_quarters(__m512i a, __m512i b, __m512i c, __m512i d) {
   const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
   const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  const __m512i abcd =
-      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-  const __m256i half =
-      _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+
+[[maybe_unused]] inline __m128i sum_quarters(__m512i a) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
@@ -140,9 +144,10 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
 
   unrolled<kRows>([&](auto i) {
     auto* row = reinterpret_cast<__m128i*>(sums + i * kMaxBlockColumns);
-    const __m128i sum =
-        sum_lanes((__m512i)acc[i][0], (__m512i)acc[i][1], (__m512i)acc[i][2], (__m512i)acc[i][3]);
-    _mm_store_si128(row, _mm_add_epi32(_mm_load_si128(row), sum));
+    __m512i quarters = sum_within_quarters((__m512i)acc[i][0], (__m512i)acc[i][1],
+                                           (__m512i)acc[i][2], (__m512i)acc[i][3]);
+    if constexpr (requires { Weight::unscaled(quarters); }) quarters = Weight::unscaled(quarters);
+    _mm_store_si128(row, _mm_add_epi32(_mm_load_si128(row), sum_quarters(quarters)));
   });
 }
 

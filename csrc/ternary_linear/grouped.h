@@ -1,0 +1,93 @@
+// Groups along k for the vector kernels: the integer tiles of common/x86 run group by group, and
+// their sums are scaled into float sums. Included after gemm_avx512vnni.h or gemm_avx2.h; the loops
+// over kGroupColumns become vector instructions of whichever it is.
+#pragma once
+
+#include <algorithm>
+
+#include "common/x86/gemm_blocking.h"
+#include "ternary_linear/ternary_linear.h"
+
+namespace trine {
+namespace {
+
+// Columns whose float sums are kept at a time: a zmm register, a cache line of output, and few
+// enough rows of the weight for the hardware to prefetch them all.
+inline constexpr int64_t kGroupColumns = 16;
+
+// sums[m - m_begin][g] = the sum of row m of x over group g.
+[[maybe_unused]] inline void sum_groups(const QuantizedRows& x, int64_t group_size, int64_t groups,
+                                        const Tile& tile, int32_t* sums) {
+  for (int64_t m = tile.m_begin; m < tile.m_end; ++m)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int8_t* q = x.q + m * x.stride + g * group_size;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < group_size; ++k) sum += q[k];
+      *sums++ = sum;
+    }
+}
+
+template <class T>
+void finish_grouped_row(const float* sums, float x_scale, const float* bias, int64_t count, T* y) {
+  for (int64_t j = 0; j < count; ++j) {
+    const float value = sums[j] * x_scale;
+    narrow(bias == nullptr ? value : value + bias[j], y + j);
+  }
+}
+
+template <class Weight>
+void grouped_linear(const QuantizedRows& x, const TernaryWeight& weight, const LinearOutput& out,
+                    const Tile& tile) {
+  const int64_t groups = weight.k / weight.group_size;
+  const int64_t rows_in_tile = tile.m_end - tile.m_begin;
+  const Scratch x_sums(rows_in_tile * groups * int64_t(sizeof(int32_t)));
+  sum_groups(x, weight.group_size, groups, tile, x_sums.data<int32_t>());
+  const Scratch transposed(groups * kGroupColumns * int64_t(sizeof(float)));
+  float* scale = transposed.data<float>();  // [g][kGroupColumns]
+  alignas(64) int32_t sums[Weight::kMaxTileRows * kMaxBlockColumns] = {};
+
+  for (int64_t n = tile.n_begin; n < tile.n_end; n += kGroupColumns) {
+    const int64_t count = std::min(kGroupColumns, tile.n_end - n);
+    for (int64_t j = 0; j < kGroupColumns; ++j)  // columns beyond the last repeat it
+      for (int64_t g = 0; g < groups; ++g)
+        scale[g * kGroupColumns + j] = weight.scale[(n + std::min(j, count - 1)) * groups + g];
+
+    for (int64_t m = tile.m_begin; m < tile.m_end; m += Weight::kMaxTileRows) {
+      const int64_t rows = std::min(Weight::kMaxTileRows, tile.m_end - m);
+      alignas(64) float totals[Weight::kMaxTileRows][kGroupColumns] = {};
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t k = g * weight.group_size;
+        const Weight group{weight.packed + k / kTernaryPerByte, weight.stride};
+        accumulate_block(rows, group, {x.q + m * x.stride + k, x.stride}, n, n + count,
+                         weight.group_size, sums);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int32_t minus = x_sums.data<int32_t>()[(m - tile.m_begin + i) * groups + g];
+          for (int64_t j = 0; j < kGroupColumns; ++j)
+            totals[i][j] += static_cast<float>(sums[i * kMaxBlockColumns + j] - minus) *
+                            scale[g * kGroupColumns + j];
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const float* bias = out.bias == nullptr ? nullptr : out.bias + n;
+        const int64_t at = (m + i) * out.stride + n;
+        switch (out.type) {
+          case FloatType::float32:
+            finish_grouped_row(totals[i], x.scale[m + i], bias, count,
+                               static_cast<float*>(out.y) + at);
+            break;
+          case FloatType::bfloat16:
+            finish_grouped_row(totals[i], x.scale[m + i], bias, count,
+                               static_cast<bfloat16*>(out.y) + at);
+            break;
+          case FloatType::float16:
+            finish_grouped_row(totals[i], x.scale[m + i], bias, count,
+                               static_cast<float16*>(out.y) + at);
+            break;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace trine
