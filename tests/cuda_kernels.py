@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "cuda_on_cpu"
 BUILD = ROOT / "build" / "cuda_on_cpu"
 # No contraction, as in the library; pragmas are for nvcc.
-FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def build(op: str, mutant: Mutant | None = None) -> Path:
     for outdated in set((BUILD / op).glob("*")) - {folder}:
         shutil.rmtree(outdated, ignore_errors=True)
     support = [
-        compile_once(folder / f"{name}.o", "-c", EMULATION / f"{name}.cpp")
+        compile_once(folder / f"{name}.o", "-O2", "-c", EMULATION / f"{name}.cpp")
         for name in ("emulator", "driver")
     ]
     changed = folder / "sources" / op
@@ -89,7 +89,8 @@ def build(op: str, mutant: Mutant | None = None) -> Path:
         mutant.write(changed)
     includes = [f"-I{path}" for path in (changed, EMULATION, ROOT / "csrc")]
     program = folder / f"{changed.name}.program"
-    return compile_once(program, *includes, EMULATION / f"{op}.cpp", *support)
+    # Kernels are not optimised: that would take longer than it saves when they run.
+    return compile_once(program, "-O0", *includes, EMULATION / f"{op}.cpp", *support)
 
 
 def run(program: Path, seed: int, cases: Sequence[bytes]) -> bytes:

@@ -1,6 +1,5 @@
-// quantize_rows for every GPU from sm_80 on: memory-bound, so each value is read once (as 16-byte
-// accesses where the alignment allows) and kept in registers between the two steps, the row's
-// largest magnitude and the quantisation by it.
+// quantize_rows for every GPU from sm_80 on: memory-bound, so each value is read once and kept in
+// registers between the two steps, the row's largest magnitude and the quantisation by it.
 #include "quantize_rows/cuda.h"
 
 #include "common/cuda/convert.cuh"
@@ -12,25 +11,26 @@
 namespace trine {
 namespace {
 
-// What a thread reads at a time: the widest access there is.
+// What a thread works on at a time: the widest access there is.
 constexpr int kChunkBytes = 16;
 
 template <class T>
 constexpr int kChunkValues = kChunkBytes / int(sizeof(T));
 
+// As words, not as values: the compiler then leaves 16-bit values packed until they are used.
 template <class T>
 struct alignas(kChunkBytes) Chunk {
-  T value[kChunkValues<T>];
+  uint32_t word[kChunkBytes / 4];
 };
 
 template <class T>
-struct alignas(8) QuantizedChunk {
+struct alignas(kChunkValues<T>) QuantizedChunk {
   uint32_t word[kChunkValues<T> / 4];  // four q in each
 };
 
-// Chunks of a row that a thread keeps in registers. Four make a kernel of at most 64 registers, so
-// that an SM holds at least 1024 threads, with 64 KB of loads in flight: more than memory latency
-// times the bandwidth of one SM (some 25 KB on H200).
+// Chunks of a row that a thread keeps in registers. Four make kernels of at most 48 registers: an
+// SM then holds 1280 threads with 80 KB of loads in flight, more than the latency of memory times
+// the bandwidth that falls to one SM (some 25 KB on H200).
 constexpr int kHeldChunks = 4;
 
 struct Problem {
@@ -39,75 +39,51 @@ struct Problem {
   int8_t* q;
   float* scale;
   int32_t* sum;
-  int x_access, q_access;  // the widest access, in bytes, that suits the alignment of every row
 };
 
-// One access of kBytes after the other. Template and run-time width are the same number: a switch
-// picks the instance.
-template <int kBytes, int kTotal>
-__device__ __forceinline__ void load_by(void* registers, const char* global) {
-#pragma unroll
-  for (int at = 0; at < kTotal; at += kBytes)
-    load_global<kBytes>(static_cast<char*>(registers) + at, global + at);
-}
-
-template <int kBytes, int kTotal>
-__device__ __forceinline__ void store_by(char* global, const void* registers) {
-#pragma unroll
-  for (int at = 0; at < kTotal; at += kBytes)
-    store_global<kBytes>(global + at, static_cast<const char*>(registers) + at);
-}
-
-// Chunk `c` of the row at `row`; zero behind the row's end.
-template <class T>
-__device__ __forceinline__ Chunk<T> load_chunk(const Problem& problem, const char* row, int64_t c) {
+// Chunk `c` of the row that begins at `row`. Wide: in one access, which needs rows of whole,
+// aligned chunks. Otherwise value by value, with zeros behind the row's end.
+template <class T, bool kWide>
+__device__ __forceinline__ Chunk<T> load_chunk(const char* row, int64_t k, int64_t c) {
   Chunk<T> chunk = {};
-  const int64_t begin = c * kChunkValues<T>;
   const char* from = row + c * kChunkBytes;
-  if (begin + kChunkValues<T> <= problem.k) {
-    switch (problem.x_access) {
-      case 16:
-        load_by<16, kChunkBytes>(&chunk, from);
-        break;
-      case 8:
-        load_by<8, kChunkBytes>(&chunk, from);
-        break;
-      case 4:
-        load_by<4, kChunkBytes>(&chunk, from);
-        break;
-      default:
-        load_by<int(sizeof(T)), kChunkBytes>(&chunk, from);
-    }
+  if constexpr (kWide) {
+    load_global<kChunkBytes>(&chunk, from);
   } else {
 #pragma unroll
     for (int i = 0; i < kChunkValues<T>; ++i)
-      if (begin + i < problem.k)
-        load_global<int(sizeof(T))>(&chunk.value[i], from + i * int(sizeof(T)));
+      if (c * kChunkValues<T> + i < k) {
+        const int at = i * int(sizeof(T));
+        uint32_t value = 0;
+        load_global<int(sizeof(T))>(&value, from + at);
+        chunk.word[at / 4] |= value << at % 4 * 8;
+      }
   }
   return chunk;
 }
 
-template <class T>
-__device__ __forceinline__ void store_chunk(const Problem& problem, int8_t* row, int64_t c,
+template <class T, bool kWide>
+__device__ __forceinline__ void store_chunk(int8_t* row, int64_t k, int64_t c,
                                             const QuantizedChunk<T>& chunk) {
-  const int64_t begin = c * kChunkValues<T>;
-  char* to = reinterpret_cast<char*>(row + begin);
-  if (begin + kChunkValues<T> <= problem.k) {
-    switch (problem.q_access) {
-      case 8:
-        store_by<sizeof(T) == 2 ? 8 : 4, kChunkValues<T>>(to, &chunk);
-        break;
-      case 4:
-        store_by<4, kChunkValues<T>>(to, &chunk);
-        break;
-      default:
-        store_by<1, kChunkValues<T>>(to, &chunk);
-    }
+  int8_t* to = row + c * kChunkValues<T>;
+  if constexpr (kWide) {
+    store_global<kChunkValues<T>>(to, &chunk);
   } else {
 #pragma unroll
     for (int i = 0; i < kChunkValues<T>; ++i)
-      if (begin + i < problem.k) store_global<1>(to + i, reinterpret_cast<const char*>(&chunk) + i);
+      if (c * kChunkValues<T> + i < k) {
+        const uint32_t q = chunk.word[i / 4] >> i % 4 * 8;
+        store_global<1>(to + i, &q);
+      }
   }
+}
+
+template <class T>
+__device__ __forceinline__ float value_of(const Chunk<T>& chunk, int i) {
+  if constexpr (sizeof(T) == 4)
+    return __uint_as_float(chunk.word[i]);
+  else
+    return widen_on_device(T{uint16_t(chunk.word[i / 2] >> i % 2 * 16)});
 }
 
 // Without their sign the bits of floats order as integers do, with infinity above every number and
@@ -119,7 +95,7 @@ template <class T>
 __device__ __forceinline__ uint32_t largest_magnitude(const Chunk<T>& chunk, uint32_t largest) {
 #pragma unroll
   for (int i = 0; i < kChunkValues<T>; ++i)
-    largest = Maximum{}(largest, __float_as_uint(widen_on_device(chunk.value[i])) & kMagnitudeBits);
+    largest = Maximum{}(largest, __float_as_uint(value_of(chunk, i)) & kMagnitudeBits);
   return largest;
 }
 
@@ -141,8 +117,7 @@ __device__ __forceinline__ QuantizedChunk<T> quantize_chunk(const Chunk<T>& chun
   for (int i = 0; i < kChunkValues<T>; i += 4) {
     uint32_t byte[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      byte[j] = quantize_to_low_byte(widen_on_device(chunk.value[i + j]), to_q);
+    for (int j = 0; j < 4; ++j) byte[j] = quantize_to_low_byte(value_of(chunk, i + j), to_q);
     const uint32_t low = __byte_perm(byte[0], byte[1], 0x0040);  // bytes 0 of both, side by side
     const uint32_t high = __byte_perm(byte[2], byte[3], 0x0040);
     const uint32_t four = __byte_perm(low, high, 0x5410) & keep;  // bytes 0 and 1 of both
@@ -154,7 +129,7 @@ __device__ __forceinline__ QuantizedChunk<T> quantize_chunk(const Chunk<T>& chun
 
 // kRowThreads threads work on a row. A row has no more chunks than they hold, except where
 // kRowThreads is the largest: what is beyond is then read a second time (from the L2 cache).
-template <class T, int kRowThreads, int kBlockThreads>
+template <class T, bool kWide, int kRowThreads, int kBlockThreads>
 __global__ void __launch_bounds__(kBlockThreads) quantize_rows_kernel(Problem problem) {
   constexpr int kRowsPerBlock = kBlockThreads / kRowThreads;
   constexpr int kRowWarps = (kRowThreads + kWarpThreads - 1) / kWarpThreads;
@@ -174,13 +149,14 @@ __global__ void __launch_bounds__(kBlockThreads) quantize_rows_kernel(Problem pr
 #pragma unroll
   for (int i = 0; i < kHeldChunks; ++i) {
     const int64_t c = thread + i * kRowThreads;
-    if (c < chunks) held[i] = load_chunk<T>(problem, x, c);
+    if (c < chunks) held[i] = load_chunk<T, kWide>(x, problem.k, c);
   }
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kHeldChunks; ++i) largest = largest_magnitude(held[i], largest);
+#pragma unroll 1
   for (int64_t c = first_not_held; c < chunks; c += kRowThreads)
-    largest = largest_magnitude(load_chunk<T>(problem, x, c), largest);
+    largest = largest_magnitude(load_chunk<T, kWide>(x, problem.k, c), largest);
   largest = reduce_threads<kRowThreads>(largest, Maximum{}, warp_largest);
 
   const float absmax = __uint_as_float(largest);
@@ -193,10 +169,13 @@ __global__ void __launch_bounds__(kBlockThreads) quantize_rows_kernel(Problem pr
 #pragma unroll
   for (int i = 0; i < kHeldChunks; ++i) {
     const int64_t c = thread + i * kRowThreads;
-    if (c < chunks) store_chunk<T>(problem, q, c, quantize_chunk(held[i], to_q, keep, total));
+    if (c < chunks)
+      store_chunk<T, kWide>(q, problem.k, c, quantize_chunk(held[i], to_q, keep, total));
   }
+#pragma unroll 1
   for (int64_t c = first_not_held; c < chunks; c += kRowThreads)
-    store_chunk<T>(problem, q, c, quantize_chunk(load_chunk<T>(problem, x, c), to_q, keep, total));
+    store_chunk<T, kWide>(q, problem.k, c,
+                          quantize_chunk(load_chunk<T, kWide>(x, problem.k, c), to_q, keep, total));
   total = reduce_threads<kRowThreads>(total, Sum{}, warp_total);
 
   if (has_row && thread == 0) {
@@ -205,20 +184,12 @@ __global__ void __launch_bounds__(kBlockThreads) quantize_rows_kernel(Problem pr
   }
 }
 
-// The widest power of two up to `widest` that divides every given number.
-template <class... Numbers>
-int common_alignment(int widest, Numbers... numbers) {
-  int alignment = widest;
-  while (((uint64_t(numbers) % alignment != 0) || ...)) alignment /= 2;
-  return alignment;
-}
-
-template <class T>
+template <class T, bool kWide>
 void quantize_rows(const Problem& problem, cudaStream_t stream) {
   const int64_t chunks = (problem.k + kChunkValues<T> - 1) / kChunkValues<T>;
   const auto run = [&]<int kRowThreads, int kBlockThreads>() {
     constexpr int kRowsPerBlock = kBlockThreads / kRowThreads;
-    launch("quantize_rows", quantize_rows_kernel<T, kRowThreads, kBlockThreads>,
+    launch("quantize_rows", quantize_rows_kernel<T, kWide, kRowThreads, kBlockThreads>,
            (problem.m + kRowsPerBlock - 1) / kRowsPerBlock, kBlockThreads, stream, problem);
   };
   // The fewest threads that hold the row, each step four times the last. Eight are the least that
@@ -235,29 +206,36 @@ void quantize_rows(const Problem& problem, cudaStream_t stream) {
     run.template operator()<1024, 1024>();
 }
 
+// Rows of whole chunks, each of them aligned in x and in q: torch's own memory is aligned to more,
+// so this asks for a K that is a multiple of 8 (4 in float32) and a row stride that is one.
+template <class T>
+bool chunks_are_aligned(const Problem& problem) {
+  return problem.k % kChunkValues<T> == 0 && problem.row_bytes % kChunkBytes == 0 &&
+         reinterpret_cast<uintptr_t>(problem.x) % kChunkBytes == 0 &&
+         reinterpret_cast<uintptr_t>(problem.q) % kChunkValues<T> == 0;
+}
+
+template <class T>
+void quantize_rows_of(const Problem& problem, cudaStream_t stream) {
+  if (chunks_are_aligned<T>(problem))
+    quantize_rows<T, true>(problem, stream);
+  else
+    quantize_rows<T, false>(problem, stream);
+}
+
 }  // namespace
 
 void quantize_rows_cuda(const void* x, FloatType type, int64_t m, int64_t k, int64_t row_bytes,
                         int8_t* q, float* scale, int32_t* sum, cudaStream_t stream) {
   if (m == 0) return;
-  const Problem problem = {
-      static_cast<const char*>(x),
-      m,
-      k,
-      row_bytes,
-      q,
-      scale,
-      sum,
-      common_alignment(16, reinterpret_cast<uintptr_t>(x), row_bytes),
-      common_alignment(8, reinterpret_cast<uintptr_t>(q), k),
-  };
+  const Problem problem = {static_cast<const char*>(x), m, k, row_bytes, q, scale, sum};
   switch (type) {
     case FloatType::float32:
-      return quantize_rows<float>(problem, stream);
+      return quantize_rows_of<float>(problem, stream);
     case FloatType::bfloat16:
-      return quantize_rows<bfloat16>(problem, stream);
+      return quantize_rows_of<bfloat16>(problem, stream);
     case FloatType::float16:
-      return quantize_rows<float16>(problem, stream);
+      return quantize_rows_of<float16>(problem, stream);
   }
 }
 

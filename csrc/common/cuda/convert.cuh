@@ -1,12 +1,10 @@
-// The floating types of tensors, widened to float: one instruction each.
+// The 16-bit floating types of tensors, widened to float: one instruction each.
 #pragma once
 
 #include "common/cuda/device.cuh"
 #include "common/float_types.h"
 
 namespace trine {
-
-__device__ __forceinline__ float widen_on_device(float x) { return x; }
 
 __device__ __forceinline__ float widen_on_device(bfloat16 x) {
   return __uint_as_float(uint32_t(x.bits) << 16);
