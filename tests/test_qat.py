@@ -9,6 +9,7 @@ import torch
 import trine
 from linear_inputs import DTYPES, assert_same_bits, difficult_rows
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from trine import nn as packed_nn
 from trine.ops.quantize_rows import reference
 from trine.quantize import QatLinear, int8_absmax, prepare_qat, ternary_absmean, two_of_four
@@ -151,6 +152,14 @@ class TestForward:
         for p, grad in zip(qat.parameters(), from_compiled, strict=True):
             torch.testing.assert_close(p.grad, grad)
 
+    def test_gradient_checkpointing(self, choice):
+        qat, x = two_layers(choice), torch.randn(4, 20)
+        wanted = list(qat.parameters())
+        expected = torch.autograd.grad(qat(x).sum(), wanted)
+        y = checkpoint(qat, x, use_reentrant=False)
+        for a, b in zip(torch.autograd.grad(y.sum(), wanted), expected, strict=True):
+            assert_same_bits(a, b)
+
     def test_wrong_number_of_features(self, choice):
         with pytest.raises(ValueError, match="expected 37"):
             prepared(choice).eval()(torch.randn(2, 36))
@@ -280,6 +289,7 @@ class TestNothingStale:
         qat, x = prepared(choice).eval(), torch.randn(3, 37)
         y = qat(x).detach()
         for other in (copy.deepcopy(qat), pickle.loads(pickle.dumps(qat))):
+            assert other._packed is None  # nor carry it about
             assert_same_bits(other(x).detach(), y)
             other.weight.data.mul_(-2)
             other(x)

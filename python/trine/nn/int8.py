@@ -90,14 +90,15 @@ class Int8Linear(PackedLinear):
             layer.input_zero_point = zero.to(weight.device, torch.int32).reshape(1)
         return layer
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        buffers = self._buffers
         return int8_linear(
             x,
-            self.packed_weight,
-            self.weight_scale,
+            buffers["packed_weight"],
+            buffers["weight_scale"],
             bias,
-            input_scale=self.input_scale,
-            input_zero_point=self.input_zero_point,
+            input_scale=buffers["input_scale"],
+            input_zero_point=buffers["input_zero_point"],
         )
 
     def _dense_weight(self) -> Tensor:

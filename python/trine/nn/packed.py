@@ -71,18 +71,19 @@ class PackedLinear(nn.Module):
         return self._dense_weight().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.bias)
+        return self.with_bias(x, self._buffers["bias"])
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer with another bias."""
+    def with_bias(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer gives with this bias in place of its own."""
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"{type(self).__name__}: the input has {x.shape[-1]} features, "
                 f"expected {self.in_features}"
             )
-        return self._linear(x, bias)
+        return self._run_op(x, bias)
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Calls the op. Reads `_buffers`: an attribute that nn.Module looks up costs 0.5 us."""
         raise NotImplementedError
 
     def _dense_weight(self) -> Tensor:

@@ -78,8 +78,10 @@ class Sparse24Linear(PackedLinear):
         layer.bias = bias
         return layer
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return sparse24_linear(x, self.values, self.indices, bias, weight_scale=self.weight_scale)
+    def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        buffers = self._buffers
+        values, indices, scale = buffers["values"], buffers["indices"], buffers["weight_scale"]
+        return sparse24_linear(x, values, indices, bias, weight_scale=scale)
 
     def _dense_weight(self) -> Tensor:
         dense = expand_sparse24(self.values, self.indices, self.in_features)

@@ -98,8 +98,9 @@ class TernaryLinear(PackedLinear):
             layer.bias = bias.detach().to(codes.device, layer._dtype, copy=True)
         return layer
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ternary_linear(x, self.packed_weight, self.weight_scale, bias)
+    def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        buffers = self._buffers
+        return ternary_linear(x, buffers["packed_weight"], buffers["weight_scale"], bias)
 
     def _dense_weight(self) -> Tensor:
         codes = unpack_ternary(self.packed_weight, self.in_features)

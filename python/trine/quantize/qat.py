@@ -50,7 +50,7 @@ class QatLinear(nn.Linear):
         x = in_autocast_dtype(x)
         packed = None if self.training else self._packed_weight()
         if packed is not None and not needs_grad(x, self.weight, self.bias):
-            return packed.linear(x, self.bias)
+            return packed.with_bias(x, self.bias)
         return _ThroughQuantization.apply(x, self.weight, self.bias, self.choice, packed)
 
     def pack(self) -> packed_nn.PackedLinear:
@@ -105,7 +105,7 @@ class _ThroughQuantization(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         if packed is not None:
-            return packed.linear(x, bias)
+            return packed.with_bias(x, bias)
 
         # The order of the kernels, each step rounded to fp32 once; int8 products are exact.
         with torch.autocast(x.device.type, enabled=False):
