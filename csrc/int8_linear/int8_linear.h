@@ -4,8 +4,7 @@
 // Packed weight: int8 [n][16 * ceil(k / 16)], values in [-127, 127], padding 0, so that every row
 // starts on a 16-byte boundary.
 //
-// `column_offset` is added to acc before scaling: -zero_point * sum over k of w[n][k] for
-// statically quantised activations. The kernel derives it from `input_zero_point`.
+// Statically quantised activations have a zero point: acc is then the sum of (q - zero_point) * w.
 #pragma once
 
 #include <cstdint>

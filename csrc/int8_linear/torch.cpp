@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "common/dispatch.h"
 #include "common/torch_linear.h"
 #include "int8_linear/int8_linear.h"
@@ -25,7 +27,8 @@ std::optional<StaticInput> read_static_input(const std::optional<Tensor>& scale,
   check(scale->numel() == 1, kOp, ": input_scale must hold one value for the whole tensor");
   check_dtype(*scale, ScalarType::Float, "float32", kOp, "input_scale");
   StaticInput fixed{*static_cast<const float*>(scale->const_data_ptr()), 0};
-  check(fixed.scale > 0.0f, kOp, ": input_scale must be positive, it is ", fixed.scale);
+  check(fixed.scale > 0.0f && std::isfinite(fixed.scale), kOp,
+        ": input_scale must be positive and finite, it is ", fixed.scale);
   if (zero_point.has_value()) {
     check(zero_point->numel() == 1, kOp, ": input_zero_point must hold one value");
     check_dtype(*zero_point, ScalarType::Int, "int32", kOp, "input_zero_point");

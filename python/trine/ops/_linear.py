@@ -22,32 +22,61 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-class LinearThroughQuantization(torch.autograd.Function):
-    """y = run(x, bias), with the gradient of y = x @ weight.T + bias.
+def check_one_device(op: str, *tensors: Tensor | None) -> None:
+    """For fakes: with tensors on several devices PyTorch may call them instead of a kernel."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"{op}: all tensors must be on one device, they are on {names}")
 
-    `weight` is a function, called in the backward pass only, that gives the dense weight which the
-    packed one stands for. The rounding of the activations counts as the identity (the
-    straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
+
+def linear_with_gradient(
+    run: Callable[..., Tensor],
+    dense_weight: Callable[..., Tensor],
+    x: Tensor,
+    bias: Tensor | None,
+    *weight: Tensor | None,
+) -> Tensor:
+    """y = run(x, bias, *weight), with the gradients to x and bias of y = x @ dense.T + bias.
+
+    `dense_weight(k, *weight)` gives the float32 [N, K] matrix that the packed tensors in `weight`
+    stand for; it is called in the backward pass only, so that training keeps no dense copy. The
+    packed tensors themselves get no gradient, and changing one in place between the two passes is
+    an error, as for every PyTorch operator. The rounding of the activations counts as the identity
+    (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432); gradients are computed in
+    float32 and rounded once, to the dtype of x and of bias.
+
+    Raises ValueError where a tensor in `weight` requires a gradient.
     """
+    if needs_grad(*weight):
+        raise ValueError(
+            "a linear op gives no gradient to a packed weight or its scales; train a dense weight "
+            "and pack it afterwards, or detach them"
+        )
+    return _LinearWithGradient.apply(run, dense_weight, x, bias, *weight)
 
+
+class _LinearWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        bias: Tensor | None,
-        run: Callable[[Tensor, Tensor | None], Tensor],
-        weight: Callable[[], Tensor],
-    ) -> Tensor:
-        ctx.weight = weight
-        ctx.bias_dtype = None if bias is None else bias.dtype
+    def forward(ctx, run, dense_weight, x, bias, *weight):
+        ctx.dense_weight = dense_weight
+        ctx.k = x.shape[-1]
         ctx.x_dtype = x.dtype
-        return run(x, bias)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(*weight)
+        return run(x, bias, *weight)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor):
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        _, _, x_needs_grad, bias_needs_grad, *weight = ctx.needs_input_grad
         grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_y.float() @ ctx.weight()).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad_y.float().reshape(-1, grad_y.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None
+        grad_y = grad_y.float()
+        # An enclosing autocast region must not turn the float32 product into a bfloat16 one.
+        with torch.autocast(grad_y.device.type, enabled=False):
+            if x_needs_grad:
+                dense = ctx.dense_weight(ctx.k, *ctx.saved_tensors)
+                grad_x = (grad_y @ dense).to(ctx.x_dtype)
+            if bias_needs_grad:
+                grad_bias = grad_y.sum_to_size(grad_y.shape[-1:]).to(ctx.bias_dtype)
+        return None, None, grad_x, grad_bias, *(None for _ in weight)

@@ -4,7 +4,12 @@ import torch
 from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
-from trine.ops._linear import LinearThroughQuantization, in_autocast_dtype, needs_grad
+from trine.ops._linear import (
+    check_one_device,
+    in_autocast_dtype,
+    linear_with_gradient,
+    needs_grad,
+)
 from trine.ops.int8_linear.pack import pack_int8, unpack_int8
 
 __all__ = ["int8_linear", "pack_int8", "unpack_int8"]
@@ -45,37 +50,59 @@ def int8_linear(
             `input_scale`).
     """
     x = in_autocast_dtype(x)
-    if not needs_grad(x, bias):
-        return _op(
-            x,
-            packed_weight,
-            weight_scale,
-            bias,
-            input_scale=input_scale,
-            input_zero_point=input_zero_point,
-        )
+    weight = (packed_weight, weight_scale, input_scale, input_zero_point)
+    if needs_grad(x, bias):
+        return linear_with_gradient(_run, _dense_weight, x, bias, *weight)
+    return _run(x, bias, *weight)
 
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        return _op(
-            x,
-            packed_weight,
-            weight_scale,
-            bias,
-            input_scale=input_scale,
-            input_zero_point=input_zero_point,
-        )
 
-    def weight() -> Tensor:
-        return unpack_int8(packed_weight, x.shape[-1]) * weight_scale[:, None]
+def _run(
+    x: Tensor,
+    bias: Tensor | None,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+) -> Tensor:
+    return _op(
+        x,
+        packed_weight,
+        weight_scale,
+        bias,
+        input_scale=input_scale,
+        input_zero_point=input_zero_point,
+    )
 
-    return LinearThroughQuantization.apply(x, bias, run, weight)
+
+def _dense_weight(k: int, packed_weight: Tensor, weight_scale: Tensor, *_) -> Tensor:
+    """The dense float32 [N, K] that the packed weight and its scales stand for."""
+    return unpack_int8(packed_weight, k) * weight_scale[:, None]
 
 
 @torch.library.register_fake("trine::int8_linear")
 def _fake(x, packed_weight, weight_scale, bias=None, *, input_scale=None, input_zero_point=None):
-    if packed_weight.shape[1] != 16 * ((x.shape[-1] + 15) // 16):
-        raise ValueError(
-            f"int8_linear: x has K = {x.shape[-1]} columns, which does not fit a packed_weight of "
-            f"{packed_weight.shape[1]} columns"
-        )
-    return x.new_empty(*x.shape[:-1], packed_weight.shape[0])
+    check_one_device(
+        "int8_linear", x, packed_weight, weight_scale, bias, input_scale, input_zero_point
+    )
+    k = x.shape[-1]
+    _check(packed_weight.dtype == torch.int8, "packed_weight must be int8")
+    _check(packed_weight.dim() == 2, "packed_weight must be [N, 16 * ceil(K / 16)]")
+    n, columns = packed_weight.shape
+    _check(
+        columns == 16 * ((k + 15) // 16),
+        f"x has K = {k} columns, which does not fit a packed_weight of {columns} columns",
+    )
+    _check(
+        weight_scale.dim() == 1 and weight_scale.shape[0] == n,
+        f"weight_scale must be [{n}], one scale per row of packed_weight",
+    )
+    _check(
+        bias is None or (bias.dim() == 1 and bias.shape[0] == n),
+        f"bias must have shape [{n}], one value per output feature",
+    )
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"int8_linear: {message}")

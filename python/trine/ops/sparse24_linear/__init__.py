@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
-from trine.ops._linear import LinearThroughQuantization, in_autocast_dtype, needs_grad
+from trine.ops._linear import in_autocast_dtype, linear_with_gradient, needs_grad
 from trine.ops.sparse24_linear.pack import expand_sparse24, pack_sparse24, unpack_sparse24
 
 __all__ = ["pack_sparse24", "sparse24_linear", "unpack_sparse24"]
@@ -53,17 +53,21 @@ def sparse24_linear(
             "and pack it afterwards, or detach them"
         )
     x = in_autocast_dtype(x)
-    if not needs_grad(x, bias):
-        return _op(x, values, indices, bias, weight_scale=weight_scale)
+    if needs_grad(x, bias):
+        return linear_with_gradient(_run, _dense_weight, x, bias, values, indices, weight_scale)
+    return _op(x, values, indices, bias, weight_scale=weight_scale)
 
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        return _op(x, values, indices, bias, weight_scale=weight_scale)
 
-    def weight() -> Tensor:
-        dense = expand_sparse24(values, indices, x.shape[-1]).float()
-        return dense if weight_scale is None else dense * weight_scale[:, None]
+def _run(
+    x: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, weight_scale: Tensor | None
+) -> Tensor:
+    return _op(x, values, indices, bias, weight_scale=weight_scale)
 
-    return LinearThroughQuantization.apply(x, bias, run, weight)
+
+def _dense_weight(k: int, values: Tensor, indices: Tensor, weight_scale: Tensor | None) -> Tensor:
+    """The dense float32 [N, K] that the stored values and their scales stand for."""
+    dense = expand_sparse24(values, indices, k).float()
+    return dense if weight_scale is None else dense * weight_scale[:, None]
 
 
 @torch.library.register_fake("trine::sparse24_linear")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
-from trine.ops._linear import LinearThroughQuantization, in_autocast_dtype, needs_grad
+from trine.ops._linear import in_autocast_dtype, linear_with_gradient, needs_grad
 from trine.ops.ternary_linear.pack import pack_ternary, unpack_ternary
 
 __all__ = ["pack_ternary", "ternary_linear", "unpack_ternary"]
@@ -41,19 +41,16 @@ def ternary_linear(
         ValueError: shapes or dtypes that do not fit, K > 2**22 (int32 could overflow).
     """
     x = in_autocast_dtype(x)
-    if not needs_grad(x, bias):
-        return _op(x, packed_weight, weight_scale, bias)
-
-    def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        return _op(x, packed_weight, weight_scale, bias)
-
-    def weight() -> Tensor:
-        return _dequantize(packed_weight, weight_scale, x.shape[-1])
-
-    return LinearThroughQuantization.apply(x, bias, run, weight)
+    if needs_grad(x, bias):
+        return linear_with_gradient(_run, _dense_weight, x, bias, packed_weight, weight_scale)
+    return _op(x, packed_weight, weight_scale, bias)
 
 
-def _dequantize(packed_weight: Tensor, weight_scale: Tensor, k: int) -> Tensor:
+def _run(x: Tensor, bias: Tensor | None, packed_weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return _op(x, packed_weight, weight_scale, bias)
+
+
+def _dense_weight(k: int, packed_weight: Tensor, weight_scale: Tensor) -> Tensor:
     """The dense float32 [N, K] that a packed weight and its scales stand for."""
     values = unpack_ternary(packed_weight, k)
     if weight_scale.dim() == 2:
