@@ -13,10 +13,10 @@
 // Maxima and log-sums are kept apart: in one fp32 log-sum-exp of about 1e4 an ulp is 1e-3, and the
 // probabilities would be wrong by as much.
 //
-// What bounds it: memory, where the logits exceed the caches. Forward reads both rows once, at the
-// speed of memory on two AVX-512 cores (0.43 ns an element and core in cache); backward reads both
-// and writes one, and where that result is fresh from the system (131 MB for 1024 x 32000) its page
-// faults take most of the time. In cache: two exponentials an element in each direction.
+// What bounds it: memory, where the logits exceed the caches. Measured at 1024 x 32000 fp32 on two
+// Zen 5 cores with AVX-512: forward (8 ms, 31 GB/s) takes no longer than torch's amax of both
+// tensors. Of backward (36 ms) filling a fresh 131 MB tensor alone takes 70%: page faults. In cache
+// two exponentials an element in each direction remain, 0.4 ns an element and core.
 #pragma once
 
 #include <cstdint>
