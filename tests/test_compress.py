@@ -500,7 +500,7 @@ def test_a_weight_on_the_meta_device_is_refused():
 def test_a_model_that_cannot_be_copied_is_refused():
     model = mlp()
     model.derived = model.first.weight * 2
-    with pytest.raises(ValueError, match="works on a copy of the model, but it cannot be copied"):
+    with pytest.raises(ValueError, match="trine works on a copy of the model, but it cannot be copied"):
         trine.compress(model, Recipe(), torch.randn(2, 12), timer=says(2))
 
 

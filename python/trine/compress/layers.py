@@ -34,6 +34,18 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is nn.Linear, the Conv1D of transformers, or a packed layer."""
+    return isinstance(module, nn.Linear | PackedLinear) or is_conv1d(module)
+
+
+def signature(layer: nn.Module) -> tuple[int, int, bool]:
+    """K, N and whether there is a bias, of a layer for which `is_linear` holds."""
+    if is_conv1d(layer):
+        return (*layer.weight.shape, layer.bias is not None)
+    return layer.in_features, layer.out_features, layer.bias is not None
+
+
 def bytes_of(module: nn.Module) -> int:
     """Bytes of all parameters and buffers, each counted once."""
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
@@ -99,7 +111,7 @@ def copy_model(
                 setattr(new, hooks, copy.deepcopy(getattr(old, hooks), memo))
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"compress works on a copy of the model, but it cannot be copied: {error}"
+            f"trine works on a copy of the model, but it cannot be copied: {error}"
         ) from error
     return copied
 

@@ -1,0 +1,222 @@
+"""Save a compressed model as one safetensors file, and load it whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trine.compress.layers import close_fast_paths, is_linear, signature
+from trine.compress.manifest import (
+    Manifest,
+    check_savable,
+    manifest_of,
+    tensor_entry,
+    tensor_kind,
+    tensor_slots,
+    tensors_of,
+)
+from trine.compress.rebuild import build
+from trine.compress.report import CompressionReport
+from trine.nn import PackedLinear, layer_kinds
+
+
+def save(model: nn.Module, path: str | PathLike) -> None:
+    """Write `model` to one safetensors file with a manifest that rebuilds its structure.
+
+    The file at `path` is replaced in one step: whatever happens meanwhile, it is the old one or
+    the new one, whole. All parameters and buffers are saved; hooks and the mode are not.
+
+    Raises:
+        ValueError: the model is still in training under quantisation (`trine.convert` it first) or
+            holds state other than parameters and buffers; safetensors is missing.
+        OSError: the file cannot be written.
+    """
+    safetensors = _safetensors()
+    tensors, aliases = tensors_of(model)
+    check_savable(model, tensors, aliases)
+    # Each its own memory: safetensors refuses tensors that overlap, which views of one may.
+    values = {name: _in_main_memory(tensor) for name, tensor in tensors.items()}
+    manifest = manifest_of(model, values, aliases)
+    _write_beside_and_rename(
+        Path(path), lambda part: safetensors.torch.save_file(values, part, manifest.to_header())
+    )
+
+
+def load(path: str | PathLike, *, like: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The model saved at `path`, on the CPU and in evaluation mode; it gives the same bits.
+
+    The whole file and its fit to the model are checked before anything is put into the model.
+    Nothing in the file is run.
+
+    Args:
+        path: a file written by `save`.
+        like: returns the float model, as it was before compression, on the CPU. None where the
+            manifest suffices: for models made of nn.Sequential and other common torch.nn modules,
+            and for models of transformers.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, incomplete, of another format version or no checkpoint of
+            trine; the model that `like` returned has other layers, names, shapes, dtypes or ties
+            than the one that was saved; `like` is needed; safetensors is missing.
+    """
+    try:
+        manifest, values = _read(path)
+        return _assemble(manifest, values, like)
+    except ValueError as error:
+        raise ValueError(f"cannot load {str(path)!r}: {error}") from error
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ValueError("checkpoints need safetensors; pip install 'trine[checkpoint]'") from error
+    return safetensors
+
+
+def _in_main_memory(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _write_beside_and_rename(path: Path, write: Callable[[Path], None]) -> None:
+    path = path.resolve()  # through a link, so that the file is replaced and not the link
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        write(part)
+        part.chmod(mode)  # as the user's umask has it, not as the writer left it
+        _flush_to_disk(part)
+        part.replace(path)
+        _flush_to_disk(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: str | PathLike) -> tuple[Manifest, dict[str, Tensor]]:
+    """The manifest and all tensors, every byte checked against its hash."""
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            manifest = Manifest.from_header(file.metadata())
+            if set(file.keys()) != manifest.tensors.keys():
+                names = sorted(set(file.keys()) ^ manifest.tensors.keys())
+                raise ValueError(f"file and manifest list different tensors: {', '.join(names)}")
+            values = {}
+            for name, entry in manifest.tensors.items():
+                # A copy: the file stays mapped otherwise, and whoever writes it changes the model.
+                values[name] = file.get_tensor(name).clone()
+                if tensor_entry(values[name]) != entry:
+                    raise ValueError(f"tensor {name!r} is damaged (the sha256 differs)")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"it is incomplete or no safetensors file ({error})") from error
+    return manifest, values
+
+
+def _assemble(
+    manifest: Manifest, values: Mapping[str, Tensor], like: Callable[[], nn.Module] | None
+) -> nn.Module:
+    model = _float_model(manifest, like)
+    replacements = _empty_layers(manifest, model)
+    # A model built from the manifest has the default dtype, and takes on that of the values.
+    _check_fit(manifest, model, replacements, dtypes=like is not None)
+
+    model = _replace(model, replacements)
+    _fill(model, manifest, values)
+    close_fast_paths(model)
+    if manifest.report is not None:
+        model.report = CompressionReport.from_dict(manifest.report)
+    return model.eval()
+
+
+def _float_model(manifest: Manifest, like: Callable[[], nn.Module] | None) -> nn.Module:
+    if like is None and manifest.model is None:
+        raise ValueError(
+            "its manifest does not describe the whole model, only its layers; pass "
+            "like=a function that returns the float model"
+        )
+    model = build(manifest.model) if like is None else like()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"like returned {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _empty_layers(manifest: Manifest, model: nn.Module) -> dict[nn.Module, PackedLinear]:
+    """The packed layers of the manifest, without values, by the float layers that they replace."""
+    modules = dict(model.named_modules())
+    replacements = {}
+    for name, entry in manifest.layers.items():
+        if entry["kind"] not in layer_kinds:
+            raise ValueError(f"layer {name!r} is of kind {entry['kind']!r}, which is unknown here")
+        packed = layer_kinds[entry["kind"]](**entry["config"], device="meta")
+        if name not in modules or not is_linear(modules[name]):
+            raise ValueError(f"the model has no linear layer {name!r}, but the saved one has")
+        if signature(modules[name]) != signature(packed):
+            raise ValueError(
+                f"layer {name!r} has (inputs, outputs, bias) {signature(modules[name])} in the "
+                f"model, {signature(packed)} in the saved one"
+            )
+        replacements[modules[name]] = packed
+    return replacements
+
+
+def _check_fit(
+    manifest: Manifest,
+    model: nn.Module,
+    replacements: Mapping[nn.Module, nn.Module],
+    *,
+    dtypes: bool,
+) -> None:
+    """Raises ValueError where the model, with its packed layers, has not just the saved tensors."""
+    tensors, aliases = tensors_of(model, replacements)
+    here, saved = tensors.keys() | aliases.keys(), manifest.tensors.keys() | manifest.aliases.keys()
+    if here != saved:
+        name = min(here ^ saved)
+        where = "the file" if name in here else "the model"
+        raise ValueError(f"{name!r} is missing in {where}; it must be the same float model")
+    if aliases != manifest.aliases:
+        name = min(set(aliases.items()) ^ set(manifest.aliases.items()))[0]
+        raise ValueError(f"{name!r} is tied to another tensor in the model than in the file")
+    for name, tensor in tensors.items():
+        kind, entry = tensor_kind(tensor), manifest.tensors[name]
+        for key in ("shape", "dtype") if dtypes else ("shape",):
+            if kind[key] != entry[key]:
+                raise ValueError(
+                    f"{name!r} has {key} {kind[key]} in the model, {entry[key]} in the file"
+                )
+    if any(not parameter.is_cpu for parameter in model.parameters()):
+        raise ValueError("like must return the model on the CPU; move it after loading")
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    if model in replacements:
+        return replacements[model]
+    for module in list(model.modules()):
+        for key, child in module._modules.items():
+            if child in replacements:
+                module._modules[key] = replacements[child]
+    return model
+
+
+def _fill(model: nn.Module, manifest: Manifest, values: Mapping[str, Tensor]) -> None:
+    for name, module, key in tensor_slots(model):
+        value = values[manifest.aliases.get(name, name)]
+        if key in module._parameters:
+            module._parameters[key].data = value  # in place: ties and other references hold
+        else:
+            module._buffers[key] = value

@@ -1,0 +1,140 @@
+"""The manifest of a checkpoint: what its tensors are and how the model around them is built.
+
+JSON in the header of a safetensors file. `tensors` names every parameter and buffer (those outside
+of the state_dict too, since a loaded model must have them) with dtype, shape and sha256; `aliases`
+the further names of tied ones; `layers` the packed layers with kind and constructor arguments;
+`model` how the rest is built, where that can be described; `recipe` and `report` what
+`compress` recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trine._C import version
+from trine.compress.rebuild import describe
+from trine.compress.report import CompressionReport
+from trine.nn import PackedLinear
+from trine.quantize import QatLinear
+
+FORMAT = "trine"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of it as plain data; see the head of this file."""
+
+    tensors: dict[str, dict[str, Any]]
+    aliases: dict[str, str]
+    layers: dict[str, dict[str, Any]]
+    model: dict[str, Any] | None
+    report: dict[str, Any] | None
+
+    def to_header(self) -> dict[str, str]:
+        """The metadata of the safetensors header; the hash covers the manifest itself."""
+        data = {
+            "format_version": FORMAT_VERSION,
+            "trine_version": version,
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+        }
+        text = json.dumps(data)
+        return {FORMAT: text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    @classmethod
+    def from_header(cls, metadata: Mapping[str, str] | None) -> Manifest:
+        """The manifest in a header; ValueError where it is none, damaged or of another version."""
+        text = (metadata or {}).get(FORMAT)
+        if text is None:
+            raise ValueError("it is a safetensors file without a manifest, not saved by trine.save")
+        if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256"):
+            raise ValueError("its manifest is damaged (the sha256 differs)")
+        data = json.loads(text)
+        if data.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"it has format version {data.get('format_version')}, written by trine "
+                f"{data.get('trine_version')}; this is trine {version}, which reads format version "
+                f"{FORMAT_VERSION}"
+            )
+        return cls(**{field.name: data[field.name] for field in fields(cls)})
+
+
+def manifest_of(model: nn.Module, tensors: Mapping[str, Tensor], aliases: dict) -> Manifest:
+    """The manifest of `model`, whose tensors were listed by `tensors_of`."""
+    report = getattr(model, "report", None)
+    return Manifest(
+        tensors={name: tensor_entry(tensor) for name, tensor in tensors.items()},
+        aliases=aliases,
+        layers={
+            name: {"kind": layer.kind, "config": layer.config()}
+            for name, layer in model.named_modules()
+            if isinstance(layer, PackedLinear)
+        },
+        model=describe(model),
+        report=report.to_dict() if isinstance(report, CompressionReport) else None,
+    )
+
+
+def tensors_of(
+    model: nn.Module, replacements: Mapping[nn.Module, nn.Module] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every parameter and buffer by its first name, and the first names of the further ones.
+
+    `replacements` maps modules of the model to others that count in their place.
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, module, key in tensor_slots(model, replacements):
+        tensor = module._parameters.get(key, module._buffers.get(key))
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            tensors[name] = tensor
+    return tensors, aliases
+
+
+def tensor_slots(
+    model: nn.Module, replacements: Mapping[nn.Module, nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every place of a parameter or buffer: its name in the model, the module, its name there."""
+    for prefix, found in model.named_modules(remove_duplicate=False):
+        module = (replacements or {}).get(found, found)
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{prefix}.{key}" if prefix else key, module, key
+
+
+def tensor_entry(tensor: Tensor) -> dict[str, Any]:
+    """Dtype, shape and sha256 of the values of a tensor in main memory."""
+    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return {**tensor_kind(tensor), "sha256": hashlib.sha256(values).hexdigest()}
+
+
+def tensor_kind(tensor: Tensor) -> dict[str, Any]:
+    """Dtype and shape, as a manifest holds them."""
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def check_savable(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping) -> None:
+    """Raises ValueError for what a checkpoint cannot hold."""
+    for name, module in model.named_modules():
+        if isinstance(module, QatLinear):
+            raise ValueError(
+                f"save: layer {name!r} is still in training under quantisation; save "
+                "trine.convert(model), or torch.save the training state"
+            )
+    unknown = model.state_dict().keys() - tensors.keys() - aliases.keys()
+    if unknown:
+        raise ValueError(
+            f"save: the model's state holds {sorted(unknown)[0]!r}, which is no parameter or "
+            "buffer; only those can be saved"
+        )
