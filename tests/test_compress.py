@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import trine
+from fake_timers import says
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from trine import Recipe
@@ -74,18 +75,6 @@ def test_a_description_with_other_keys_is_refused():
 
 
 # ---- compress ----
-
-
-def says(ratio: float):
-    """A timer that finds the compressed call `ratio` times as fast as the float one."""
-
-    def timer(calls):
-        assert "float" in calls
-        for call in calls.values():
-            call()
-        return {name: 1.0 if name == "float" else 1.0 / ratio for name in calls}
-
-    return timer
 
 
 def state_of(model: nn.Module) -> dict:
@@ -500,7 +489,9 @@ def test_a_weight_on_the_meta_device_is_refused():
 def test_a_model_that_cannot_be_copied_is_refused():
     model = mlp()
     model.derived = model.first.weight * 2
-    with pytest.raises(ValueError, match="trine works on a copy of the model, but it cannot be copied"):
+    with pytest.raises(
+        ValueError, match="trine works on a copy of the model, but it cannot be copied"
+    ):
         trine.compress(model, Recipe(), torch.randn(2, 12), timer=says(2))
 
 

@@ -2,7 +2,7 @@
 
 from trine import backends, distill, nn, ops, quantize
 from trine._C import version as __version__
-from trine.compress import Recipe, compress
+from trine.compress import Recipe, compress, load, save
 from trine.compress.convert import convert
 
 __all__ = [
@@ -12,7 +12,9 @@ __all__ = [
     "compress",
     "convert",
     "distill",
+    "load",
     "nn",
     "ops",
     "quantize",
+    "save",
 ]

@@ -22,8 +22,7 @@ from trine.compress.manifest import (
     tensors_of,
 )
 from trine.compress.rebuild import build
-from trine.compress.report import CompressionReport
-from trine.nn import PackedLinear, layer_kinds
+from trine.nn import PackedLinear
 
 
 def save(model: nn.Module, path: str | PathLike) -> None:
@@ -132,7 +131,7 @@ def _assemble(
     manifest: Manifest, values: Mapping[str, Tensor], like: Callable[[], nn.Module] | None
 ) -> nn.Module:
     model = _float_model(manifest, like)
-    replacements = _empty_layers(manifest, model)
+    replacements = _replacements(manifest, model)
     # A model built from the manifest has the default dtype, and takes on that of the values.
     _check_fit(manifest, model, replacements, dtypes=like is not None)
 
@@ -140,7 +139,7 @@ def _assemble(
     _fill(model, manifest, values)
     close_fast_paths(model)
     if manifest.report is not None:
-        model.report = CompressionReport.from_dict(manifest.report)
+        model.report = manifest.report
     return model.eval()
 
 
@@ -156,14 +155,11 @@ def _float_model(manifest: Manifest, like: Callable[[], nn.Module] | None) -> nn
     return model
 
 
-def _empty_layers(manifest: Manifest, model: nn.Module) -> dict[nn.Module, PackedLinear]:
-    """The packed layers of the manifest, without values, by the float layers that they replace."""
+def _replacements(manifest: Manifest, model: nn.Module) -> dict[nn.Module, PackedLinear]:
+    """The packed layers of the manifest by the float layers whose place they take."""
     modules = dict(model.named_modules())
     replacements = {}
-    for name, entry in manifest.layers.items():
-        if entry["kind"] not in layer_kinds:
-            raise ValueError(f"layer {name!r} is of kind {entry['kind']!r}, which is unknown here")
-        packed = layer_kinds[entry["kind"]](**entry["config"], device="meta")
+    for name, packed in manifest.layers.items():
         if name not in modules or not is_linear(modules[name]):
             raise ValueError(f"the model has no linear layer {name!r}, but the saved one has")
         if signature(modules[name]) != signature(packed):

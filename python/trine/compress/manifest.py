@@ -3,8 +3,8 @@
 JSON in the header of a safetensors file. `tensors` names every parameter and buffer (those outside
 of the state_dict too, since a loaded model must have them) with dtype, shape and sha256; `aliases`
 the further names of tied ones; `layers` the packed layers with kind and constructor arguments;
-`model` how the rest is built, where that can be described; `recipe` and `report` what
-`compress` recorded.
+`model` how the rest is built, where that can be described; `report` what `compress` recorded, with
+its recipe.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trine._C import version
 from trine.compress.rebuild import describe
 from trine.compress.report import CompressionReport
-from trine.nn import PackedLinear
+from trine.nn import PackedLinear, layer_kinds
 from trine.quantize import QatLinear
 
 FORMAT = "trine"
@@ -30,27 +30,37 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of it as plain data; see the head of this file."""
+    """All of it; see the head of this file."""
 
     tensors: dict[str, dict[str, Any]]
     aliases: dict[str, str]
-    layers: dict[str, dict[str, Any]]
+    layers: dict[str, PackedLinear]
     model: dict[str, Any] | None
-    report: dict[str, Any] | None
+    report: CompressionReport | None
 
     def to_header(self) -> dict[str, str]:
         """The metadata of the safetensors header; the hash covers the manifest itself."""
         data = {
             "format_version": FORMAT_VERSION,
             "trine_version": version,
-            **{field.name: getattr(self, field.name) for field in fields(self)},
+            "tensors": self.tensors,
+            "aliases": self.aliases,
+            "layers": {
+                name: {"kind": layer.kind, "config": layer.config()}
+                for name, layer in self.layers.items()
+            },
+            "model": self.model,
+            "report": None if self.report is None else self.report.to_dict(),
         }
         text = json.dumps(data)
         return {FORMAT: text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
     @classmethod
     def from_header(cls, metadata: Mapping[str, str] | None) -> Manifest:
-        """The manifest in a header; ValueError where it is none, damaged or of another version."""
+        """The manifest in a header, with layers that hold no values yet.
+
+        Raises ValueError where it is none, damaged, malformed or of another version.
+        """
         text = (metadata or {}).get(FORMAT)
         if text is None:
             raise ValueError("it is a safetensors file without a manifest, not saved by trine.save")
@@ -63,7 +73,23 @@ class Manifest:
                 f"{data.get('trine_version')}; this is trine {version}, which reads format version "
                 f"{FORMAT_VERSION}"
             )
-        return cls(**{field.name: data[field.name] for field in fields(cls)})
+        try:
+            report = data["report"]
+            return cls(
+                tensors=dict(data["tensors"]),
+                aliases=dict(data["aliases"]),
+                layers={name: _empty_layer(**entry) for name, entry in data["layers"].items()},
+                model=data["model"],
+                report=None if report is None else CompressionReport.from_dict(report),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its manifest is malformed ({error!r})") from error
+
+
+def _empty_layer(kind: str, config: Mapping[str, Any]) -> PackedLinear:
+    if kind not in layer_kinds:
+        raise ValueError(f"{kind!r} is no kind of layer here; known are {', '.join(layer_kinds)}")
+    return layer_kinds[kind](**config, device="meta")
 
 
 def manifest_of(model: nn.Module, tensors: Mapping[str, Tensor], aliases: dict) -> Manifest:
@@ -73,12 +99,10 @@ def manifest_of(model: nn.Module, tensors: Mapping[str, Tensor], aliases: dict) 
         tensors={name: tensor_entry(tensor) for name, tensor in tensors.items()},
         aliases=aliases,
         layers={
-            name: {"kind": layer.kind, "config": layer.config()}
-            for name, layer in model.named_modules()
-            if isinstance(layer, PackedLinear)
+            name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)
         },
         model=describe(model),
-        report=report.to_dict() if isinstance(report, CompressionReport) else None,
+        report=report if isinstance(report, CompressionReport) else None,
     )
 
 

@@ -78,12 +78,15 @@ def describe(model: nn.Module) -> Description | None:
 def build(description: Description, device: str = "cpu") -> nn.Module:
     """The model described, with weights of no meaning; the caller's random state stays as it is.
 
-    Raises ValueError, KeyError or TypeError for what `describe` would not have written.
+    Raises ValueError for what `describe` would not have written.
     """
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        if "transformers" in description:
-            return _build_transformers(description)
-        return _build_tree(description, {}, "")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            if "transformers" in description:
+                return _build_transformers(description)
+            return _build_tree(description, {}, "")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"the description of the model is malformed ({error!r})") from error
 
 
 def _same_structure(model: nn.Module, twin: nn.Module) -> bool:
