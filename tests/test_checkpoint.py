@@ -266,10 +266,10 @@ def rewrite(path: Path, change) -> None:
     with safetensors.safe_open(path, "pt") as file:
         manifest = json.loads(file.metadata()["trine"])
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    del manifest["sha256"]
     change(manifest, tensors)
-    text = json.dumps(manifest)
-    header = {"trine": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    safetensors.torch.save_file(tensors, path, header)
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    safetensors.torch.save_file(tensors, path, {"trine": json.dumps(manifest)})
 
 
 def test_rewriting_alone_changes_nothing(saved):
@@ -312,6 +312,12 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
             continue
         assert_equal_models(again, small)  # white space in the header
         assert again.report == small.report
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"sha256": "0"}'])
+def test_a_damaged_manifest_is_refused(saved, text):
+    safetensors.torch.save_file({"a": torch.ones(1)}, saved, {"trine": text})
+    refused(saved, "its manifest is damaged")
 
 
 def test_a_damaged_tensor_is_named(saved):

@@ -39,7 +39,7 @@ class Manifest:
     report: CompressionReport | None
 
     def to_header(self) -> dict[str, str]:
-        """The metadata of the safetensors header; the hash covers the manifest itself."""
+        """The metadata of the safetensors header: one entry, since their order is not kept."""
         data = {
             "format_version": FORMAT_VERSION,
             "trine_version": version,
@@ -52,8 +52,7 @@ class Manifest:
             "model": self.model,
             "report": None if self.report is None else self.report.to_dict(),
         }
-        text = json.dumps(data)
-        return {FORMAT: text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        return {FORMAT: json.dumps({**data, "sha256": _hash_of(data)})}
 
     @classmethod
     def from_header(cls, metadata: Mapping[str, str] | None) -> Manifest:
@@ -64,9 +63,13 @@ class Manifest:
         text = (metadata or {}).get(FORMAT)
         if text is None:
             raise ValueError("it is a safetensors file without a manifest, not saved by trine.save")
-        if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256"):
+        try:
+            data = json.loads(text)
+            intact = data.pop("sha256") == _hash_of(data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its manifest is damaged ({error!r})") from error
+        if not intact:
             raise ValueError("its manifest is damaged (the sha256 differs)")
-        data = json.loads(text)
         if data.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"it has format version {data.get('format_version')}, written by trine "
@@ -84,6 +87,10 @@ class Manifest:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its manifest is malformed ({error!r})") from error
+
+
+def _hash_of(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def _empty_layer(kind: str, config: Mapping[str, Any]) -> PackedLinear:
