@@ -1,8 +1,10 @@
 // Float values on AVX2, see x86_float.h; and int8 values, decoded to dense bytes on their way to
 // vpmaddubsw, see gemm_avx2.h.
 //
-// What bounds it: with few rows, the eight instructions that decode 32 columns and the four that
-// multiply them; with many, the dense products, which cannot skip the zeros.
+// What bounds it: float values with few rows, the six instructions that pick and multiply eight
+// columns of x; with many, the loads, nine for eight multiply-adds. Int8 values with few rows, the
+// eight instructions that decode 32 columns and the four that multiply them; with many, the dense
+// products, which cannot skip the zeros.
 #include "common/x86/gemm_avx2.h"
 #include "sparse24_linear/x86_float.h"
 #include "sparse24_linear/x86_int8.h"
@@ -52,9 +54,9 @@ struct SparseWeight {
 
 struct Simd {
   static constexpr int64_t kLanes = 8;
-  static constexpr int64_t kManyRows = 8;
-  static constexpr int kMaxVectors = 8;
-  static constexpr int kTileRows = 2, kTileColumns = 2;
+  static constexpr int64_t kManyRows = 5;  // measured: below, padding to 8 rows costs more
+  static constexpr int kMaxVectors = 8;    // eight sums hide the latency of a multiply-add
+  static constexpr int kTileRows = 2, kTileColumns = 2;  // 8 registers of sums, 8 of weight
 
   using Vector = __m256;
   static Vector zero() { return _mm256_setzero_ps(); }
