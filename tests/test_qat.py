@@ -405,6 +405,10 @@ class TestPrepareAndConvert:
             assert_same_bits(qat(x), y)
 
     def test_errors(self):
+        broken = two_layers("int8")
+        broken[2].weight.data[0, 0] = torch.nan
+        with pytest.raises(ValueError, match=r"layer '2': .*NaN or infinity"):
+            trine.convert(broken)
         with pytest.raises(ValueError, match="no QatLinear"):
             trine.convert(nn.Linear(3, 3))
         with pytest.raises(ValueError, match=r"leave no nn\.Linear"):

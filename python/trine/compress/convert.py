@@ -15,12 +15,20 @@ def convert(model: nn.Module) -> nn.Module:
         ValueError: the model holds no QatLinear, a weight holds NaN or infinity, or the model
             cannot be copied.
     """
-    layers = [module for module in model.modules() if isinstance(module, QatLinear)]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QatLinear)}
     if not layers:
         raise ValueError(
             "convert: the model holds no QatLinear; make one with trine.quantize.prepare_qat, or "
             "use trine.compress on a model that was trained in float"
         )
-    converted = copy_model(model, {layer: layer.pack() for layer in layers})
+    packed = {layer: _pack(name, layer) for name, layer in layers.items()}
+    converted = copy_model(model, packed)
     close_fast_paths(converted)
     return converted
+
+
+def _pack(name: str, layer: QatLinear) -> nn.Module:
+    try:
+        return layer.pack()
+    except ValueError as error:
+        raise ValueError(f"convert: layer '{name}': {error}") from error

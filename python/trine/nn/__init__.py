@@ -30,7 +30,11 @@ _CHOICES: dict[str, tuple[type[PackedLinear], dict[str, str]]] = {
 
 
 def pack_linear(linear: nn.Module, choice: str) -> PackedLinear:
-    """Pack a dense layer as a recipe's `choice` says: "int8", "ternary", "sparse24", ...
+    """Pack a dense layer as a recipe's `choice` says.
+
+    Args:
+        linear: torch.nn.Linear or transformers' Conv1D, float32, bfloat16 or float16.
+        choice: "int8", "ternary", "sparse24" or "sparse24-int8".
 
     Raises ValueError for an unknown choice, and what `from_linear` raises.
     """
