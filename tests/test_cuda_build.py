@@ -77,22 +77,31 @@ class TestCompiledKernels:
 
 
 class TestLoadRules:
-    def test_absent_library(self, tmp_path, monkeypatch):
-        absent = tmp_path / "libtrine_cuda.so"
-        monkeypatch.setattr(_C, "cuda_kernels", "")
-        monkeypatch.setattr(_C, "cuda_build", "not built: no nvcc was found")
-        library = _library.load_cuda_library(absent)
-        assert (library.loaded, library.status) == (False, "not built: no nvcc was found")
-
+    @pytest.fixture
+    def built(self, monkeypatch) -> None:
+        """As if this build had made the library."""
         monkeypatch.setattr(_C, "cuda_kernels", " quantize_rows/cuda")
         monkeypatch.setattr(_C, "cuda_build", "built with nvcc 13.0")
-        library = _library.load_cuda_library(absent)
-        assert not library.loaded
-        assert (
-            library.status == f"built with nvcc 13.0, but {absent} is missing: install trine again"
-        )
 
-    def test_torch_without_cuda(self, tmp_path, monkeypatch):
+    def test_not_built(self, tmp_path, monkeypatch):
+        (tmp_path / "libtrine_cuda.so").write_bytes(b"left by an older build")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(_C, "cuda_kernels", "")
+        monkeypatch.setattr(_C, "cuda_build", "not built: no nvcc was found")
+        library = _library.load_cuda_library(tmp_path / "libtrine_cuda.so")
+        assert (library.loaded, library.status) == (False, "not built: no nvcc was found")
+        monkeypatch.setattr(_library, "cuda_library", library)
+        for op in backends.describe().ops:
+            assert op.cuda_kernels == ()
+            assert op.cuda_reason == "the CUDA library is not built: no nvcc was found"
+
+    def test_lost_library(self, built, tmp_path):
+        lost = tmp_path / "libtrine_cuda.so"
+        library = _library.load_cuda_library(lost)
+        assert not library.loaded
+        assert library.status == f"built with nvcc 13.0, but {lost} is missing: install trine again"
+
+    def test_torch_without_cuda(self, built, tmp_path, monkeypatch):
         (tmp_path / "libtrine_cuda.so").write_bytes(b"would not load")
         monkeypatch.setattr(torch.version, "cuda", None)
         library = _library.load_cuda_library(tmp_path / "libtrine_cuda.so")
@@ -101,7 +110,7 @@ class TestLoadRules:
             f"not loaded: this torch ({torch.__version__}) has no CUDA support"
         )
 
-    def test_failed_load_shows_the_loaders_words(self, tmp_path, monkeypatch):
+    def test_failed_load_shows_the_loaders_words(self, built, tmp_path, monkeypatch):
         (tmp_path / "libtrine_cuda.so").write_bytes(b"this is no ELF file")
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         with pytest.warns(RuntimeWarning, match="failed to load: .*(file too short|invalid ELF)"):
@@ -116,6 +125,29 @@ class TestLoadRules:
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         with pytest.warns(RuntimeWarning, match="undefined symbol: aoti_torch_get_current_cuda"):
             _library.load_cuda_library(LIBRARY)
+
+    @needs_library
+    @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+    def test_registers_its_kernels_once_it_loads(self, tmp_path):
+        """In a process of its own, with the one symbol that torch's CUDA part would bring."""
+        (tmp_path / "torch_cuda.c").write_text(
+            "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n"
+        )
+        stand_in = tmp_path / "torch_cuda.so"
+        run(build_tool("cc"), "-shared", "-fPIC", f"{tmp_path}/torch_cuda.c", "-o", str(stand_in))
+        program = f"""
+import ctypes, pathlib, torch
+ctypes.CDLL("{stand_in}", mode=ctypes.RTLD_GLOBAL)
+torch.version.cuda = "13.0"
+import trine
+print(trine._library.cuda_library.status)
+print(torch._C._dispatch_has_kernel_for_dispatch_key("trine::quantize_rows", "CUDA"))
+print([op.cuda_reason for op in trine.backends.describe().ops if op.cuda_kernels])
+"""
+        status, registered, reasons = run(sys.executable, "-c", program).splitlines()
+        assert status == f"{_C.cuda_build}, loaded"
+        assert registered == "True"
+        assert "torch sees no GPU" in reasons
 
     def test_describe_has_a_cuda_line_for_each_op(self):
         found = backends.describe()
@@ -146,9 +178,8 @@ class TestBuildOption:
 
     def broken_nvcc(self, folder: Path) -> str:
         nvcc = folder / "nvcc"
-        nvcc.write_text(
-            f"#!{sys.executable}\nprint('#error -- unsupported GNU version!')\nraise SystemExit(1)"
-        )
+        words = 'host_config.h:156: #error -- unsupported GNU version! later than 12 "x"; see'
+        nvcc.write_text(f"#!{sys.executable}\nprint({words!r})\nraise SystemExit(1)\n")
         nvcc.chmod(0o755)
         return f"-DTRINE_NVCC={nvcc}"
 
@@ -160,7 +191,10 @@ class TestBuildOption:
     def test_auto_with_an_unusable_nvcc_says_so_and_builds_for_the_cpu(self, tmp_path):
         result = self.configure(tmp_path, self.broken_nvcc(tmp_path))
         assert result.returncode == 0
-        assert "cannot compile with c++: #error -- unsupported GNU version!" in result.stdout
+        assert (
+            "cannot compile with c++: host_config.h:156: ,error -- unsupported GNU version! "
+            "later than 12 ,x, see\n"
+        ) in result.stdout
         assert "CMake Warning" in result.stderr
 
     @pytest.mark.parametrize("nvcc", ["broken", "missing"])

@@ -30,12 +30,10 @@ def load_cuda_library(path: Path) -> CudaLibrary:
     Whether a GPU is visible plays no role: a process may start before it sees one. libtrine, which
     declares the operators, must be loaded already: importing `_C` has done that.
     """
+    if not _C.cuda_kernels:
+        return CudaLibrary(False, _C.cuda_build)  # and a file that an older build left is not ours
     if not path.exists():
-        if _C.cuda_kernels:
-            return CudaLibrary(
-                False, f"{_C.cuda_build}, but {path} is missing: install trine again"
-            )
-        return CudaLibrary(False, _C.cuda_build)
+        return CudaLibrary(False, f"{_C.cuda_build}, but {path} is missing: install trine again")
     if torch.version.cuda is None:
         return CudaLibrary(
             False,

@@ -38,6 +38,8 @@ function(find_usable_nvcc problem)
     if(NOT cause)
       set(cause "${failed}")  # what the system said where nvcc could not be started at all
     endif()
+    # It goes into a string of the C++ module: nothing that CMake, the shell or C++ reads as syntax.
+    string(REGEX REPLACE "[;\"\\\\#$`]+" "," cause "${cause}")
     set(${problem} "${TRINE_NVCC} cannot compile with ${CMAKE_CXX_COMPILER}: ${cause}" PARENT_SCOPE)
   else()
     set(${problem} "" PARENT_SCOPE)
