@@ -27,6 +27,7 @@
 //        Row row(int64_t n) const;                     // a pointer to row n, of any kind
 //        static __m256i load(Row row, int64_t k);      // bytes k .. k + 31 of the row
 //        __m256i load_tail(Row row, int64_t k) const;  // the same at whole_k, if k goes beyond it
+//        void prefetch(Row row, int64_t k) const;      // optional: called with each load
 //   2. Call integer_linear(x, weight, k, scaling, out, tile). x.q is zero from k to a multiple of
 //      64 (QuantizedInput does that). `Scaling` is {weight_scale}, {weight_scale, true} for one
 //      scale per tensor, and can subtract a column term from acc (zero points).
@@ -71,7 +72,8 @@ struct PanelWeight {
 };
 
 // Packed INT8 rows, int8 [n][stride], as they lie. A packed row is whole 16-byte chunks, so the
-// last load of a row may be a half: the row may end at the end of the memory.
+// last load of a row may be a half: the row may end at the end of the memory. The next tile is
+// prefetched, for the reason given in gemm_avx512vnni.h.
 struct PackedInt8Weight {
   static constexpr bool kCodes = false;
   static constexpr int32_t kOffset = 0;
@@ -90,6 +92,9 @@ struct PackedInt8Weight {
     return k >= stride
                ? _mm256_setzero_si256()
                : _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k)));
+  }
+  void prefetch(Row row, int64_t k) const {
+    _mm_prefetch(row + kTileColumns * stride + k, _MM_HINT_T0);
   }
 };
 
@@ -156,9 +161,12 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
 
   const int64_t whole_end = std::min(k.end, weight.whole_k);
   int64_t at = k.begin;
-  for (; at < whole_end; at += 32)
+  for (; at < whole_end; at += 32) {
+    if constexpr (requires { weight.prefetch(row0, at); })
+      for (const auto row : {row0, row1, row2, row3}) weight.prefetch(row, at);
     step(at, weight.load(row0, at), weight.load(row1, at), weight.load(row2, at),
          weight.load(row3, at));
+  }
   if (at < k.end)
     step(at, weight.load_tail(row0, at), weight.load_tail(row1, at), weight.load_tail(row2, at),
          weight.load_tail(row3, at));

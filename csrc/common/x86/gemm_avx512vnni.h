@@ -24,7 +24,7 @@
 //        Row row(int64_t n) const;                     // a pointer to row n, of any kind
 //        static __m512i load(Row row, int64_t k);      // bytes k .. k + 63 of the row, unsigned
 //        __m512i load_tail(Row row, int64_t k) const;  // the same at whole_k, if k goes beyond it
-//        static void prefetch(Row row, int64_t k);     // called with each load; may do nothing
+//        void prefetch(Row row, int64_t k) const;      // optional: called with each load
 //      and may have
 //        static __m512i unscaled(__m512i sums);        // undoes a factor that the bytes of each
 //                                                      // quarter carry; called once per kSliceK
@@ -59,12 +59,13 @@ struct PanelWeight {
   const uint8_t* row(int64_t n) const { return data + (n - first_n) * stride; }
   static __m512i load(const uint8_t* row, int64_t k) { return _mm512_load_si512(row + k); }
   static __m512i load_tail(const uint8_t* row, int64_t k) { return load(row, k); }
-  static void prefetch(const uint8_t*, int64_t) {}
 };
 
 // Packed INT8 rows, int8 [n][stride], made unsigned by flipping the sign bit (w + 128). A packed
 // row is whole 16-byte chunks, so the last load of a row is masked: it may end at the end of the
-// memory.
+// memory. Rows are short for the processor's own prefetcher, so each line of the next tile is asked
+// for one tile ahead (measured on Zen 5: up to 1.25 times as fast at 1 and 8 rows; two ahead is
+// worse); beyond the memory that is harmless.
 struct PackedInt8Weight {
   static constexpr int32_t kOffset = 128;
   static constexpr int64_t kMaxTileRows = 6;
@@ -80,7 +81,9 @@ struct PackedInt8Weight {
   __m512i load_tail(Row row, int64_t k) const {
     return flip(_mm512_maskz_loadu_epi8(tail, row + k));
   }
-  static void prefetch(Row, int64_t) {}
+  void prefetch(Row row, int64_t k) const {
+    _mm_prefetch(row + kTileColumns * stride + k, _MM_HINT_T0);
+  }
 
  private:
   static __m512i flip(__m512i w) {
@@ -131,10 +134,8 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
   const int64_t whole_end = std::min(k.end, weight.whole_k);
   int64_t at = k.begin;
   for (; at < whole_end; at += 64) {
-    weight.prefetch(row0, at);
-    weight.prefetch(row1, at);
-    weight.prefetch(row2, at);
-    weight.prefetch(row3, at);
+    if constexpr (requires { weight.prefetch(row0, at); })
+      for (const auto row : {row0, row1, row2, row3}) weight.prefetch(row, at);
     step(at, weight.load(row0, at), weight.load(row1, at), weight.load(row2, at),
          weight.load(row3, at));
   }

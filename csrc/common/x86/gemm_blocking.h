@@ -30,8 +30,8 @@ namespace {
 inline constexpr int64_t kTileColumns = 4;
 // Six rows of this much k are 24 KiB: they stay in a 32 KiB L1 while weight rows pass by.
 inline constexpr int64_t kSliceK = 4096;
-// A block of weight rows takes a quarter of a 1 MiB L2, beside activations and output.
-inline constexpr int64_t kBlockBytes = 1 << 18;
+// A block of weight rows takes half of a 1 MiB L2, beside activations and output.
+inline constexpr int64_t kBlockBytes = 1 << 19;
 inline constexpr int64_t kMaxBlockColumns = 256;
 
 // How many weight rows of k bytes make a block: a multiple of 16.
