@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_inputs import DTYPES, SHAPES, assert_same_bits, difficult_rows, non_contiguous
+from memory_guard import at_end_of_memory
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from trine.ops import int8_linear, pack_int8, pack_sparse24, sparse24_linear, unpack_sparse24
 from trine.ops.sparse24_linear import reference
 
@@ -120,6 +122,16 @@ def test_damaged_indices_stay_inside_their_group(isa, m, values_dtype):
     y = sparse24_linear(x, values, damaged, **scale)
     limit = values.double().abs().sum(1) * scale.get("weight_scale", torch.ones(32)) * 1.01
     assert (y.double().abs() <= limit).all()
+
+
+@pytest.mark.parametrize("values_dtype", VALUES_DTYPES)
+def test_reads_nothing_beyond_its_inputs(isa, values_dtype):
+    for m, n, k in ((1, 3, 31), (3, 5, 96), (7, 9, 33), (13, 17, 130), (70, 5, 1000)):
+        args, scale = reference.example_inputs(m, n, k, torch.bfloat16, values_dtype)
+        guarded = [at_end_of_memory(t) for t in args]
+        guarded_scale = {name: at_end_of_memory(t) for name, t in scale.items()}
+        expected = sparse24_linear(*args, **scale)
+        assert torch.equal(sparse24_linear(*guarded, **guarded_scale), expected)
 
 
 def test_layouts(isa):
@@ -313,6 +325,16 @@ def test_errors():
     wide = 131072 + 32
     too_wide = (torch.zeros(1, wide // 2, dtype=torch.int8), torch.zeros(1, wide // 8).byte())
     fails("K = 131104 exceeds 131072", torch.ones(1, wide), *too_wide, weight_scale=scale[:1])
+
+
+def test_errors_of_the_fake():
+    (x, values, indices, _), _ = reference.example_inputs(3, 5, 37)
+    with FakeTensorMode() as mode:
+        x, values, indices = (mode.from_tensor(t) for t in (x, values, indices))
+        with pytest.raises(ValueError, match="K = 37 columns, which does not fit values of 16"):
+            sparse24_linear(x, values[:, :16], indices)
+        with pytest.raises(ValueError, match="weight_scale goes with int8 values"):
+            sparse24_linear(x, values.to(torch.int8), indices)
 
 
 def test_errors_of_packing():

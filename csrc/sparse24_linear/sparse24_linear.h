@@ -10,8 +10,8 @@
 // Float values: y[m][n] = narrow(sum over stored values v of v * x[m][column of v] + bias[n]), in
 // fp32, x past its last column reading as zero. Only the stored columns are read: NaN or infinity
 // in another column of x never reaches the output, and in a stored one always does, even where the
-// stored value is a filling 0. The order of the sum depends on the kernel and on whether there are
-// many rows of x, never on the tile: results do not depend on the number of threads.
+// stored value is a filling 0. The order of the sum depends on the kernel and on the number of rows
+// of x, never on the tile: results do not depend on the number of threads.
 //
 // Int8 values: q as in common/linear.h, acc exact in int32, so the bits are those of int8_linear on
 // the dense weight.
