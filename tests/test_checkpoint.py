@@ -232,6 +232,13 @@ def test_saving_leaves_the_model_and_the_random_state_as_they_are(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_loaded_model_does_not_depend_on_its_file(saved):
+    model = trine.load(saved)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saved.write_bytes(bytes(saved.stat().st_size))  # the same file with other bytes in it
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
 # ---- files that are no whole checkpoint ----
 
 

@@ -20,6 +20,7 @@ from trine.compress.recipe import Recipe
 from trine.compress.report import CompressionReport, LayerReport, ShapeTiming
 from trine.evaluate.latency import alternate
 from trine.nn import PackedLinear, pack_linear
+from trine.quantize import QatLinear
 
 
 def compress(
@@ -50,8 +51,9 @@ def compress(
         swapped, the measured ratio and the reason; print it for a table.
 
     Raises:
-        ValueError: the model has no linear layer, already has an attribute `report`, or cannot be
-            copied; a weight that is to be compressed holds NaN or infinity; `recipe` or
+        ValueError: the model has no linear layer, already has an attribute `report`, holds
+            QatLinear layers (`trine.convert` packs those), is the result of torch.compile, or
+            cannot be copied; a weight that is to be compressed holds NaN or infinity; `recipe` or
             `sample_inputs` of another form. What the model raises on the samples comes through.
     """
     _check(model, recipe)
@@ -97,6 +99,8 @@ def _check(model: nn.Module, recipe: Recipe) -> None:
         )
     if hasattr(model, "_orig_mod"):
         raise ValueError("compress the model first and call torch.compile on the result")
+    if any(isinstance(module, QatLinear) for module in model.modules()):
+        raise ValueError("the model was trained under quantisation; trine.convert packs it")
     if not linear_layers(model):
         raise ValueError("compress: the model holds no linear layer (nn.Linear or Conv1D)")
 
