@@ -231,6 +231,19 @@ def test_a_class_of_the_users_own_needs_a_factory(tmp_path):
         trine.load(tmp_path / "a.trine")
 
 
+def test_a_model_that_cannot_be_built_without_values_needs_a_factory(tmp_path, monkeypatch):
+    class Reads(hf.BertModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.one = torch.ones(1).item()
+
+    monkeypatch.setattr(hf, "Reads", Reads, raising=False)
+    trine.save(Reads(bert().config), tmp_path / "a.trine")
+    with pytest.raises(ValueError, match="pass like="):
+        trine.load(tmp_path / "a.trine")
+    trine.load(tmp_path / "a.trine", like=lambda: Reads(bert().config))
+
+
 def test_rows_are_counted_over_batch_and_sequence():
     samples = [dict(TOKENS), {"input_ids": torch.zeros(1, 1, dtype=torch.long)}]
     small = trine.compress(llama(), Recipe(), samples, timer=says(2))

@@ -70,9 +70,13 @@ def describe(model: nn.Module) -> Description | None:
     Only what building it gives the very same structure for has one.
     """
     description = _describe_transformers(model) or _describe_tree(model, {}, "")
-    if description is None or not _same_structure(model, build(description, device="meta")):
+    if description is None:
         return None
-    return description
+    try:
+        twin = build(description, device="meta")  # takes neither memory nor random numbers
+    except (ImportError, RuntimeError, ValueError):
+        return None  # it reads values while it is built, which the meta device does not have
+    return description if _same_structure(model, twin) else None
 
 
 def build(description: Description, device: str = "cpu") -> nn.Module:
