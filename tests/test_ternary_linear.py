@@ -39,6 +39,11 @@ def test_groups(isa, dtype, m, n, k, groups):
     assert_matches_reference(*args)
 
 
+@pytest.mark.parametrize(("m", "n", "k", "groups"), [(7, 19, 2368, 37), (2, 5, 8320, 2)])
+def test_many_groups_and_long_groups(isa, m, n, k, groups):
+    assert_matches_reference(*reference.example_inputs(m, n, k, scale_shape=(n, groups)))
+
+
 @pytest.mark.parametrize("groups", [0, 5])
 def test_every_number_of_rows(isa, groups):
     """Crosses every remainder of every tile, and the change from one path to another."""
@@ -60,8 +65,8 @@ def test_every_number_of_columns(isa):
 
 @pytest.mark.parametrize("m", [1, 6])
 def test_every_depth(isa, m):
-    """Each K up to beyond 256, where the vector kernels' step over K is left unfilled."""
-    for k in range(0, 270, 3):
+    """K that leave part of a word, of 16 bytes and of a cache line of packed weight unused."""
+    for k in range(0, 270, 7):
         assert_matches_reference(*reference.example_inputs(m, 18, k))
 
 

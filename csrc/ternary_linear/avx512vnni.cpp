@@ -4,8 +4,9 @@
 // too large, which one shift undoes, exactly, when a tile is finished. So 64 codes cost one load
 // and one AND beside the vpdpbusd of each activation row.
 //
-// What bounds it: with one row, reading the weight (from the caches: two loads per cycle, one of
-// them for 64 codes). With many rows, the two vpdpbusd per cycle of the core.
+// What bounds it: with one row, reading the weight: the hardware prefetches within a page only, so
+// every tile prefetches the next one (4096 x 4096 from memory: 160 us, without it 310). From the
+// caches the loads, five for 256 products. From four rows on, the two vpdpbusd per cycle.
 #include "common/x86/gemm_avx512vnni.h"
 #include "ternary_linear/grouped.h"
 #include "ternary_linear/ternary_linear.h"
@@ -20,6 +21,7 @@ struct TernaryCodes {
 
   Row data;
   int64_t stride;
+  int64_t ahead = kTileColumns * stride;       // bytes to the line to prefetch: the next tile
   int64_t whole_k = stride * kTernaryPerByte;  // packed rows are whole: none has a tail
 
   Row row(int64_t n) const { return data + n * stride; }
@@ -30,7 +32,10 @@ struct TernaryCodes {
     return _mm512_and_si512(_mm512_broadcast_i32x4(words), bits);
   }
   static __m512i load_tail(Row row, int64_t k) { return load(row, k); }
-  static void prefetch(Row, int64_t) {}
+  // Inlined by force: gcc 12 drops a call whose only effect is a prefetch.
+  [[gnu::always_inline]] void prefetch(Row row, int64_t k) const {
+    if ((k & 255) == 0) _mm_prefetch(row + ahead + (k >> 2), _MM_HINT_T0);
+  }
 
   // No sum overflows before: kSliceK codes of up to 3 << 6 are at most 192 * 127 * 4096 < 2^31.
   static_assert(kSliceK <= 4096);

@@ -11,9 +11,12 @@
 namespace trine {
 namespace {
 
-// Columns whose float sums are kept at a time: a zmm register, a cache line of output, and few
-// enough rows of the weight for the hardware to prefetch them all.
+// Columns whose float sums are kept at a time: a zmm register and a cache line of output.
 inline constexpr int64_t kGroupColumns = 16;
+
+// Groups whose sums are taken before any is scaled: as many as accumulate_block has room for. Sums
+// are written four at a time and read 16 at a time, which must not follow on each other at once.
+inline constexpr int64_t kGroupsAtATime = kMaxBlockColumns / kGroupColumns;
 
 // sums[m - m_begin][g] = the sum of row m of x over group g.
 [[maybe_unused]] inline void sum_groups(const QuantizedRows& x, int64_t group_size, int64_t groups,
@@ -35,6 +38,7 @@ void finish_grouped_row(const float* sums, float x_scale, const float* bias, int
   }
 }
 
+// A Weight is made of its packed rows, their stride, and how far ahead to prefetch.
 template <class Weight>
 void grouped_linear(const QuantizedRows& x, const TernaryWeight& weight, const LinearOutput& out,
                     const Tile& tile) {
@@ -55,16 +59,22 @@ void grouped_linear(const QuantizedRows& x, const TernaryWeight& weight, const L
     for (int64_t m = tile.m_begin; m < tile.m_end; m += Weight::kMaxTileRows) {
       const int64_t rows = std::min(Weight::kMaxTileRows, tile.m_end - m);
       alignas(64) float totals[Weight::kMaxTileRows][kGroupColumns] = {};
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t k = g * weight.group_size;
-        const Weight group{weight.packed + k / kTernaryPerByte, weight.stride};
-        accumulate_block(rows, group, {x.q + m * x.stride + k, x.stride}, n, n + count,
-                         weight.group_size, sums);
+      for (int64_t first = 0; first < groups; first += kGroupsAtATime) {
+        const int64_t last = std::min(first + kGroupsAtATime, groups);
+        for (int64_t g = first; g < last; ++g) {
+          const int64_t k = g * weight.group_size;
+          const Weight group{weight.packed + k / kTernaryPerByte, weight.stride,
+                             kGroupColumns * weight.stride};
+          accumulate_block(rows, group, {x.q + m * x.stride + k, x.stride}, n, n + count,
+                           weight.group_size, sums + (g - first) * kGroupColumns);
+        }
         for (int64_t i = 0; i < rows; ++i) {
-          const int32_t minus = x_sums.data<int32_t>()[(m - tile.m_begin + i) * groups + g];
-          for (int64_t j = 0; j < kGroupColumns; ++j)
-            totals[i][j] += static_cast<float>(sums[i * kMaxBlockColumns + j] - minus) *
-                            scale[g * kGroupColumns + j];
+          const int32_t* minus = x_sums.data<int32_t>() + (m - tile.m_begin + i) * groups;
+          const int32_t* row_sums = sums + i * kMaxBlockColumns;
+          for (int64_t g = first; g < last; ++g, row_sums += kGroupColumns)
+            for (int64_t j = 0; j < kGroupColumns; ++j)
+              totals[i][j] +=
+                  static_cast<float>(row_sums[j] - minus[g]) * scale[g * kGroupColumns + j];
         }
       }
       for (int64_t i = 0; i < rows; ++i) {
