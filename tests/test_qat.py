@@ -161,8 +161,15 @@ class TestForward:
             assert_same_bits(a, b)
 
     def test_wrong_number_of_features(self, choice):
-        with pytest.raises(ValueError, match="expected 37"):
-            prepared(choice).eval()(torch.randn(2, 36))
+        for layer in (prepared(choice).train(), prepared(choice).eval()):
+            with pytest.raises(ValueError, match=r"expected \[\.\.\., 37\]"):
+                layer(torch.randn(2, 36))
+
+    def test_wrong_dtype(self, choice):
+        for layer in (prepared(choice).train(), prepared(choice).eval()):
+            for x in (torch.ones(2, 37).double(), torch.ones(2, 37).int()):
+                with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
+                    layer(x)
 
 
 def quantised_by_hand(choice: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,6 +223,12 @@ class TestGradient:
         qat = prepared(choice)
         qat(torch.randn(64, 37)).square().sum().backward()
         assert (qat.weight.grad != 0).all()
+
+    def test_second_derivative_is_an_error(self, choice):
+        x = torch.randn(2, 37, requires_grad=True)
+        (grad,) = torch.autograd.grad(prepared(choice)(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_gradients_have_the_dtype_of_their_tensor(self, choice, dtype):

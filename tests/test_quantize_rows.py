@@ -81,6 +81,24 @@ def test_errors():
         quantize_rows(torch.zeros(2, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match="at least one dimension"):
         quantize_rows(torch.tensor(1.0))
+    # Expanded from one value: the check comes before anything of this size is allocated.
+    for device in ("cpu", "meta"):
+        with pytest.raises(ValueError, match="K = 16909321 exceeds 16909320"):
+            quantize_rows(torch.zeros(1, device=device).expand(2**20, 16909321))
+    with pytest.raises(ValueError, match=r"all tensors must be dense, one is .*sparse_coo"):
+        quantize_rows(torch.zeros(2, 2).to_sparse())
+
+
+def test_flush_to_zero_mode_keeps_16_bit_subnormals(isa):
+    x = (torch.randn(4, 40) * 1e-6).half()
+    expected = reference.quantize_rows(x)
+    torch.set_flush_denormal(True)
+    try:
+        actual = quantize_rows(x)
+    finally:
+        torch.set_flush_denormal(False)
+    for a, b in zip(actual, expected, strict=True):
+        assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

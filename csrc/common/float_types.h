@@ -41,9 +41,11 @@ namespace {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // Shifted into place the exponent is 112 too small; the multiplication also makes subnormals
-  // normal, exactly.
-  const float value = from_bits(magnitude << 13) * from_bits(0x77800000u);  // 2^112
+  if (magnitude >= 0x400u)  // exponent bias 15 to 127
+    return from_bits(sign | ((magnitude << 13) + 0x38000000u));
+  // A subnormal: its unit, 2^-24, is the last bit of 0.5. No operand here is a subnormal float, for
+  // torch.set_flush_denormal(True) makes the processor read those as 0.
+  const float value = from_bits(0x3f000000u | magnitude) - 0.5f;
   return from_bits(sign | to_bits(value));
 }
 

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -30,7 +31,8 @@ inline FloatType float_type(const Tensor& tensor, const char* op, const char* na
     case ScalarType::Half:
       return FloatType::float16;
     default:
-      check(false, op, ": ", name, " must be float32, bfloat16 or float16; convert it with .to()");
+      check(false, op, ": ", name, " must be float32, bfloat16 or float16, it is ",
+            torch::headeronly::toString(tensor.scalar_type()), "; convert it with .to()");
       return FloatType::float32;
   }
 }
@@ -52,12 +54,15 @@ struct Matrix {
   const void* row(int64_t i) const { return data + i * row_bytes; }
 };
 
-// Copies only where one row stride cannot describe the tensor.
-inline Matrix as_matrix(const Tensor& x, const char* op, const char* name) {
+// Copies only where one row stride cannot describe the tensor, and not before it is checked.
+inline Matrix as_matrix(const Tensor& x, const char* op, const char* name,
+                        int64_t max_k = std::numeric_limits<int64_t>::max()) {
   const FloatType type = float_type(x, op, name);
   const int64_t dim = x.dim();
   check(dim >= 1, op, ": ", name, " must have at least one dimension, [..., K]; it is a scalar");
   const int64_t k = x.size(dim - 1);
+  check(k <= max_k, op, ": K = ", k, " exceeds ", max_k,
+        ", beyond which int32 sums could overflow");
   int64_t m = 1;
   for (int64_t d = 0; d + 1 < dim; ++d) m *= x.size(d);
 

@@ -42,7 +42,8 @@ std::optional<StaticInput> read_static_input(const std::optional<Tensor>& scale,
 Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
                        const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale,
                        const std::optional<Tensor>& input_zero_point) {
-  const Matrix rows = as_matrix(x, kOp, "x");
+  const auto fixed = read_static_input(input_scale, input_zero_point);
+  const Matrix rows = as_matrix(x, kOp, "x", fixed.has_value() ? kInt8MaxKStatic : kInt8MaxK);
   check_dtype(packed_weight, ScalarType::Char, "int8", kOp, "packed_weight");
   check_dtype(weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
   check(packed_weight.dim() == 2, kOp, ": packed_weight must be [N, 16 * ceil(K / 16)]");
@@ -52,10 +53,6 @@ Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tenso
         packed_weight.size(1));
   check(weight_scale.dim() == 1 && weight_scale.size(0) == n, kOp, ": weight_scale must be [", n,
         "], one scale per row of packed_weight");
-  const auto fixed = read_static_input(input_scale, input_zero_point);
-  const int64_t max_k = fixed.has_value() ? kInt8MaxKStatic : kInt8MaxK;
-  check(rows.k <= max_k, kOp, ": K = ", rows.k, " exceeds ", max_k,
-        ", beyond which int32 sums could overflow");
 
   const Tensor weight = torch::stable::contiguous(packed_weight);
   const Float32Vector scale(weight_scale, kOp, "weight_scale");

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "common/float_types.h"
 #include "common/isa.h"
@@ -22,6 +23,8 @@
 namespace trine {
 
 inline constexpr float kSmallestAbsmax = 0x1p-120f;
+// The sum of 127 * k must stay below 2^31.
+inline constexpr int64_t kQuantizeRowsMaxK = std::numeric_limits<int32_t>::max() / 127;
 
 using QuantizeRowFn = void(const void* x, FloatType type, int64_t k, int8_t* q, float* scale,
                            int32_t* sum);

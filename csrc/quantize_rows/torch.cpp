@@ -16,7 +16,7 @@ constexpr QuantizeRowsKernel kKernels[] = {
 [[maybe_unused]] const bool announced = announce("quantize_rows", kKernels);
 
 std::tuple<Tensor, Tensor, Tensor> quantize_rows_cpu(const Tensor& x) {
-  const Matrix rows = as_matrix(x, "quantize_rows", "x");
+  const Matrix rows = as_matrix(x, "quantize_rows", "x", kQuantizeRowsMaxK);
   Tensor q = torch::stable::new_empty(x, {rows.m, rows.k}, ScalarType::Char);
   Tensor scale = torch::stable::new_empty(x, {rows.m}, ScalarType::Float);
   Tensor sum = torch::stable::new_empty(x, {rows.m}, ScalarType::Int);

@@ -9,7 +9,7 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> quantize_rows_on_device(const Tensor& x) {
   const DeviceGuard guard(x.get_device_index());
-  const Matrix rows = as_matrix(x, "quantize_rows", "x");
+  const Matrix rows = as_matrix(x, "quantize_rows", "x", kQuantizeRowsMaxK);
   Tensor q = torch::stable::new_empty(x, {rows.m, rows.k}, ScalarType::Char);
   Tensor scale = torch::stable::new_empty(x, {rows.m}, ScalarType::Float);
   Tensor sum = torch::stable::new_empty(x, {rows.m}, ScalarType::Int);

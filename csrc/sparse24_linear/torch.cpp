@@ -84,8 +84,7 @@ void check_weight(const Matrix& rows, const Tensor& values, const Tensor& indice
         "], four bytes for every 16 values");
 }
 
-void check_scale(const Matrix& rows, const Tensor& values,
-                 const std::optional<Tensor>& weight_scale) {
+void check_scale(const Tensor& values, const std::optional<Tensor>& weight_scale) {
   if (values.scalar_type() != ScalarType::Char) {
     float_type(values, kOp, "values (where not int8)");
     check(!weight_scale.has_value(), kOp,
@@ -97,17 +96,17 @@ void check_scale(const Matrix& rows, const Tensor& values,
   check_dtype(*weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
   check(weight_scale->dim() == 1 && weight_scale->size(0) == n, kOp, ": weight_scale must be [", n,
         "], one scale per row of values");
-  check(rows.k <= kSparse24Int8MaxK, kOp, ": K = ", rows.k, " exceeds ", kSparse24Int8MaxK,
-        ", beyond which int32 sums could overflow");
 }
 
 Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& indices,
                            const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& weight_scale) {
-  const Matrix rows = as_matrix(x, kOp, "x");
+  const Matrix rows = values.scalar_type() == ScalarType::Char
+                          ? as_matrix(x, kOp, "x", kSparse24Int8MaxK)
+                          : as_matrix(x, kOp, "x");
   const int64_t columns = round_up(rows.k, kSparse24Columns);
   check_weight(rows, values, indices, columns);
-  check_scale(rows, values, weight_scale);
+  check_scale(values, weight_scale);
   const int64_t n = values.size(0);
 
   const Tensor whole_values = torch::stable::contiguous(values);

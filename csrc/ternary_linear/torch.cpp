@@ -49,7 +49,7 @@ void transpose_words(QuantizedInput& input, int64_t m) {
 
 Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
                           const std::optional<Tensor>& bias) {
-  const Matrix rows = as_matrix(x, kOp, "x");
+  const Matrix rows = as_matrix(x, kOp, "x", kTernaryMaxK);
   check_dtype(packed_weight, ScalarType::Int, "int32", kOp, "packed_weight");
   check_dtype(weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
   check(packed_weight.dim() == 2, kOp, ": packed_weight must be [N, 4 * ceil(K / 64)]");
@@ -58,8 +58,6 @@ Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Te
   check(packed_weight.size(1) == words, kOp, ": x has K = ", rows.k,
         " columns, which needs a packed_weight of ", words, " columns; it has ",
         packed_weight.size(1));
-  check(rows.k <= kTernaryMaxK, kOp, ": K = ", rows.k, " exceeds ", kTernaryMaxK,
-        ", beyond which int32 sums could overflow");
   const int64_t group_size = read_group_size(weight_scale, n, rows.k);
 
   const Tensor weight = torch::stable::contiguous(packed_weight);

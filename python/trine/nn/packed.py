@@ -75,10 +75,10 @@ class PackedLinear(nn.Module):
 
     def with_bias(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What the layer gives with this bias in place of its own."""
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
-                f"{type(self).__name__}: the input has {x.shape[-1]} features, "
-                f"expected {self.in_features}"
+                f"{type(self).__name__}: the input has shape {list(x.shape)}, "
+                f"expected [..., {self.in_features}]"
             )
         return self._run_op(x, bias)
 

@@ -9,25 +9,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trine.ops._checks import FLOAT_DTYPES, in_forward_mode, refuse_tangents
+
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """`x` as `torch.nn.functional.linear` would see it: in the autocast dtype, where one holds."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point():
+    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
         return x.to(torch.get_autocast_dtype(device))
     return x
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
+    if in_forward_mode():
+        refuse_tangents("a linear op", *tensors)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def check_one_device(op: str, *tensors: Tensor | None) -> None:
-    """For fakes: with tensors on several devices PyTorch may call them instead of a kernel."""
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        names = " and ".join(sorted(map(str, devices)))
-        raise ValueError(f"{op}: all tensors must be on one device, they are on {names}")
 
 
 def linear_with_gradient(
@@ -59,12 +55,13 @@ def linear_with_gradient(
 class _LinearWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, dense_weight, x, bias, *weight):
+        y = run(x, bias, *weight)  # first, because it checks everything
         ctx.dense_weight = dense_weight
         ctx.k = x.shape[-1]
         ctx.x_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(*weight)
-        return run(x, bias, *weight)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trine import nn as packed_nn  # a package that imports this one: used in calls only
+from trine.ops._checks import check_rows
 from trine.ops._linear import in_autocast_dtype, needs_grad
 from trine.quantize.weights import WEIGHT_RULES, int8_rows
 
@@ -48,6 +49,12 @@ class QatLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = in_autocast_dtype(x)
+        check_rows("QatLinear", x)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"QatLinear: the input has shape {list(x.shape)}, "
+                f"expected [..., {self.in_features}]"
+            )
         packed = None if self.training else self._packed_weight()
         if packed is not None and not needs_grad(x, self.weight, self.bias):
             return packed.with_bias(x, self.bias)
@@ -117,6 +124,7 @@ class _ThroughQuantization(torch.autograd.Function):
         return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # the saved values have no history
     def backward(ctx, grad_y: Tensor):
         rows, row_scale, values, weight_scale = ctx.saved_tensors
         grad = grad_y.reshape(-1, grad_y.shape[-1]).float()

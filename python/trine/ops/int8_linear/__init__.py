@@ -4,17 +4,16 @@ import torch
 from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
-from trine.ops._linear import (
-    check_one_device,
-    in_autocast_dtype,
-    linear_with_gradient,
-    needs_grad,
-)
+from trine.ops._checks import check_one_device, check_rows, explain_missing_kernel
+from trine.ops._linear import in_autocast_dtype, linear_with_gradient, needs_grad
 from trine.ops.int8_linear.pack import pack_int8, unpack_int8
 
 __all__ = ["int8_linear", "pack_int8", "unpack_int8"]
 
 _op = torch.ops.trine.int8_linear.default
+explain_missing_kernel("int8_linear")
+
+_MAX_K, _MAX_K_STATIC = 131072, 65536  # int8_linear.h gives the reasons
 
 
 def int8_linear(
@@ -47,11 +46,11 @@ def int8_linear(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, K > 131072 (int32 could overflow; 65536 with
-            `input_scale`).
+            `input_scale`), a packed weight or scale that requires a gradient.
     """
     x = in_autocast_dtype(x)
     weight = (packed_weight, weight_scale, input_scale, input_zero_point)
-    if needs_grad(x, bias):
+    if needs_grad(x, bias, *weight):
         return linear_with_gradient(_run, _dense_weight, x, bias, *weight)
     return _run(x, bias, *weight)
 
@@ -84,6 +83,7 @@ def _fake(x, packed_weight, weight_scale, bias=None, *, input_scale=None, input_
     check_one_device(
         "int8_linear", x, packed_weight, weight_scale, bias, input_scale, input_zero_point
     )
+    check_rows("int8_linear", x, _MAX_K if input_scale is None else _MAX_K_STATIC)
     k = x.shape[-1]
     _check(packed_weight.dtype == torch.int8, "packed_weight must be int8")
     _check(packed_weight.dim() == 2, "packed_weight must be [N, 16 * ceil(K / 16)]")

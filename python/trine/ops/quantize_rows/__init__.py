@@ -4,10 +4,14 @@ import torch
 from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
+from trine.ops._checks import check_rows, explain_missing_kernel
 
 __all__ = ["quantize_rows"]
 
 _op = torch.ops.trine.quantize_rows.default
+explain_missing_kernel("quantize_rows")
+
+_MAX_K = (2**31 - 1) // 127  # kQuantizeRowsMaxK in quantize_rows.h gives the reason
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,13 +28,15 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q int8 [M, K], scale float32 [M], and the sum of each row's q, int32 [M].
 
     Raises:
-        ValueError: x is not floating, or has no dimension.
+        ValueError: x is not floating, has no dimension, or K > 16909320 (a row's int32 sum could
+            overflow).
     """
     return _op(x)
 
 
 @torch.library.register_fake("trine::quantize_rows")
 def _fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows("quantize_rows", x, _MAX_K)
     k = x.shape[-1]
     m = 1
     for size in x.shape[:-1]:

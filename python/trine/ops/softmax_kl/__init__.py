@@ -4,11 +4,19 @@ import torch
 from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
+from trine.ops._checks import (
+    check_one_device,
+    explain_missing_kernel,
+    in_forward_mode,
+    refuse_tangents,
+)
 
 __all__ = ["softmax_kl"]
 
 _op = torch.ops.trine.softmax_kl.default
 _backward_op = torch.ops.trine.softmax_kl_backward.default
+explain_missing_kernel("softmax_kl")
+explain_missing_kernel("softmax_kl_backward")
 _SAVED_COLUMNS = 5  # maxima and log-sums of both rows, and their divergence
 
 
@@ -49,12 +57,15 @@ def softmax_kl(
         ValueError: shapes that differ, float64 or integer logits, a temperature that is not
             positive and finite, an unknown reduction.
     """
+    if in_forward_mode():
+        refuse_tangents("softmax_kl", student_logits, teacher_logits)
     loss, _ = _op(student_logits, teacher_logits, temperature, reduction)
     return loss
 
 
 @torch.library.register_fake("trine::softmax_kl")
 def _fake(student_logits, teacher_logits, temperature=1.0, reduction="batchmean"):
+    check_one_device("softmax_kl", student_logits, teacher_logits)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             "softmax_kl: student_logits and teacher_logits must have the same shape; they have "
@@ -70,6 +81,7 @@ def _fake(student_logits, teacher_logits, temperature=1.0, reduction="batchmean"
 
 @torch.library.register_fake("trine::softmax_kl_backward")
 def _fake_backward(grad_loss, student, teacher, saved, temperature, reduction, for_teacher):
+    check_one_device("softmax_kl_backward", grad_loss, student, teacher, saved)
     logits = teacher if for_teacher else student
     return logits.new_empty(logits.shape)
 

@@ -4,12 +4,16 @@ import torch
 from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
+from trine.ops._checks import check_one_device, check_rows, explain_missing_kernel
 from trine.ops._linear import in_autocast_dtype, linear_with_gradient, needs_grad
 from trine.ops.sparse24_linear.pack import expand_sparse24, pack_sparse24, unpack_sparse24
 
 __all__ = ["pack_sparse24", "sparse24_linear", "unpack_sparse24"]
 
 _op = torch.ops.trine.sparse24_linear.default
+explain_missing_kernel("sparse24_linear")
+
+_MAX_K_INT8 = 131072  # kSparse24Int8MaxK in sparse24_linear.h gives the reason
 
 
 def sparse24_linear(
@@ -47,13 +51,8 @@ def sparse24_linear(
         ValueError: shapes or dtypes that do not fit, int8 values with K > 131072 (int32 could
             overflow), values or weight_scale that require a gradient.
     """
-    if needs_grad(values, weight_scale):
-        raise ValueError(
-            "sparse24_linear gives no gradient to values and weight_scale; train a dense weight "
-            "and pack it afterwards, or detach them"
-        )
     x = in_autocast_dtype(x)
-    if needs_grad(x, bias):
+    if needs_grad(x, bias, values, indices, weight_scale):
         return linear_with_gradient(_run, _dense_weight, x, bias, values, indices, weight_scale)
     return _op(x, values, indices, bias, weight_scale=weight_scale)
 
@@ -72,6 +71,8 @@ def _dense_weight(k: int, values: Tensor, indices: Tensor, weight_scale: Tensor 
 
 @torch.library.register_fake("trine::sparse24_linear")
 def _fake(x, values, indices, bias=None, *, weight_scale=None):
+    check_one_device("sparse24_linear", x, values, indices, bias, weight_scale)
+    check_rows("sparse24_linear", x, None if weight_scale is None else _MAX_K_INT8)
     chunks = (x.shape[-1] + 31) // 32
     if values.shape[1] != 16 * chunks or indices.shape[1] != 4 * chunks:
         raise ValueError(

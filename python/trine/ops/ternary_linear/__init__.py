@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
+from trine.ops._checks import check_one_device, check_rows, explain_missing_kernel
 from trine.ops._linear import in_autocast_dtype, linear_with_gradient, needs_grad
 from trine.ops.ternary_linear.pack import pack_ternary, unpack_ternary
 
 __all__ = ["pack_ternary", "ternary_linear", "unpack_ternary"]
 
 _op = torch.ops.trine.ternary_linear.default
+explain_missing_kernel("ternary_linear")
 
 _MAX_K = 2**22  # kTernaryMaxK in ternary_linear.h gives the reason
 
@@ -38,10 +40,11 @@ def ternary_linear(
         gives a row of NaN.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, K > 2**22 (int32 could overflow).
+        ValueError: shapes or dtypes that do not fit, K > 2**22 (int32 could overflow), a packed
+            weight or scale that requires a gradient.
     """
     x = in_autocast_dtype(x)
-    if needs_grad(x, bias):
+    if needs_grad(x, bias, packed_weight, weight_scale):
         return linear_with_gradient(_run, _dense_weight, x, bias, packed_weight, weight_scale)
     return _op(x, packed_weight, weight_scale, bias)
 
@@ -62,6 +65,8 @@ def _dense_weight(k: int, packed_weight: Tensor, weight_scale: Tensor) -> Tensor
 def _fake(
     x: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
+    check_one_device("ternary_linear", x, packed_weight, weight_scale, bias)
+    check_rows("ternary_linear", x, _MAX_K)
     k = x.shape[-1]
     _check(packed_weight.dim() == 2, "packed_weight must be [N, 4 * ceil(K / 64)]")
     n, words = packed_weight.shape
@@ -71,7 +76,6 @@ def _fake(
         words == 4 * ((k + 63) // 64),
         f"x has K = {k} columns, which does not fit a packed_weight of {words} columns",
     )
-    _check(k <= _MAX_K, f"K = {k} exceeds {_MAX_K}, beyond which int32 sums could overflow")
     if weight_scale.dim() == 2 and weight_scale.shape[0] == n:
         groups = weight_scale.shape[1]
         _check(

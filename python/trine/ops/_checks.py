@@ -1,0 +1,71 @@
+"""What the fakes of the ops check alike, and what an op says where it has no kernel."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_rows(op: str, x: Tensor, max_k: int | None = None) -> None:
+    """Raise ValueError unless `x` is floating and [..., K] with K <= `max_k`."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"{op}: x must be float32, bfloat16 or float16, it is {x.dtype}; convert it with .to()"
+        )
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, [..., K]; it is a scalar")
+    if max_k is not None and x.shape[-1] > max_k:
+        raise ValueError(
+            f"{op}: K = {x.shape[-1]} exceeds {max_k}, beyond which int32 sums could overflow"
+        )
+
+
+def check_one_device(op: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on one device.
+
+    Where one is on the meta device PyTorch calls the fake, whose result on another device would be
+    uninitialised memory.
+    """
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"{op}: all tensors must be on one device, they are on {names}")
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents (torch.func.jvp, torch.autograd.forward_ad)."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError for a tensor with a tangent: PyTorch would drop it silently."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{op} has no forward-mode derivative; take it in backward mode (torch.autograd.grad)"
+        )
+
+
+def explain_missing_kernel(op: str) -> None:
+    """Make `op` say in one sentence where it has no kernel; PyTorch would list dispatch keys.
+
+    PyTorch calls the default kernel where the tensors' backend has none of its own, so that no
+    other call takes longer.
+    """
+
+    def refuse(*args, **kwargs):
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        check_one_device(op, *tensors)
+        for t in tensors:
+            if t.layout != torch.strided or t.is_quantized:
+                kind = "quantized" if t.is_quantized else t.layout
+                raise ValueError(
+                    f"{op}: all tensors must be dense, one is {kind}; convert it with .to_dense() "
+                    "or .dequantize()"
+                )
+        raise ValueError(
+            f"{op} has no kernel for the device '{tensors[0].device.type}' here; move the tensors "
+            "to the CPU, or see trine.backends.describe()"
+        )
+
+    torch.library.impl(f"trine::{op}", "default", refuse)
