@@ -68,8 +68,8 @@ def _speed(row: Mapping[str, Any]) -> tuple[str, str, str]:
 def _settings(results: Mapping[str, Any]) -> str:
     settings = results["settings"]
     return (
-        f"Distilled with T = {settings['temperature']:g}, alpha = {settings['alpha']:g}. Bits: the "
-        "trained, the converted and the reloaded model give the same."
+        f"Distilled with T = {settings['temperature']:g}, alpha = {settings['alpha']:g}. "
+        "Bits: whether the trained, the converted and the reloaded model give the same."
     )
 
 

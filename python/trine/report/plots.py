@@ -46,7 +46,7 @@ def accuracy_against_size(rows: Sequence[Row]) -> str:
             megabytes = row["bytes"] / 1e6
             # Models of one architecture have one size: set them side by side.
             place = round(megabytes, 2)
-            shifted = megabytes * 1.05 ** seen.get(place, 0)
+            shifted = megabytes * 1.08 ** seen.get(place, 0)
             seen[place] = seen.get(place, 0) + 1
             low, high = row["accuracy_ci"]
             axes.errorbar(
