@@ -15,7 +15,8 @@ namespace {
 trine::Isa isa_of(const std::string& name) {
   for (trine::Isa isa : trine::all_isas())
     if (name == trine::isa_name(isa)) return isa;
-  throw py::value_error("unknown instruction set '" + name + "'");
+  throw py::value_error("unknown instruction set '" + name +
+                        "'; trine.backends.cpu_isas() lists those that run here");
 }
 
 }  // namespace

@@ -29,13 +29,17 @@ class TestEveryLayer:
         y = packed(choice).to("meta")(torch.empty(2, 3, 36, device="meta", dtype=torch.bfloat16))
         assert (y.shape, y.dtype, y.device.type) == ((2, 3, 5), torch.bfloat16, "meta")
 
-    def test_a_device_without_kernels(self, choice):
-        """A quantized tensor stands for another backend: no other is there on every machine."""
-        x = torch.quantize_per_tensor(torch.randn(2, 36), 0.1, 0, torch.qint8)
-        with pytest.raises(ValueError, match="must be dense, one is quantized"):
-            packed(choice)(x)
-        with pytest.raises(ValueError, match=r"must be dense, one is .*sparse_coo"):
-            packed(choice)(torch.randn(2, 36).to_sparse())
+    def test_training_on_meta(self, choice):
+        x = torch.empty(2, 36, device="meta", requires_grad=True)
+        for layer in (packed(choice).to("meta"), QatLinear(36, 5, device="meta", choice=choice)):
+            (grad,) = torch.autograd.grad(layer(x).sum(), x)
+            assert grad.shape == x.shape
+
+    def test_sparse_input(self, choice):
+        """Its backend has no kernel, as a device without one."""
+        for x in (torch.randn(2, 36).to_sparse(), torch.randn(2, 36).to_sparse_csr()):
+            with pytest.raises(ValueError, match=r"must be dense, one is torch\.sparse_"):
+                packed(choice)(x)
 
     def test_scalar(self, choice):
         with pytest.raises(ValueError, match=r"has shape \[\], expected \[\.\.\., 36\]"):

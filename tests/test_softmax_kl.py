@@ -282,6 +282,8 @@ def test_errors():
         softmax_kl(s, torch.zeros(3, 2))
     with pytest.raises(ValueError, match="must have the same shape"):
         softmax_kl(s, torch.zeros(2, 1, 3))
+    with pytest.raises(ValueError, match=r"they have \[2, 3\] and \[2\]"):
+        softmax_kl(s, torch.tensor([0, 2]))  # labels
     with pytest.raises(ValueError, match=r"student_logits must be float32.*convert it with \.to"):
         softmax_kl(s.double(), s)
     with pytest.raises(ValueError, match="teacher_logits must be float32"):

@@ -41,14 +41,21 @@ struct Problem {
   float inverse_temperature;
 };
 
+std::string shape_of(const Tensor& tensor) {
+  std::string text;
+  for (const int64_t size : tensor.sizes())
+    text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
 Problem read(const Tensor& student, const Tensor& teacher, double temperature) {
-  Problem problem{as_matrix(student, kOp, "student_logits"),
-                  as_matrix(teacher, kOp, "teacher_logits"), float(1 / temperature)};
+  // Before the dtypes: class labels in the teacher's place are better told by their shape.
   check(std::equal(student.sizes().begin(), student.sizes().end(), teacher.sizes().begin(),
                    teacher.sizes().end()),
-        kOp, ": student_logits and teacher_logits must have the same shape; their last sizes are ",
-        problem.student.k, " and ", problem.teacher.k, " and their numbers of rows ",
-        problem.student.m, " and ", problem.teacher.m);
+        kOp, ": student_logits and teacher_logits must have the same shape; they have ",
+        shape_of(student), " and ", shape_of(teacher));
+  Problem problem{as_matrix(student, kOp, "student_logits"),
+                  as_matrix(teacher, kOp, "teacher_logits"), float(1 / temperature)};
   check(temperature > 0 && problem.inverse_temperature > 0 &&
             problem.inverse_temperature <= std::numeric_limits<float>::max(),
         kOp, ": temperature must be positive and finite, it is ", temperature);

@@ -5,6 +5,7 @@ than a small layer takes. The differentiable path is taken only when a gradient 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
     if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Keeps an enclosing autocast region from turning a float32 product into a bfloat16 one."""
+    # The meta device has no autocast, and PyTorch refuses to switch it off.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -69,8 +76,7 @@ class _LinearWithGradient(torch.autograd.Function):
         _, _, x_needs_grad, bias_needs_grad, *weight = ctx.needs_input_grad
         grad_x = grad_bias = None
         grad_y = grad_y.float()
-        # An enclosing autocast region must not turn the float32 product into a bfloat16 one.
-        with torch.autocast(grad_y.device.type, enabled=False):
+        with without_autocast(grad_y):
             if x_needs_grad:
                 dense = ctx.dense_weight(ctx.k, *ctx.saved_tensors)
                 grad_x = (grad_y @ dense).to(ctx.x_dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trine import nn as packed_nn  # a package that imports this one: used in calls only
 from trine.ops._checks import check_rows
-from trine.ops._linear import in_autocast_dtype, needs_grad
+from trine.ops._linear import in_autocast_dtype, needs_grad, without_autocast
 from trine.quantize.weights import WEIGHT_RULES, int8_rows
 
 
@@ -115,7 +115,7 @@ class _ThroughQuantization(torch.autograd.Function):
             return packed.with_bias(x, bias)
 
         # The order of the kernels, each step rounded to fp32 once; int8 products are exact.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y = rows.float() @ values.float().T
         if weight_scale is not None:
             y = y * row_scale[:, None] * weight_scale
@@ -129,7 +129,7 @@ class _ThroughQuantization(torch.autograd.Function):
         rows, row_scale, values, weight_scale = ctx.saved_tensors
         grad = grad_y.reshape(-1, grad_y.shape[-1]).float()
         grad_x = grad_weight = grad_bias = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             if ctx.needs_input_grad[0]:
                 scaled = grad if weight_scale is None else grad * weight_scale
                 grad_x = (scaled @ values.float()).to(ctx.x_dtype).reshape(ctx.x_shape)
