@@ -287,7 +287,8 @@ def test_rewriting_alone_changes_nothing(saved):
 
 def test_another_format_version_is_refused(saved):
     rewrite(saved, lambda manifest, tensors: manifest.update(format_version=2))
-    refused(saved, "it has format version 2, .* which reads format version 1")
+    version = r"trine \d+\.\d+\.\d+"
+    refused(saved, rf"format version 2, written by {version}; this is {version}, which reads")
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends(saved):
@@ -350,6 +351,12 @@ def test_a_tensor_that_is_missing_or_too_much_is_named(saved):
         lambda manifest: manifest.pop("layers"),
         lambda manifest: manifest.update(layers=["0"]),
         lambda manifest: manifest.update(aliases=None),
+        lambda manifest: manifest.update(aliases={"0.bias": "none"}),
+        lambda manifest: manifest.update(aliases={"0.bias": ["4.bias"]}),
+        lambda manifest: manifest["layers"]["0"]["config"].update(
+            in_features=10**14, out_features=10**14
+        ),
+        lambda manifest: manifest["layers"]["0"]["config"].update(out_features=-1),
         lambda manifest: manifest["layers"]["0"].pop("kind"),
         lambda manifest: manifest["layers"]["0"]["config"].update(colour="red"),
         lambda manifest: manifest["report"]["layers"][0].pop("choice"),
@@ -452,6 +459,9 @@ def test_a_factory_that_returns_no_module_is_refused(saved):
         {"class": "os.system", "arguments": {"command": "true"}},
         {"class": "Linear", "arguments": {"in_features": 12, "nothing": 3}},
         {"class": "Sequential"},
+        {"class": "Linear", "arguments": {"in_features": -3, "out_features": 5}},
+        {"class": "GroupNorm", "arguments": {"num_groups": 0, "num_channels": 5}},
+        {"transformers": "BertModel", "config": {"hidden_size": "a"}, "attention": None},
         {"transformers": "PreTrainedConfig", "config": {}, "attention": None},
         {"transformers": "pipeline", "config": {}, "attention": None},
         {"transformers": "BertModel", "config": {}, "attention": "someone/kernel"},
@@ -466,7 +476,38 @@ def test_a_description_that_save_would_not_write_is_refused(saved, model):
         trine.load(saved)
 
 
+def test_a_description_takes_no_memory_beyond_what_the_file_holds(saved):
+    layer = {"class": "Linear", "arguments": {"in_features": 10**6, "out_features": 10**7}}
+    rewrite(saved, lambda manifest, tensors: manifest.update(model=layer))
+    with pytest.raises(ValueError, match="the model has no linear layer '0'"):
+        trine.load(saved)
+
+
+@pytest.mark.parametrize("depth", [300, 100_000])
+def test_endless_nesting_is_refused(saved, depth):
+    def nest(manifest, tensors):
+        manifest["model"] = "MODEL"
+
+    rewrite(saved, nest)
+    nested = '{"class": "Sequential", "children": {"0": ' * depth + "1" + "}}" * depth
+    with safetensors.safe_open(saved, "pt") as file:
+        text = file.metadata()["trine"]
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    body = text[: text.index(', "sha256"')].replace('"MODEL"', nested) + "}"
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    text = f'{body[:-1]}, "sha256": "{digest}"}}'
+    safetensors.torch.save_file(tensors, saved, {"trine": text})
+    with pytest.raises(ValueError, match=r"(manifest is damaged|malformed).*Error"):
+        trine.load(saved)
+
+
 # ---- saving ----
+
+
+@pytest.mark.parametrize("model", [3, {"weight": torch.ones(1)}])
+def test_what_is_no_module_is_refused(tmp_path, model):
+    with pytest.raises(ValueError, match=r"save takes a torch.nn.Module; got (int|dict)"):
+        trine.save(model, tmp_path / "a.trine")
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_beside_it(saved, monkeypatch):

@@ -387,6 +387,8 @@ def test_torchs_transformer_encoder_calls_its_packed_layers(norm_first):
         "layers.1.linear1",
         "layers.1.linear2",
     }
+    note = "; torch's fused encoder path, which this closes, was not measured"
+    assert all(row.reason.endswith(note) == row.swapped for row in small.report.layers)
     unread = property(lambda self: pytest.fail("the packed weight was unpacked"))
     with torch.inference_mode(), mock.patch.object(trine.nn.PackedLinear, "weight", unread):
         y = small(**samples)
@@ -408,6 +410,28 @@ def test_autocast_holds_for_run_and_measurement():
         small = trine.compress(nn.Linear(8, 8), Recipe(), torch.randn(2, 8), timer=timer)
     assert dtypes == [torch.bfloat16, torch.bfloat16]
     assert small.report.swapped == 1
+
+
+def test_autocast_inside_the_model_holds_for_the_measurement():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.linear(x)
+            return self.linear(x) + y
+
+    dtypes = []
+
+    def timer(calls):
+        dtypes.extend(call().dtype for call in calls.values())
+        return {"float": 2.0, "int8": 1.0}
+
+    small = trine.compress(Mixed(), Recipe(), torch.randn(2, 8), timer=timer)
+    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert [t.dtype for t in small.report.layers[0].timings] == ["bfloat16", "float32"]
 
 
 # ---- sample inputs ----
@@ -475,6 +499,12 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_unless_it_stays_float(va
     with pytest.raises(ValueError, match="weight of layer 'last' holds NaN or infinity"):
         trine.compress(model, Recipe(), x, timer=says(2))
     assert trine.compress(model, Recipe({"first": "int8"}), x, timer=says(2)).report.swapped == 1
+
+
+def test_parameters_made_in_inference_mode_are_compressed():
+    with torch.inference_mode():
+        model = mlp()
+    assert trine.compress(model, Recipe(), torch.randn(2, 12), timer=says(2)).report.swapped == 2
 
 
 def test_a_model_in_training_under_quantisation_is_refused():

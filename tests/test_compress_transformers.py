@@ -180,6 +180,20 @@ def test_the_same_bits_after_loading(tmp_path, name, choice, dtype):
         assert all(map(torch.equal, run_checkpoints.run(again, inputs), expected))
 
 
+def test_save_pretrained_would_lose_the_packed_layers_and_is_refused(tmp_path):
+    small = compressed("bert", bert())
+    trine.save(small, tmp_path / "a.trine")
+    qat = trine.quantize.prepare_qat(bert(), Recipe())
+    for model in (small, small.bert, trine.load(tmp_path / "a.trine"), trine.convert(qat)):
+        with pytest.raises(ValueError, match=r"use trine\.save and trine\.load"):
+            model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    small = compressed("bert", bert(), Recipe("float"))  # nothing packed, so nothing is lost
+    small.save_pretrained(tmp_path / "folder")
+    again = hf.BertForMaskedLM.from_pretrained(tmp_path / "folder")
+    torch.testing.assert_close(again.state_dict(), small.state_dict(), rtol=0, atol=0)
+
+
 def test_the_same_bits_in_a_fresh_process(tmp_path):
     expected = {}
     for name, factory in FACTORIES.items():

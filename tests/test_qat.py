@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -324,21 +323,11 @@ class TestNothingStale:
             trine.convert(qat)
 
 
-@dataclass(frozen=True)
-class ByName:
-    """The part of a recipe that prepare_qat uses."""
-
-    choices: dict[str, str]
-
-    def choice(self, name: str) -> str:
-        return self.choices.get(name, "float")
-
-
 class TestPrepareAndConvert:
     def test_only_the_chosen_layers_change(self):
         model = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)).eval()
         before = copy.deepcopy(model)
-        qat = prepare_qat(model, ByName({"2": "int8"}))
+        qat = prepare_qat(model, trine.Recipe(linear={"2": "int8"}))
         assert [type(m) for m in qat] == [nn.Linear, nn.ReLU, QatLinear, nn.Linear]
         assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.Linear]
         assert list(qat.state_dict()) == list(model.state_dict())
@@ -424,6 +413,12 @@ class TestPrepareAndConvert:
             trine.convert(broken)
         with pytest.raises(ValueError, match="no QatLinear"):
             trine.convert(nn.Linear(3, 3))
+        with pytest.raises(ValueError, match=r"convert takes a torch\.nn\.Module; got dict"):
+            trine.convert({})
+        with pytest.raises(ValueError, match=r"prepare_qat takes a torch\.nn\.Module; got dict"):
+            prepare_qat({}, trine.Recipe())
+        with pytest.raises(ValueError, match=r"prepare_qat takes a trine\.Recipe; got str"):
+            prepare_qat(nn.Linear(3, 3), "int8")
         with pytest.raises(ValueError, match=r"leave no nn\.Linear"):
             prepare_qat(nn.Conv2d(3, 3, 1), trine.Recipe())
         with pytest.raises(ValueError, match=r"leave no nn\.Linear"):

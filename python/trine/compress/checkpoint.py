@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trine.compress.layers import close_fast_paths, is_linear, signature
+from trine.compress.layers import (
+    close_fast_paths,
+    is_linear,
+    refuse_save_pretrained,
+    require_module,
+    signature,
+)
 from trine.compress.manifest import (
     Manifest,
     check_savable,
@@ -29,13 +35,16 @@ def save(model: nn.Module, path: str | PathLike) -> None:
     """Write `model` to one safetensors file with a manifest that rebuilds its structure.
 
     The file at `path` is replaced in one step: whatever happens meanwhile, it is the old one or
-    the new one, whole. All parameters and buffers are saved; hooks and the mode are not.
+    the new one, whole. All parameters and buffers are saved; hooks and the mode are not. A process
+    that is killed may leave an unfinished `.NAME.*.part` beside the file, to be deleted by hand
+    (where machines share a disk, nobody can tell whether its writer still lives).
 
     Raises:
         ValueError: the model is still in training under quantisation (`trine.convert` it first) or
             holds state other than parameters and buffers; safetensors is missing.
         OSError: the file cannot be written.
     """
+    require_module(model, "save")
     safetensors = _safetensors()
     tensors, aliases = tensors_of(model)
     check_savable(model, tensors, aliases)
@@ -138,6 +147,7 @@ def _assemble(
     model = _replace(model, replacements)
     _fill(model, manifest, values)
     close_fast_paths(model)
+    refuse_save_pretrained(model)
     if manifest.report is not None:
         model.report = manifest.report
     return model.eval()
@@ -149,9 +159,16 @@ def _float_model(manifest: Manifest, like: Callable[[], nn.Module] | None) -> nn
             "its manifest does not describe the whole model, only its layers; pass "
             "like=a function that returns the float model"
         )
-    model = build(manifest.model) if like is None else like()
+    if like is None:
+        # First without memory: the description may ask for no more than what the file holds.
+        twin = build(manifest.model, device="meta")
+        _check_fit(manifest, twin, _replacements(manifest, twin), dtypes=False)
+        return build(manifest.model)
+    model = like()
     if not isinstance(model, nn.Module):
         raise ValueError(f"like returned {type(model).__name__}; expected a torch.nn.Module")
+    if any(not parameter.is_cpu for parameter in model.parameters()):
+        raise ValueError("like must return the model on the CPU; move it after loading")
     return model
 
 
@@ -195,8 +212,6 @@ def _check_fit(
                 raise ValueError(
                     f"{name!r} has {key} {kind[key]} in the model, {entry[key]} in the file"
                 )
-    if any(not parameter.is_cpu for parameter in model.parameters()):
-        raise ValueError("like must return the model on the CPU; move it after loading")
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -2,7 +2,12 @@
 
 from torch import nn
 
-from trine.compress.layers import close_fast_paths, copy_model
+from trine.compress.layers import (
+    close_fast_paths,
+    copy_model,
+    refuse_save_pretrained,
+    require_module,
+)
 from trine.quantize.qat import QatLinear
 
 
@@ -15,6 +20,7 @@ def convert(model: nn.Module) -> nn.Module:
         ValueError: the model holds no QatLinear, a weight holds NaN or infinity, or the model
             cannot be copied.
     """
+    require_module(model, "convert")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QatLinear)}
     if not layers:
         raise ValueError(
@@ -24,6 +30,7 @@ def convert(model: nn.Module) -> nn.Module:
     packed = {layer: _pack(name, layer) for name, layer in layers.items()}
     converted = copy_model(model, packed)
     close_fast_paths(converted)
+    refuse_save_pretrained(converted)
     return converted
 
 

@@ -27,6 +27,9 @@ from trine.quantize import QatLinear
 FORMAT = "trine"
 FORMAT_VERSION = 1
 
+# What data of another form raises; RuntimeError for sizes beyond 64 bits and for endless nesting.
+_MALFORMED = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -66,7 +69,7 @@ class Manifest:
         try:
             data = json.loads(text)
             intact = data.pop("sha256") == _hash_of(data)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise ValueError(f"its manifest is damaged ({error!r})") from error
         if not intact:
             raise ValueError("its manifest is damaged (the sha256 differs)")
@@ -78,6 +81,8 @@ class Manifest:
             )
         try:
             report = data["report"]
+            if not set(data["aliases"].values()) <= data["tensors"].keys():
+                raise ValueError("an alias is one of no tensor")
             return cls(
                 tensors=dict(data["tensors"]),
                 aliases=dict(data["aliases"]),
@@ -85,7 +90,7 @@ class Manifest:
                 model=data["model"],
                 report=None if report is None else CompressionReport.from_dict(report),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise ValueError(f"its manifest is malformed ({error!r})") from error
 
 

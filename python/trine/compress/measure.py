@@ -37,8 +37,9 @@ class Measurements:
             x = torch.randn(call.rows, compressed.in_features, generator=generator)
             x = x.to(device, call.dtype)
             # forward, not the call: the user's hooks are for the user's data.
-            seconds = self.timer(
-                {"float": lambda: layer.forward(x), choice: lambda: compressed.forward(x)}
-            )
+            with torch.autocast(device.type, call.autocast, enabled=call.autocast is not None):
+                seconds = self.timer(
+                    {"float": lambda: layer.forward(x), choice: lambda: compressed.forward(x)}
+                )
             self._known[case] = (seconds["float"], seconds[choice])
         return self._known[case]

@@ -20,6 +20,7 @@ class Call:
 
     rows: int
     dtype: torch.dtype
+    autocast: torch.dtype | None  # the dtype that autocast imposes on the call, None without it
 
 
 def as_batches(sample_inputs: Any) -> list[Any]:
@@ -56,7 +57,10 @@ def observe(
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if x.numel():
-                calls[name][Call(x.numel() // x.shape[-1], x.dtype)] += 1
+                rows, device = x.numel() // x.shape[-1], x.device.type
+                enabled = torch.is_autocast_enabled(device)
+                autocast = torch.get_autocast_dtype(device) if enabled else None
+                calls[name][Call(rows, x.dtype, autocast)] += 1
 
         return hook
 

@@ -74,7 +74,7 @@ def describe(model: nn.Module) -> Description | None:
         return None
     try:
         twin = build(description, device="meta")  # takes neither memory nor random numbers
-    except (ImportError, RuntimeError, ValueError):
+    except ValueError:
         return None  # it reads values while it is built, which the meta device does not have
     return description if _same_structure(model, twin) else None
 
@@ -89,7 +89,9 @@ def build(description: Description, device: str = "cpu") -> nn.Module:
             if "transformers" in description:
                 return _build_transformers(description)
             return _build_tree(description, {}, "")
-    except (AttributeError, KeyError, TypeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # a constructor may raise anything for values not made for it
         raise ValueError(f"the description of the model is malformed ({error!r})") from error
 
 

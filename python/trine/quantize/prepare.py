@@ -29,8 +29,18 @@ def prepare_qat(model: nn.Module, recipe: Recipe) -> nn.Module:
         ValueError: no layer is left to train under quantisation, or the model cannot be copied.
     """
     # Imported here because trine.compress builds on this package.
-    from trine.compress.layers import close_fast_paths, copy_model, linear_layers, obstacles
+    from trine.compress.layers import (
+        close_fast_paths,
+        copy_model,
+        linear_layers,
+        obstacles,
+        require_module,
+    )
+    from trine.compress.recipe import Recipe
 
+    require_module(model, "prepare_qat")
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"prepare_qat takes a trine.Recipe; got {type(recipe).__name__}")
     replacements: dict[nn.Module, nn.Module] = {}
     skipped: dict[str, str] = {}
     blocked = obstacles(model)
