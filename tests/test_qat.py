@@ -164,6 +164,14 @@ class TestForward:
             with pytest.raises(ValueError, match=r"expected \[\.\.\., 37\]"):
                 layer(torch.randn(2, 36))
 
+    @pytest.mark.parametrize(("k", "n"), [(0, 5), (37, 0)])
+    def test_empty_sides(self, choice, k, n):
+        for training in (True, False):
+            layer = QatLinear(k, n, choice=choice).train(training)
+            y = layer(torch.randn(2, 3, k))
+            y.sum().backward()
+            assert_same_bits(y.detach(), layer.bias.detach().expand(2, 3, n))
+
     def test_wrong_dtype(self, choice):
         for layer in (prepared(choice).train(), prepared(choice).eval()):
             for x in (torch.ones(2, 37).double(), torch.ones(2, 37).int()):

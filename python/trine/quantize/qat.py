@@ -105,7 +105,8 @@ class _ThroughQuantization(torch.autograd.Function):
         packed: packed_nn.PackedLinear | None,
     ) -> Tensor:
         values, weight_scale = WEIGHT_RULES[choice](weight)
-        rows, row_scale = x.reshape(-1, x.shape[-1]), None
+        # Not reshape(-1, K): K may be 0.
+        rows, row_scale = x.reshape(x.shape[:-1].numel(), x.shape[-1]), None
         if weight_scale is not None:
             rows, row_scale = int8_rows(rows)
         ctx.save_for_backward(rows, row_scale, values, weight_scale)
@@ -127,7 +128,7 @@ class _ThroughQuantization(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # the saved values have no history
     def backward(ctx, grad_y: Tensor):
         rows, row_scale, values, weight_scale = ctx.saved_tensors
-        grad = grad_y.reshape(-1, grad_y.shape[-1]).float()
+        grad = grad_y.reshape(rows.shape[0], grad_y.shape[-1]).float()
         grad_x = grad_weight = grad_bias = None
         with without_autocast(grad):
             if ctx.needs_input_grad[0]:
