@@ -30,7 +30,6 @@ class Stages:
         self.fresh = fresh
         folder.mkdir(parents=True, exist_ok=True)
         known = {"settings": common, "torch": torch.__version__, "code": _code_digest()}
-        known["threads"] = torch.get_num_threads()  # float sums differ with it
         self._fingerprint = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def trained(self, name: str, model: nn.Module, train: Callable[[nn.Module], None]) -> bool:
