@@ -447,6 +447,8 @@ def test_a_factory_that_ties_otherwise_is_refused(tmp_path):
 def test_a_factory_that_returns_no_module_is_refused(saved):
     with pytest.raises(ValueError, match="like returned dict; expected a"):
         trine.load(saved, like=lambda: {})
+    with pytest.raises(ValueError, match="like must be a function"):
+        trine.load(saved, like=mlp())
 
 
 # ---- a hostile manifest runs nothing ----
@@ -522,6 +524,27 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_beside_it(saved, monkeypa
         trine.save(compressed(mlp()), saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_full_disk_is_an_os_error(saved, monkeypatch):
+    def fails(tensors, path, metadata):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fails)
+    with pytest.raises(OSError, match=r"cannot write '.*model\.trine': No space left on device"):
+        trine.save(mlp(), saved)
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")], ids=str
+)
+def test_tensors_that_are_not_plain_are_refused_by_name(tmp_path, tensor):
+    model = mlp()
+    model.register_buffer("odd", tensor)
+    with pytest.raises(ValueError, match="'odd' is sparse, quantised by torch or on the meta"):
+        trine.save(model, tmp_path / "a.trine")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_state_that_is_no_tensor_is_refused(tmp_path):

@@ -40,8 +40,9 @@ def save(model: nn.Module, path: str | PathLike) -> None:
     (where machines share a disk, nobody can tell whether its writer still lives).
 
     Raises:
-        ValueError: the model is still in training under quantisation (`trine.convert` it first) or
-            holds state other than parameters and buffers; safetensors is missing.
+        ValueError: the model is still in training under quantisation (`trine.convert` it first),
+            holds state other than parameters and buffers, or a tensor that is sparse, quantised by
+            torch or on the meta device; safetensors is missing.
         OSError: the file cannot be written.
     """
     require_module(model, "save")
@@ -51,9 +52,14 @@ def save(model: nn.Module, path: str | PathLike) -> None:
     # Each its own memory: safetensors refuses tensors that overlap, which views of one may.
     values = {name: _in_main_memory(tensor) for name, tensor in tensors.items()}
     manifest = manifest_of(model, values, aliases)
-    _write_beside_and_rename(
-        Path(path), lambda part: safetensors.torch.save_file(values, part, manifest.to_header())
-    )
+
+    def write(part: Path) -> None:
+        try:
+            safetensors.torch.save_file(values, part, manifest.to_header())
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write {str(path)!r}: {error}") from error
+
+    _write_beside_and_rename(Path(path), write)
 
 
 def load(path: str | PathLike, *, like: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -74,6 +80,8 @@ def load(path: str | PathLike, *, like: Callable[[], nn.Module] | None = None) -
             trine; the model that `like` returned has other layers, names, shapes, dtypes or ties
             than the one that was saved; `like` is needed; safetensors is missing.
     """
+    if isinstance(like, nn.Module):
+        raise ValueError("like must be a function that returns the float model, not the model")
     try:
         manifest, values = _read(path)
         return _assemble(manifest, values, like)

@@ -168,6 +168,12 @@ def check_savable(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapp
                 f"save: layer {name!r} is still in training under quantisation; save "
                 "trine.convert(model), or torch.save the training state"
             )
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided:
+            raise ValueError(
+                f"save: {name!r} is sparse, quantised by torch or on the meta device; only plain "
+                "tensors with values can be saved"
+            )
     unknown = model.state_dict().keys() - tensors.keys() - aliases.keys()
     if unknown:
         raise ValueError(
