@@ -15,6 +15,7 @@ from fake_timers import says
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from trine import Recipe
+from trine.compress.layers import obstacles
 
 
 def test_one_choice_holds_for_every_layer():
@@ -208,6 +209,10 @@ class Everything(nn.Module):
             def forward(self, x):
                 return 2 * super().forward(x)
 
+        class Called(nn.Linear):
+            def __call__(self, x):
+                return 2 * super().__call__(x)
+
         self.plain = nn.Linear(8, 8)
         self.tied = nn.Linear(8, 8, bias=False)
         self.embedding = nn.Embedding(8, 8)
@@ -215,6 +220,10 @@ class Everything(nn.Module):
         self.viewed = nn.Linear(4, 8)
         self.viewed.weight = nn.Parameter(self.embedding.weight.detach()[:, :4])
         self.scaled = Scaled(8, 8)
+        self.called = Called(8, 8)
+        self.register_buffer("adjacency", torch.eye(8).to_sparse())
+        self.stateful = nn.Linear(8, 8)
+        self.stateful.register_buffer("gain", torch.tensor(0.5))
         self.patched = nn.Linear(8, 8)
         self.patched.forward = torch.relu
         self.normed = parametrizations.weight_norm(nn.Linear(8, 8))
@@ -227,6 +236,7 @@ class Everything(nn.Module):
 
     def forward(self, x):
         x = self.tied(self.plain(x)) + self.viewed(x[..., :4])
+        x = self.stateful(self.called(x)) * self.stateful.gain
         x = self.asked(self.pruned(self.normed(self.patched(self.scaled(x)))))
         return self.attention(x, x, x)[0] + self.wide(x.double()).float()
 
@@ -242,6 +252,8 @@ def test_layers_that_must_be_left_alone_are_reported_with_the_reason():
         "tied": "its weight or bias is shared with another module",
         "viewed": "its weight or bias is shared with another module",
         "scaled": "Scaled has a forward of its own",
+        "called": "Called has a forward of its own",
+        "stateful": "it holds more than weight and bias",
         "patched": "Linear has a forward of its own",
         "normed": "it has parametrizations",
         "pruned": "its weight is not a plain parameter",
@@ -254,6 +266,12 @@ def test_layers_that_must_be_left_alone_are_reported_with_the_reason():
     assert [row.name for row in small.report.layers if row.swapped] == ["plain"]
     assert small.tied.weight is small.embedding.weight
     torch.testing.assert_close(small(x), expected, rtol=0, atol=0.05)
+
+
+def test_a_sparse_weight_is_left_alone():
+    linear = nn.Linear(8, 8)
+    linear.weight = nn.Parameter(torch.eye(8).to_sparse())
+    assert obstacles(linear) == {"": "its weight is not a plain parameter"}
 
 
 def test_a_layer_used_several_times_counts_all_its_calls_under_its_first_name():

@@ -41,8 +41,9 @@ def compress(
     keeps names, hooks, dtypes, tied weights and whatever else was not swapped.
 
     Always left alone: a layer that the recipe leaves float, that no sample reached, whose weight
-    or bias is shared with another module, that has parametrizations or a forward of its own, that
-    nn.MultiheadAttention reads directly, or whose weight is neither float32, bfloat16 nor float16.
+    or bias is shared with another module, that has parametrizations, a forward or further tensors
+    of its own, that nn.MultiheadAttention reads directly, or whose weight is neither float32,
+    bfloat16 nor float16.
 
     Args:
         model: any module that holds linear layers.

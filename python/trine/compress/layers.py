@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -76,7 +77,7 @@ def _obstacle(layer: nn.Module, users: Mapping[int, int]) -> str | None:
     if _has_own_forward(layer):
         return f"{type(layer).__name__} has a forward of its own"
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    if type(weight) is not nn.Parameter:
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
         return "its weight is not a plain parameter"
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
@@ -84,17 +85,23 @@ def _obstacle(layer: nn.Module, users: Mapping[int, int]) -> str | None:
         return "its weight is empty"
     if any(t is not None and users[_memory(t)] > 1 for t in (weight, bias)):
         return "its weight or bias is shared with another module"
+    if layer._modules or (layer._parameters.keys() | layer._buffers.keys()) - {"weight", "bias"}:
+        return "it holds more than weight and bias"
     return None
 
 
 def _has_own_forward(layer: nn.Module) -> bool:
     library_class = next(c for c in type(layer).__mro__ if c is nn.Linear or c.__name__ == "Conv1D")
-    return type(layer).forward is not library_class.forward or "forward" in vars(layer)
+    return "forward" in vars(layer) or any(
+        getattr(type(layer), name) is not getattr(library_class, name)
+        for name in ("forward", "__call__")
+    )
 
 
 def _memory(tensor: Tensor) -> int:
     """Equal for tensors that share memory, different for all others."""
-    has_memory = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    has_memory = is_plain and tensor.device.type != "meta"
     address = tensor.untyped_storage().data_ptr() if has_memory else 0
     return address or id(tensor)
 
