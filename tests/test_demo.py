@@ -159,7 +159,7 @@ def test_digits_are_split_without_overlap():
         assert (shares - 0.1).abs().max() < 0.02
 
 
-def test_jitter_moves_by_half_a_pixel_at_most():
+def test_jitter_moves_by_a_pixel_at_most():
     image = torch.zeros(1, 64)
     image[0, 8 * 4 + 4] = 1
     draws = torch.Generator().manual_seed(0)
@@ -167,7 +167,7 @@ def test_jitter_moves_by_half_a_pixel_at_most():
     assert moved.sum((1, 2)).sub(1).abs().max() < 1e-5
     place = torch.arange(8.0)
     offsets = torch.stack([(moved.sum(2) * place).sum(1), (moved.sum(1) * place).sum(1)]) - 4
-    assert 0.4 < offsets.abs().max() < 0.5 + 1e-5
+    assert 0.9 < offsets.abs().max() < 1 + 1e-5
 
 
 def test_learning_rate_rises_then_falls_to_zero():

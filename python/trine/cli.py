@@ -11,6 +11,7 @@ except ModuleNotFoundError:
     sys.exit("trine: the command line needs typer; install it with: pip install 'trine[demo]'")
 
 from trine import backends as _backends
+from trine.demo.settings import Settings
 
 # Import names of what the demo needs beyond trine itself: the extra `demo`.
 DEMO_NEEDS = (
@@ -44,11 +45,13 @@ def demo(
     ),
     temperature: Annotated[
         float, typer.Option(help="Softens the teacher's probabilities in distillation.")
-    ] = 4.0,
+    ] = Settings.temperature,
     alpha: Annotated[
         float, typer.Option(help="Weight of the teacher against the labels, 0 to 1.")
-    ] = 0.7,
-    seed: Annotated[int, typer.Option(help="Of weights, order, shifts and dropout.")] = 0,
+    ] = Settings.alpha,
+    seed: Annotated[
+        int, typer.Option(help="Of weights, order, shifts and dropout.")
+    ] = Settings.seed,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train again, even where kept weights would serve.")
     ] = False,
@@ -68,7 +71,6 @@ def demo(
         )
     from trine.demo.job import run
     from trine.demo.rows import BrokenPromise
-    from trine.demo.settings import Settings
 
     try:
         run(Settings(temperature=temperature, alpha=alpha, seed=seed), out, fresh=fresh)

@@ -5,14 +5,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and lengths of the trainings, the distillation, and what fidelity is measured on."""
+    """Sizes and lengths of the trainings, the distillation, and what fidelity is measured on.
 
-    temperature: float = 4.0
-    alpha: float = 0.7
+    Temperature, alpha and lengths were chosen on the validation rows, with two seeds: the student
+    alone reached 97.6 and 96.9%, distilled with T = 4 and alpha = 0.7 97.9 and 97.9%, with 10 and
+    0.9 97.9 and 98.3%; after 30 epochs in place of 100 none differed.
+    """
+
+    temperature: float = 10.0
+    alpha: float = 0.9
     teacher_width: int = 1200
     student_width: int = 800
-    teacher_epochs: int = 40
-    student_epochs: int = 30
+    teacher_epochs: int = 100
+    student_epochs: int = 100
     qat_epochs: int = 20
     sentences: int = 300
     seed: int = 0
