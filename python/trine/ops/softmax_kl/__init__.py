@@ -41,7 +41,9 @@ def softmax_kl(
     Args:
         student_logits: [..., C], float32, bfloat16 or float16.
         teacher_logits: the same shape; its dtype may differ.
-        temperature: T > 0.
+        temperature: T > 0. Far beyond the spread of the logits the loss drowns in the rounding of
+            fp32, as it does in torch: for 1000 logits of unit variance its relative error is 1e-5
+            at T = 100, 3e-3 at 1000, and nothing is left at 10000.
         reduction: "batchmean" divides the sum by the number of rows, which are all leading
             dimensions (`F.kl_div` counts the first one only), "sum", "none" (a loss per row), or
             "mean", which divides by the number of elements as `F.kl_div` does: C times smaller
