@@ -19,7 +19,8 @@ from trine.demo.stages import Stages
 from trine.demo.training import Augment, Loss, Schedule, train
 from trine.evaluate import bootstrap_interval, correct
 
-DROPOUT = 0.2  # of hidden units; 0.5, Hinton et al.'s, gave a worse teacher on validation rows
+# Of hidden units. 0.5, Hinton et al.'s, gave 98.4% on validation rows, 0.2 98.6% (two seeds' mean).
+DROPOUT = 0.2
 TECHNIQUES = ("ternary", "int8", "sparse24")
 
 
