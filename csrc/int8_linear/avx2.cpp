@@ -1,6 +1,6 @@
 // INT8 on AVX2: the packed rows are read as they lie, see gemm_avx2.h.
 #include "common/x86/gemm_avx2.h"
-#include "int8_linear/x86.h"
+#include "int8_linear/tile.h"
 
 namespace trine {
 

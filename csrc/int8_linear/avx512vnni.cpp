@@ -1,6 +1,6 @@
 // INT8 on AVX-512 VNNI: the packed rows are read as they lie, see gemm_avx512vnni.h.
 #include "common/x86/gemm_avx512vnni.h"
-#include "int8_linear/x86.h"
+#include "int8_linear/tile.h"
 
 namespace trine {
 

@@ -1,6 +1,6 @@
 // What bounds it: the reading of x, and about ten instructions per 8 values.
 #include "common/x86/float_avx2.h"
-#include "quantize_rows/x86.h"
+#include "quantize_rows/rows.h"
 
 namespace trine {
 namespace {

@@ -1,6 +1,6 @@
 // What bounds it: the reading of x, and about ten instructions per 16 values.
 #include "common/x86/float_avx512.h"
-#include "quantize_rows/x86.h"
+#include "quantize_rows/rows.h"
 
 namespace trine {
 namespace {

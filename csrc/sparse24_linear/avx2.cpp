@@ -1,4 +1,4 @@
-// Float values on AVX2, see x86_float.h; and int8 values, decoded to dense bytes on their way to
+// Float values on AVX2, see float_values.h; and int8 values, decoded to dense bytes on their way to
 // vpmaddubsw, see gemm_avx2.h.
 //
 // What bounds it: float values with few rows, the six instructions that pick and multiply eight
@@ -6,8 +6,9 @@
 // eight instructions that decode 32 columns and the four that multiply them; with many, the dense
 // products, which cannot skip the zeros.
 #include "common/x86/gemm_avx2.h"
-#include "sparse24_linear/x86_float.h"
-#include "sparse24_linear/x86_int8.h"
+#include "common/x86/transpose.h"
+#include "sparse24_linear/float_values.h"
+#include "sparse24_linear/int8_values.h"
 
 namespace trine {
 namespace {

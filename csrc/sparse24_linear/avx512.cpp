@@ -1,4 +1,4 @@
-// Float values on AVX-512, see x86_float.h.
+// Float values on AVX-512, see float_values.h.
 //
 // What bounds it: with one row, the reading of the weight, 9/16 of the dense bytes in fp32; up to
 // eleven rows, a pick and a multiply-add per row and 16 values; with more, the loads: five for four
@@ -6,7 +6,8 @@
 // widened, so they save memory but no instructions; a dense layer that has AVX512-BF16 overtakes
 // them at some sixteen rows.
 #include "common/x86/float_avx512.h"
-#include "sparse24_linear/x86_float.h"
+#include "common/x86/transpose.h"
+#include "sparse24_linear/float_values.h"
 
 namespace trine {
 namespace {

@@ -4,7 +4,7 @@
 // What bounds it: with few rows, the seven instructions that decode 64 columns, about as fast as
 // their 40 bytes come from memory; with many, the dense vpdpbusd, which cannot skip the zeros.
 #include "common/x86/gemm_avx512vnni.h"
-#include "sparse24_linear/x86_int8.h"
+#include "sparse24_linear/int8_values.h"
 
 namespace trine {
 namespace {

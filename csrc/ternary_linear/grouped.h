@@ -1,6 +1,6 @@
-// Groups along k for the vector kernels: the integer tiles of common/x86 run group by group, and
-// their sums are scaled into float sums. Included after gemm_avx512vnni.h or gemm_avx2.h; the loops
-// over kGroupColumns become vector instructions of whichever it is.
+// Groups along k for the vector kernels: the integer tiles run group by group, and their sums are
+// scaled into float sums. Included after the header of an instruction set's tiles (gemm_avx2.h and
+// its like); the loops over kGroupColumns become vector instructions of whichever it is.
 //
 // What bounds it: starting and finishing tiles, once per group. A group of 128 is two steps of a
 // tile on AVX-512 and four on AVX2, so the product runs at about 0.35 of its speed without groups.
@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "common/x86/gemm_blocking.h"
+#include "common/gemm_blocking.h"
 #include "ternary_linear/ternary_linear.h"
 
 namespace trine {

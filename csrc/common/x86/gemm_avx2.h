@@ -40,8 +40,8 @@
 
 #include <immintrin.h>
 
+#include "common/gemm_blocking.h"
 #include "common/x86/float_avx2.h"
-#include "common/x86/gemm_blocking.h"
 
 namespace trine {
 namespace {

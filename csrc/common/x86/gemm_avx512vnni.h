@@ -42,8 +42,8 @@
 
 #include <immintrin.h>
 
+#include "common/gemm_blocking.h"
 #include "common/x86/float_avx512.h"
-#include "common/x86/gemm_blocking.h"
 
 namespace trine {
 namespace {

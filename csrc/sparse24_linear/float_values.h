@@ -1,4 +1,4 @@
-// What the x86 kernels of float values share: both ways to skip the zeros.
+// What the vector kernels of float values share: both ways to skip the zeros.
 //
 // Few rows of x: 16 values of a weight row are multiplied by the 16 columns of x that belong to
 // them, which are picked from 32 in registers. One pick and one multiplication for 32 columns.
@@ -20,10 +20,8 @@
 //   kTileRows, kTileColumns               rows of x and of the weight in registers, few rows
 //   kManyRows                             from how many on rows of x are many
 //   kMaxVectors                           of rows of x in a block, many rows
-// load_floats and store_floats come from common/x86.
+// load_floats, store_floats and transpose8x8 come from the headers of common/x86.
 #pragma once
-
-#include <immintrin.h>
 
 #include <algorithm>
 #include <cstring>
@@ -46,28 +44,6 @@ void with_type(const void* data, FloatType type, const Run& run) {
     case FloatType::float16:
       return run(static_cast<const float16*>(data));
   }
-}
-
-// to[j][i] = from[i][j], 8 x 8.
-[[maybe_unused]] inline void transpose8x8(const float* from, int64_t from_stride, float* to,
-                                          int64_t to_stride) {
-  __m256 row[8], pair[8];
-  for (int i = 0; i < 4; ++i) {  // lanes: columns 0..3 of rows i and i + 4; then columns 4..7
-    const __m256 low = _mm256_loadu_ps(from + i * from_stride);
-    const __m256 high = _mm256_loadu_ps(from + (i + 4) * from_stride);
-    row[i] = _mm256_permute2f128_ps(low, high, 0x20);
-    row[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
-  }
-  for (int i = 0; i < 8; i += 2) {
-    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
-    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      const __m256 a = pair[i + j], b = pair[i + j + 2];
-      _mm256_storeu_ps(to + (i + 2 * j) * to_stride, _mm256_shuffle_ps(a, b, 0x44));
-      _mm256_storeu_ps(to + (i + 2 * j + 1) * to_stride, _mm256_shuffle_ps(a, b, 0xee));
-    }
 }
 
 // One chunk of columns, of which `count` exist.
@@ -135,7 +111,7 @@ void small_tile(const float* x, const WeightRows<T>& weight, const LinearOutput&
     typename Simd::Chunk chunk[kColumns];
     for (int j = 0; j < kColumns; ++j) {
       const T* values = weight.row_values(n + j) + c * kSparse24Values;
-      _mm_prefetch(reinterpret_cast<const char*>(values) + kAheadBytes, _MM_HINT_T0);
+      __builtin_prefetch(reinterpret_cast<const char*>(values) + kAheadBytes);
       chunk[j] = Simd::load_chunk(values, weight.row_indices(n + j) + c * kSparse24Indices);
     }
     for (int i = 0; i < kRows; ++i)
@@ -198,7 +174,7 @@ void add_slice(const float* x, const float* values, const uint8_t* indices, int6
   for (auto& turn : acc)
     for (auto& sum : turn) sum = Simd::zero();
   for (int64_t c = 0; c < chunks; ++c, x += kSparse24Columns * kBlock, values += kSparse24Values) {
-    _mm_prefetch(reinterpret_cast<const char*>(upcoming + c * kSparse24Values), _MM_HINT_T0);
+    __builtin_prefetch(upcoming + c * kSparse24Values);
     uint32_t positions;
     std::memcpy(&positions, indices + c * kSparse24Indices, sizeof positions);
 #pragma GCC unroll 16

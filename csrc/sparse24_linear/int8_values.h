@@ -1,10 +1,10 @@
-// What the x86 kernels of int8 values share: the decoding table, and the choice between decoding in
-// registers and decoding to a dense panel.
+// What the vector kernels of int8 values share: the decoding table, and the choice between decoding
+// in registers and decoding to a dense panel.
 #pragma once
 
 #include <type_traits>
 
-#include "common/x86/gemm_blocking.h"
+#include "common/gemm_blocking.h"
 #include "sparse24_linear/sparse24_linear.h"
 
 namespace trine {

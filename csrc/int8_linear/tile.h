@@ -1,4 +1,4 @@
-// What the x86 kernels share: a Tile of outputs, with the zero point of static activations.
+// What the vector kernels share: a Tile of outputs, with the zero point of static activations.
 //
 //   sum over k of (q - zero_point) * w = acc - zero_point * (sum over k of w)
 //
@@ -6,7 +6,7 @@
 // one more row of activations.
 #pragma once
 
-#include "common/x86/gemm_blocking.h"
+#include "common/gemm_blocking.h"
 #include "int8_linear/int8_linear.h"
 
 namespace trine {
