@@ -35,8 +35,8 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("enabled_isa", [] { return std::string(trine::isa_name(trine::highest_isa())); });
-  m.def("lower_isa", [](const std::string& name) { trine::lower_isa(isa_of(name)); });
-  m.def("restore_isa", &trine::restore_isa);
+  m.def("lower_isa", [](const std::string& name) { return trine::lower_isa(isa_of(name)); });
+  m.def("restore_isas", &trine::restore_isas);
 
   m.def("poison_scratch", [](bool poison) { trine::poison_scratch = poison; });
 

@@ -1,88 +1,106 @@
 #include "common/isa.h"
 
 #include <atomic>
-#include <cstdint>
 #include <stdexcept>
+
+#if defined(TRINE_X86)
+#include <cpuid.h>
+#endif
 
 namespace trine {
 namespace {
 
-uint32_t bit(Isa isa) { return 1u << static_cast<int>(isa); }
+// What a kernel may demand of a processor.
+using Features = uint32_t;
+constexpr Features kAvx2 = 1 << 0;
+constexpr Features kFma = 1 << 1;
+constexpr Features kF16c = 1 << 2;
+constexpr Features kAvxVnni = 1 << 3;
+constexpr Features kAvx512f = 1 << 4;
+constexpr Features kAvx512bw = 1 << 5;
+constexpr Features kAvx512dq = 1 << 6;
+constexpr Features kAvx512vl = 1 << 7;
+constexpr Features kAvx512vnni = 1 << 8;
 
-// The instruction set itself and those whose every feature it has.
-uint32_t included_in(Isa isa) {
-  switch (isa) {
-    case Isa::scalar:
-      return bit(isa);
-    case Isa::avx2:
-      return bit(isa) | included_in(Isa::scalar);
-    case Isa::avx512:
-      return bit(isa) | included_in(Isa::avx2);
-    case Isa::avx512vnni:
-      return bit(isa) | included_in(Isa::avx512);
-  }
-  return bit(Isa::scalar);
+// What several sets share.
+constexpr Features kHaswell = kAvx2 | kFma | kF16c;
+constexpr Features kSkylake = kHaswell | kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl;
+
+struct Row {
+  Isa isa;
+  const char* name;
+  Features features;
+};
+
+// In the order of the enumeration.
+constexpr Row kIsas[] = {
+    {Isa::scalar, "scalar", 0},
+    {Isa::avx2, "avx2", kHaswell},
+    {Isa::avx2vnni, "avx2vnni", kHaswell | kAvxVnni},
+    {Isa::avx512, "avx512", kSkylake},
+    {Isa::avx512vnni, "avx512vnni", kSkylake | kAvx512vnni},
+};
+
+constexpr const Row& row(Isa isa) { return kIsas[static_cast<int>(isa)]; }
+
+constexpr bool in_order() {
+  for (const Row& entry : kIsas)
+    if (&row(entry.isa) != &entry) return false;
+  return true;
 }
+static_assert(in_order());
 
-uint32_t detect() {
-  uint32_t found = bit(Isa::scalar);
+Features detect() {
+  Features found = 0;
 #if defined(TRINE_X86)
+  const auto add = [&found](Features feature, int supported) {
+    if (supported) found |= feature;
+  };
   __builtin_cpu_init();  // reads XCR0 too: a feature counts only if the system saves its registers
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    found |= bit(Isa::avx2);
-  if ((found & bit(Isa::avx2)) && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    found |= bit(Isa::avx512);
-  if ((found & bit(Isa::avx512)) && __builtin_cpu_supports("avx512vnni"))
-    found |= bit(Isa::avx512vnni);
+  add(kAvx2, __builtin_cpu_supports("avx2"));
+  add(kFma, __builtin_cpu_supports("fma"));
+  add(kF16c, __builtin_cpu_supports("f16c"));
+  add(kAvx512f, __builtin_cpu_supports("avx512f"));
+  add(kAvx512bw, __builtin_cpu_supports("avx512bw"));
+  add(kAvx512dq, __builtin_cpu_supports("avx512dq"));
+  add(kAvx512vl, __builtin_cpu_supports("avx512vl"));
+  add(kAvx512vnni, __builtin_cpu_supports("avx512vnni"));
+  // clang knows no name for this one. It has the registers of AVX2.
+  unsigned eax = 0, ebx, ecx, edx;
+  if ((found & kAvx2) && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx))
+    add(kAvxVnni, eax & (1u << 4));
 #endif
   return found;
 }
 
-uint32_t supported() {
-  static const uint32_t found = detect();
+Features supported() {
+  static const Features found = detect();
   return found;
 }
 
-std::atomic<uint32_t>& enabled() {
-  static std::atomic<uint32_t> mask{supported()};
-  return mask;
+std::atomic<Features>& enabled() {
+  static std::atomic<Features> features{supported()};
+  return features;
+}
+
+bool includes(Features features, Isa isa) {
+  return (row(isa).features & features) == row(isa).features;
 }
 
 }  // namespace
 
 const std::vector<Isa>& all_isas() {
-  static const std::vector<Isa> isas{Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512vnni};
+  static const std::vector<Isa> isas = [] {
+    std::vector<Isa> all;
+    for (const Row& entry : kIsas) all.push_back(entry.isa);
+    return all;
+  }();
   return isas;
 }
 
-const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::scalar:
-      return "scalar";
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx512vnni:
-      return "avx512vnni";
-  }
-  return "unknown";
-}
-
-bool isa_supported(Isa isa) { return supported() & bit(isa); }
-bool isa_enabled(Isa isa) { return enabled().load(std::memory_order_relaxed) & bit(isa); }
-
-void lower_isa(Isa isa) {
-  if (!isa_supported(isa))
-    throw std::invalid_argument(std::string("this processor cannot run ") + isa_name(isa) +
-                                " kernels; trine.backends.cpu_isas() lists what it can run");
-  enabled() = included_in(isa);
-}
-
-void restore_isa() { enabled() = supported(); }
+const char* isa_name(Isa isa) { return row(isa).name; }
+bool isa_supported(Isa isa) { return includes(supported(), isa); }
+bool isa_enabled(Isa isa) { return includes(enabled().load(std::memory_order_relaxed), isa); }
 
 Isa highest_isa() {
   Isa highest = Isa::scalar;
@@ -90,5 +108,14 @@ Isa highest_isa() {
     if (isa_enabled(isa)) highest = isa;
   return highest;
 }
+
+uint32_t lower_isa(Isa isa) {
+  if (!isa_supported(isa))
+    throw std::invalid_argument(std::string("this processor cannot run ") + isa_name(isa) +
+                                " kernels; trine.backends.cpu_isas() lists what it can run");
+  return enabled().exchange(row(isa).features);
+}
+
+void restore_isas(uint32_t before) { enabled() = before & supported(); }
 
 }  // namespace trine

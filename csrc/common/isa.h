@@ -1,9 +1,10 @@
-// Which x86 instruction sets the CPU kernels may use.
+// Which instruction sets the CPU kernels may use.
 //
-// An instruction set is a set of CPU features, not a rung of a ladder: each names what it needs
-// and which others it includes. Lowering exists for tests and benchmarks.
+// An instruction set is a set of processor features, not a rung of a ladder: it includes every
+// other whose features it has (the table in isa.cpp). Lowering exists for tests and benchmarks.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -11,9 +12,11 @@
 
 namespace trine {
 
+// A source file of the same name holds an op's kernel for it.
 enum class Isa {
   scalar,      // portable C++
   avx2,        // AVX2, FMA, F16C (Haswell, Zen)
+  avx2vnni,    // the same and AVX-VNNI: vpdpbusd on 256-bit registers (Alder Lake, Zen 5)
   avx512,      // AVX-512 F, BW, DQ, VL (Skylake-SP, Zen 4)
   avx512vnni,  // the same and VNNI's vpdpbusd on 512-bit registers (Cascade Lake, Zen 4)
 };
@@ -22,11 +25,11 @@ TRINE_API const std::vector<Isa>& all_isas();  // in the order of the enumeratio
 TRINE_API const char* isa_name(Isa isa);
 TRINE_API bool isa_supported(Isa isa);  // this processor and operating system can run it
 TRINE_API bool isa_enabled(Isa isa);    // supported, and not switched off by lower_isa
+TRINE_API Isa highest_isa();            // the last enabled one
 
-// Lets kernels use `isa` and what it includes, and nothing else. Throws std::invalid_argument
-// where the processor lacks it.
-TRINE_API void lower_isa(Isa isa);
-TRINE_API void restore_isa();  // everything that is supported
-TRINE_API Isa highest_isa();   // the last enabled one
+// Lets kernels use `isa` and what it includes, and nothing else. Returns what they could use
+// before, for restore_isas. Throws std::invalid_argument where the processor lacks `isa`.
+TRINE_API uint32_t lower_isa(Isa isa);
+TRINE_API void restore_isas(uint32_t before);
 
 }  // namespace trine

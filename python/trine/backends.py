@@ -24,12 +24,11 @@ def cpu_isa(name: str) -> Iterator[None]:
     It holds for the whole process, not for one thread: meant for tests and benchmarks.
     Raises ValueError where this processor cannot run it.
     """
-    before = _C.enabled_isa()
-    _C.lower_isa(name)
+    before = _C.lower_isa(name)
     try:
         yield
     finally:
-        _C.lower_isa(before)
+        _C.restore_isas(before)
 
 
 @dataclass(frozen=True)

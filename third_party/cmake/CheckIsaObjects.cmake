@@ -2,9 +2,11 @@
 #
 # The linker keeps one copy of a weak function for the whole library. If that were the one compiled
 # for AVX-512, every other caller would run it too, on processors that have no AVX-512.
-# Run as: cmake -DNM=... -DOBJECTS="a.o;b.o" -P CheckIsaObjects.cmake
+# Run as: cmake -DNM=... -DISAS="avx2;avx512" -DOBJECTS="a.o;b.o" -P CheckIsaObjects.cmake
 foreach(object IN LISTS OBJECTS)
-  if(NOT object MATCHES "/avx[0-9a-z]*\\.cpp\\.o$")
+  cmake_path(GET object FILENAME isa)
+  string(REPLACE ".cpp.o" "" isa ${isa})
+  if(NOT isa IN_LIST ISAS)
     continue()
   endif()
   execute_process(COMMAND ${NM} --demangle ${object} OUTPUT_VARIABLE symbols
