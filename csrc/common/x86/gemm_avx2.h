@@ -41,7 +41,7 @@
 #include <immintrin.h>
 
 #include "common/gemm_blocking.h"
-#include "common/x86/float_avx2.h"
+#include "common/x86/gemm_finish_avx2.h"
 
 namespace trine {
 namespace {
@@ -97,15 +97,6 @@ struct PackedInt8Weight {
     _mm_prefetch(row + kTileColumns * stride + k, _MM_HINT_T0);
   }
 };
-
-// The sums of the int32 lanes of a, b, c, d.
-[[maybe_unused]] inline __m128i sum_lanes(__m256i a, __m256i b, __m256i c, __m256i d) {
-  const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-  const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-  const __m256i abcd =
-      _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
-  return _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
-}
 
 // Eight int32 sums, or sixteen int16 for codes. Not __m256i, which has 64-bit lanes: gcc 12 spills
 // sums whose type changes at each instruction.
@@ -177,24 +168,6 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
                                   widened<codes>(acc[i][2]), widened<codes>(acc[i][3]));
     _mm_store_si128(row, _mm_add_epi32(_mm_load_si128(row), sum));
   });
-}
-
-template <class Weight, class T>
-void finish_row(const Weight&, const int32_t* sums, int64_t count, const RowScaling& row, T* y) {
-  const __m256i minus = _mm256_set1_epi32(row.minus);
-  const __m256 x_scale = _mm256_set1_ps(row.x_scale);
-  __m256 weight_scale = _mm256_set1_ps(*row.weight_scale);
-  for (int64_t n = 0; n < count; n += 8) {
-    const int64_t lanes = std::min<int64_t>(8, count - n);
-    __m256i acc =
-        _mm256_sub_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(sums + n)), minus);
-    if (row.column_minus != nullptr)
-      acc = _mm256_sub_epi32(acc, _mm256_maskload_epi32(row.column_minus + n, first_lanes(lanes)));
-    if (!row.per_tensor) weight_scale = load_floats(row.weight_scale + n, lanes);
-    __m256 value = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc), x_scale), weight_scale);
-    if (row.bias != nullptr) value = _mm256_add_ps(value, load_floats(row.bias + n, lanes));
-    store_floats(value, y + n, lanes);
-  }
 }
 
 }  // namespace
