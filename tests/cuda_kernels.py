@@ -15,6 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "cuda_on_cpu"
 BUILD = ROOT / "build" / "cuda_on_cpu"
+# What every program is linked with.
+SUPPORT = tuple(
+    EMULATION / f"{name}.cpp"
+    for name in ("async_copies", "driver", "emulator", "matrix_units", "shared_memory")
+)
 # No contraction, as in the library; pragmas are for nvcc.
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 
@@ -78,8 +83,10 @@ def build(op: str, mutant: Mutant | None = None) -> Path:
     for outdated in set((BUILD / op).glob("*")) - {folder}:
         shutil.rmtree(outdated, ignore_errors=True)
     support = [
-        compile_once(folder / f"{name}.o", "-O2", "-c", EMULATION / f"{name}.cpp")
-        for name in ("emulator", "driver")
+        compile_once(
+            folder / f"{source.stem}.o", "-O2", "-c", f"-I{ROOT / 'csrc'}", source
+        )
+        for source in SUPPORT
     ]
     changed = folder / "sources" / op
     if mutant is not None:

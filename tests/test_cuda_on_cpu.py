@@ -131,7 +131,7 @@ MUTANTS = (
         KERNEL,
         "TRINE_SHARED_ARRAY(uint32_t, warp_largest, kRowWarps)",
         "TRINE_SHARED_ARRAY(uint32_t, warp_largest, (kRowWarps + 1) / 2)",
-        "behind the end of a shared array",
+        "outside of a shared array|a shared array .* was overrun",
     ),
     Mutant(
         "tail read without a mask",

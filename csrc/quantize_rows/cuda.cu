@@ -190,7 +190,7 @@ void quantize_rows(const Problem& problem, cudaStream_t stream) {
   const auto run = [&]<int kRowThreads, int kBlockThreads>() {
     constexpr int kRowsPerBlock = kBlockThreads / kRowThreads;
     launch("quantize_rows", quantize_rows_kernel<T, kWide, kRowThreads, kBlockThreads>,
-           (problem.m + kRowsPerBlock - 1) / kRowsPerBlock, kBlockThreads, stream, problem);
+           {(problem.m + kRowsPerBlock - 1) / kRowsPerBlock, kBlockThreads}, stream, problem);
   };
   // The fewest threads that hold the row, each step four times the last. Eight are the least that
   // read whole 128-byte lines; a block has 128 threads or more, so that 16 blocks fill an SM.

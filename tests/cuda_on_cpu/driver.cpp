@@ -52,7 +52,7 @@ void read_exactly(void* to, std::size_t bytes) {
 
 }  // namespace
 
-GlobalBuffer::GlobalBuffer(const char* name, std::size_t bytes, std::size_t alignment)
+GuardedBuffer::GuardedBuffer(const char* name, std::size_t bytes, std::size_t alignment)
     : name_(name), bytes_(bytes) {
   static const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   const std::size_t usable = (bytes / page + 1) * page;
@@ -67,19 +67,23 @@ GlobalBuffer::GlobalBuffer(const char* name, std::size_t bytes, std::size_t alig
   watch_faults();
 }
 
-GlobalBuffer::~GlobalBuffer() {
+GuardedBuffer::~GuardedBuffer() {
   std::erase_if(extents, [this](const Extent& e) { return e.begin == data_; });
   munmap(mapped_, mapped_bytes_);
 }
 
-void GlobalBuffer::read() { read_exactly(data_, bytes_); }
+void GuardedBuffer::read() { read_exactly(data_, bytes_); }
 
-void GlobalBuffer::write() const {
+void GuardedBuffer::check_not_overrun() const {
   const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   for (const unsigned char* at = mapped_ + page; at < mapped_ + mapped_bytes_ - page; ++at)
     if ((at < data_ || at >= data_ + bytes_) && *at != kUnwritten)
       fail("%s (%zu bytes) was overrun: a write %td bytes from its begin", name_, bytes_,
            at - data_);
+}
+
+void GuardedBuffer::write() const {
+  check_not_overrun();
   std::fwrite(data_, 1, bytes_, stdout);
 }
 

@@ -9,59 +9,66 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
-#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "async_copies.h"
+#include "matrix_units.h"
+#include "shared_memory.h"
+
 namespace cuda_on_cpu {
 namespace {
 
-constexpr std::size_t kStackBytes = 64 << 10;  // kernels keep little on the stack
-constexpr unsigned kMostThreads = 1024;        // of a block, on every GPU
-constexpr unsigned char kPoison = 0xa5;
-constexpr std::size_t kCanaryBytes = 64;  // behind each shared array
+constexpr std::size_t kStackBytes = 256 << 10;  // unoptimised kernels keep their fragments there
+constexpr unsigned kMostThreads = 1024;         // of a block, on every GPU
+constexpr unsigned kMostBlocks = 8;             // of a cluster that every GPU can start
+constexpr unsigned kNobody = ~0u;
 constexpr unsigned kStepsPerOrder = 256;  // on average: often enough to change within a block
+constexpr unsigned kStepsPerDeed = 16;    // on average, between two works of do_later
 
 // Where a thread waits, and with whom: only threads that agree on all of it meet.
 struct Meeting {
-  const char* operation;
+  std::string operation;
   std::source_location where;
-  int warp;  // -1: the whole block
+  int warp;  // kBlock: all of the block; kAlone: for a condition
   uint32_t mask;
 
   bool operator==(const Meeting& other) const {
-    return std::strcmp(operation, other.operation) == 0 && where.line() == other.where.line() &&
+    return operation == other.operation && where.line() == other.where.line() &&
            std::strcmp(where.file_name(), other.where.file_name()) == 0 && warp == other.warp &&
            mask == other.mask;
   }
 };
+constexpr int kBlock = -1, kAlone = -2;
 
 enum class State { ready, waiting, finished };
 
 struct Thread {
   State state;
-  Meeting meeting;  // while waiting
+  Meeting meeting;              // while waiting
+  std::function<bool()> ready;  // while waiting alone
   void* post;
   ucontext_t context;
 };
 
-struct SharedArray {
-  std::unique_ptr<unsigned char[]> memory;
-  std::size_t bytes;
+struct Block {
+  Index3 index;
+  unsigned finished = 0, at_barrier = 0;
 };
 
 uint64_t seed_in_force = 0;
 std::mt19937_64 random_order;
 
 const std::function<void()>* thread_main;
-std::vector<Thread> threads;  // of the running block
-unsigned running = kMostThreads;
-unsigned finished = 0, at_barrier = 0;
+std::vector<Thread> threads;  // of the running cluster, block after block
+std::vector<Block> blocks;    // the same
+unsigned block_threads;
+unsigned running = kNobody;
+unsigned at_cluster_barrier, cluster_barriers_passed;
+std::vector<std::function<void()>> later;
 ucontext_t scheduler;
-std::map<const void*, SharedArray> shared_arrays;
 
 // A guard page below each stack turns an overflow into a fault.
 char* stack_of(unsigned thread) {
@@ -81,8 +88,9 @@ void back_to_scheduler() { swapcontext(&threads[running].context, &scheduler); }
 
 void enter_thread() {
   (*thread_main)();
+  check_copies_of_returning_thread();
   threads[running].state = State::finished;
-  ++finished;
+  ++blocks[running_block()].finished;
   back_to_scheduler();
 }
 
@@ -96,11 +104,12 @@ void start_thread(unsigned index) {
   makecontext(&thread.context, enter_thread, 0);
 }
 
-std::vector<unsigned> waiting_for(const Meeting& meeting) {
-  const bool whole_block = meeting.warp < 0;
-  const unsigned begin = whole_block ? 0 : unsigned(meeting.warp * kLanes);
-  const unsigned count = unsigned(threads.size());
-  const unsigned end = whole_block ? count : std::min(begin + kLanes, count);
+// The threads that wait at `meeting` in the block of `thread`.
+std::vector<unsigned> waiting_for(const Meeting& meeting, unsigned thread) {
+  const unsigned block_begin = block_of(thread) * block_threads;
+  const unsigned block_end = block_begin + block_threads;
+  const unsigned begin = meeting.warp < 0 ? block_begin : unsigned(meeting.warp * kLanes);
+  const unsigned end = meeting.warp < 0 ? block_end : std::min(begin + kLanes, block_end);
   std::vector<unsigned> found;
   for (unsigned t = begin; t < end; ++t)
     if (threads[t].state == State::waiting && threads[t].meeting == meeting) found.push_back(t);
@@ -119,15 +128,30 @@ void wait_at(const Meeting& meeting, void* post) {
 
 // A barrier waits for all but the finished threads, so the last obstacle may be a thread that
 // returns.
-void open_barrier_if_all_wait() {
-  if (at_barrier == 0 || at_barrier + finished < threads.size()) return;
-  for (const Thread& thread : threads)
-    if (thread.state == State::waiting && thread.meeting.warp < 0) {
-      const std::vector<unsigned> here = waiting_for(thread.meeting);
-      if (here.size() != at_barrier) return;  // others are at another barrier: a deadlock
-      at_barrier = 0;
+void open_barrier_if_all_wait(unsigned b) {
+  Block& block = blocks[b];
+  if (block.at_barrier == 0 || block.at_barrier + block.finished < block_threads) return;
+  for (unsigned t = b * block_threads; t < (b + 1) * block_threads; ++t)
+    if (threads[t].state == State::waiting && threads[t].meeting.warp == kBlock) {
+      const std::vector<unsigned> here = waiting_for(threads[t].meeting, t);
+      if (here.size() != block.at_barrier) return;  // others are at another barrier: a deadlock
+      block.at_barrier = 0;
       return wake(here);
     }
+}
+
+bool can_go_on(unsigned t) {
+  Thread& thread = threads[t];
+  if (thread.state == State::waiting && thread.meeting.warp == kAlone && thread.ready())
+    thread.state = State::ready;
+  return thread.state == State::ready;
+}
+
+void do_one_deed() {
+  std::swap(later[random_order() % later.size()], later.back());
+  const std::function<void()> work = std::move(later.back());
+  later.pop_back();
+  work();
 }
 
 // "0-31, 40" from ascending numbers.
@@ -152,20 +176,18 @@ std::string ranges(const std::vector<unsigned>& numbers) {
       returned.push_back(t);
       continue;
     }
-    const std::vector<unsigned> here = waiting_for(thread.meeting);
+    const std::vector<unsigned> here = waiting_for(thread.meeting, t);
     if (here.front() != t) continue;
-    char line[512];
-    std::snprintf(line, sizeof line, "\n  thread %s: waits in %s at %s:%u", ranges(here).c_str(),
-                  thread.meeting.operation, thread.meeting.where.file_name(),
-                  unsigned(thread.meeting.where.line()));
-    report += line;
+    report += "\n  thread " + ranges(here) + ": waits in " + thread.meeting.operation + " at " +
+              thread.meeting.where.file_name() + ":" + std::to_string(thread.meeting.where.line());
     if (thread.meeting.warp >= 0) {
-      std::snprintf(line, sizeof line, " (mask %#010x)", thread.meeting.mask);
-      report += line;
+      char mask[32];
+      std::snprintf(mask, sizeof mask, " (mask %#010x)", thread.meeting.mask);
+      report += mask;
     }
   }
   if (!returned.empty()) report += "\n  thread " + ranges(returned) + ": returned";
-  running = kMostThreads;
+  running = kNobody;
   fail("deadlock%s", report.c_str());
 }
 
@@ -187,29 +209,37 @@ void draw_priorities(std::vector<unsigned>& order) {
 // The first in the order who can go on does, up to its next meeting. So one warp runs as far ahead
 // of the others as the barriers let it, which shows races that taking turns would hide (Burckhardt
 // et al., "A Randomized Scheduler with Probabilistic Guarantees of Finding Bugs", 2010).
-void run_block(unsigned thread_count) {
-  threads.resize(thread_count);
-  finished = at_barrier = 0;
-  for (unsigned t = 0; t < thread_count; ++t) start_thread(t);
+void run_cluster(std::size_t dynamic_bytes) {
+  const unsigned count = unsigned(blocks.size()) * block_threads;
+  threads.resize(count);
+  at_cluster_barrier = cluster_barriers_passed = 0;
+  later.clear();
+  begin_shared_memory(unsigned(blocks.size()), dynamic_bytes);
+  begin_copies(count);
+  begin_matrix_units(count);
+  for (unsigned t = 0; t < count; ++t) start_thread(t);
   std::vector<unsigned> order;
   draw_priorities(order);
-  while (finished < thread_count) {
+  for (unsigned finished = 0; finished < count;) {
     if (random_order() % kStepsPerOrder == 0) draw_priorities(order);
-    const auto next = std::find_if(order.begin(), order.end(),
-                                   [](unsigned t) { return threads[t].state == State::ready; });
-    if (next == order.end()) fail_deadlock();
+    if (!later.empty() && random_order() % kStepsPerDeed == 0) do_one_deed();
+    const auto next = std::find_if(order.begin(), order.end(), can_go_on);
+    if (next == order.end()) {
+      if (later.empty()) fail_deadlock();
+      do_one_deed();
+      continue;
+    }
     running = *next;
-    threadIdx = {running % blockDim.x, running / blockDim.x % blockDim.y,
-                 running / (blockDim.x * blockDim.y)};
+    const unsigned b = running_block(), t = running % block_threads;
+    blockIdx = blocks[b].index;
+    threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
     swapcontext(&scheduler, &threads[running].context);
-    open_barrier_if_all_wait();
+    finished += threads[running].state == State::finished;
+    open_barrier_if_all_wait(b);
   }
-  running = kMostThreads;
-  for (const auto& [key, array] : shared_arrays)
-    for (std::size_t i = 0; i < kCanaryBytes; ++i)
-      if (array.memory[array.bytes + i] != kPoison)
-        fail("a thread wrote %zu bytes behind the end of a shared array of %zu bytes", i,
-             array.bytes);
+  running = kNobody;
+  while (!later.empty()) do_one_deed();
+  check_shared_memory();
 }
 
 }  // namespace
@@ -221,7 +251,7 @@ void fail(const char* format, ...) {
   std::vfprintf(stderr, format, arguments);
   va_end(arguments);
   std::fprintf(stderr, "\n  in block (%u, %u, %u)", blockIdx.x, blockIdx.y, blockIdx.z);
-  if (running < kMostThreads) std::fprintf(stderr, ", thread %u", running);
+  if (running != kNobody) std::fprintf(stderr, ", thread %u", running % block_threads);
   std::fprintf(stderr, "; schedule of seed %llu\n", static_cast<unsigned long long>(seed_in_force));
   std::fflush(stderr);
   _exit(3);
@@ -232,38 +262,66 @@ void set_seed(uint64_t seed) {
   random_order.seed(seed);
 }
 
-void run_grid(Index3 grid, Index3 block, const std::function<void()>& main) {
-  const unsigned thread_count = block.x * block.y * block.z;
-  if (thread_count == 0 || thread_count > kMostThreads || grid.x > 0x7fffffffu ||
-      grid.x * grid.y * grid.z == 0 || grid.y > 65535 || grid.z > 65535)
-    fail("no GPU takes a grid of (%u, %u, %u) blocks of (%u, %u, %u) threads", grid.x, grid.y,
-         grid.z, block.x, block.y, block.z);
-  gridDim = grid;
+void run_grid(const Grid& grid, const std::function<void()>& main) {
+  const Index3 count = grid.blocks, block = grid.threads;
+  block_threads = block.x * block.y * block.z;
+  if (block_threads == 0 || block_threads > kMostThreads || count.x > 0x7fffffffu ||
+      count.x * count.y * count.z == 0 || count.y > 65535 || count.z > 65535)
+    fail("no GPU takes a grid of (%u, %u, %u) blocks of (%u, %u, %u) threads", count.x, count.y,
+         count.z, block.x, block.y, block.z);
+  if (grid.cluster == 0 || grid.cluster > kMostBlocks || count.x % grid.cluster != 0 ||
+      (grid.cluster > 1 && block_threads % kLanes != 0))
+    fail("no GPU starts clusters of %u blocks of %u threads in a grid of %u blocks", grid.cluster,
+         block_threads, count.x);
+  gridDim = count;
   blockDim = block;
   thread_main = &main;
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
-        shared_arrays.clear();
-        run_block(thread_count);
-      }
+  // A GPU may start blocks in any order.
+  std::vector<Index3> firsts;
+  for (unsigned z = 0; z < count.z; ++z)
+    for (unsigned y = 0; y < count.y; ++y)
+      for (unsigned x = 0; x < count.x; x += grid.cluster) firsts.push_back({x, y, z});
+  std::shuffle(firsts.begin(), firsts.end(), random_order);
+  for (const Index3& first : firsts) {
+    blocks.clear();
+    for (unsigned rank = 0; rank < grid.cluster; ++rank)
+      blocks.push_back({{first.x + rank, first.y, first.z}});
+    run_cluster(grid.dynamic_bytes);
+  }
 }
 
+unsigned running_thread() { return running; }
+unsigned running_block() { return block_of(running); }
+unsigned cluster_threads() { return unsigned(threads.size()); }
+unsigned block_of(unsigned thread) { return thread / block_threads; }
+
 void block_barrier(std::source_location where) {
-  wait_at({"__syncthreads", where, -1, 0}, nullptr);
-  ++at_barrier;
+  wait_at({"__syncthreads", where, kBlock, 0}, nullptr);
+  ++blocks[running_block()].at_barrier;
   back_to_scheduler();
 }
 
-void* shared_array(const void* key, std::size_t bytes) {
-  SharedArray& array = shared_arrays[key];
-  if (array.memory == nullptr) {
-    array = {std::make_unique<unsigned char[]>(bytes + kCanaryBytes), bytes};
-    std::memset(array.memory.get(), kPoison, bytes + kCanaryBytes);
-  }
-  return array.memory.get();
+void wait_until(const std::string& operation, std::source_location where,
+                std::function<bool()> ready) {
+  wait_at({operation, where, kAlone, 0}, nullptr);
+  threads[running].ready = std::move(ready);
+  back_to_scheduler();
 }
+
+void cluster_barrier(std::source_location where) {
+  ++at_cluster_barrier;
+  wait_until("cluster_sync", where, [passed = cluster_barriers_passed] {
+    if (cluster_barriers_passed != passed) return true;
+    unsigned finished = 0;
+    for (const Block& block : blocks) finished += block.finished;
+    if (at_cluster_barrier + finished < threads.size()) return false;
+    at_cluster_barrier = 0;
+    ++cluster_barriers_passed;
+    return true;
+  });
+}
+
+void do_later(std::function<void()> work) { later.push_back(std::move(work)); }
 
 void meet_lanes(const char* operation, uint32_t mask, void* post, std::source_location where,
                 const std::function<void(const Posts&)>& complete) {
@@ -274,7 +332,7 @@ void meet_lanes(const char* operation, uint32_t mask, void* post, std::source_lo
          where.file_name(), unsigned(where.line()), mask);
   const Meeting meeting{operation, where, warp, mask};
   wait_at(meeting, post);
-  const std::vector<unsigned> here = waiting_for(meeting);
+  const std::vector<unsigned> here = waiting_for(meeting, running);
   if (int(here.size()) == __builtin_popcount(mask)) {
     Posts posts{};
     for (unsigned t : here) posts[t % kLanes] = threads[t].post;

@@ -1,4 +1,4 @@
-// Runs CUDA threads as fibers, one block after the other, in a random order.
+// Runs CUDA threads as fibers, one cluster of blocks after the other, in a random order.
 #pragma once
 
 #include <array>
@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <source_location>
+#include <string>
 
 namespace cuda_on_cpu {
 
@@ -18,15 +19,34 @@ struct Index3 {
 
 void set_seed(uint64_t seed);
 
+struct Grid {
+  Index3 blocks, threads;
+  std::size_t dynamic_bytes = 0;  // of shared memory, for each block
+  unsigned cluster = 1;           // consecutive blocks that run together
+};
+
 // Calls `thread_main` once for each thread of each block, with threadIdx and blockIdx set.
-void run_grid(Index3 grid, Index3 block, const std::function<void()>& thread_main);
+void run_grid(const Grid& grid, const std::function<void()>& thread_main);
+
+unsigned running_thread();   // counted through the blocks of the cluster
+unsigned running_block();    // its rank in the cluster
+unsigned cluster_threads();  // of all blocks of the cluster
+unsigned block_of(unsigned thread);
 
 // Waits for every thread of the block that has not returned.
 void block_barrier(std::source_location where);
 
-// An array of the running block's shared memory: the same one for every thread that names the same
-// `key`, filled with 0xa5 when the first does.
-void* shared_array(const void* key, std::size_t bytes);
+// Waits for every thread of the cluster that has not returned.
+void cluster_barrier(std::source_location where);
+
+// Waits until `ready()`, which others bring about; `operation` says for what in a deadlock's
+// report.
+void wait_until(const std::string& operation, std::source_location where,
+                std::function<bool()> ready);
+
+// Work that hardware does beside the threads: done at some later moment, at the latest when no
+// thread can go on.
+void do_later(std::function<void()> work);
 
 inline constexpr int kLanes = 32;
 

@@ -9,16 +9,16 @@
 #include "quantize_rows/cuda.cu"
 
 int main(int, char** arguments) {
-  using cuda_on_cpu::GlobalBuffer, cuda_on_cpu::read_number;
+  using cuda_on_cpu::GuardedBuffer, cuda_on_cpu::read_number;
   cuda_on_cpu::set_seed(std::strtoull(arguments[1], nullptr, 10));
   for (int64_t cases = read_number(); cases > 0; --cases) {
     const auto type = static_cast<trine::FloatType>(read_number());
     const int64_t m = read_number(), k = read_number(), row_bytes = read_number();
     const int64_t x_alignment = read_number(), q_alignment = read_number();
-    GlobalBuffer x("x", read_number(), x_alignment);
-    GlobalBuffer q("q", m * k, q_alignment);
-    GlobalBuffer scale("scale", m * sizeof(float), alignof(float));
-    GlobalBuffer sum("sum", m * sizeof(int32_t), alignof(int32_t));
+    GuardedBuffer x("x", read_number(), x_alignment);
+    GuardedBuffer q("q", m * k, q_alignment);
+    GuardedBuffer scale("scale", m * sizeof(float), alignof(float));
+    GuardedBuffer sum("sum", m * sizeof(int32_t), alignof(int32_t));
     x.read();
     trine::quantize_rows_cuda(x.data<char>(), type, m, k, row_bytes, q.data<int8_t>(),
                               scale.data<float>(), sum.data<int32_t>(), nullptr);

@@ -13,7 +13,17 @@
 // An array of the block's shared memory, not initialised.
 #define TRINE_SHARED_ARRAY(type, name, count) __shared__ type name[count]
 
+// The bytes that the launch asked for, aligned for the copy engine's swizzle of 1024 bytes.
+#define TRINE_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+
 namespace trine {
+
+// What instructions that name shared memory take: an offset in the block's window.
+using SharedAddress = uint32_t;
+
+__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
+}
 
 inline constexpr int kWarpThreads = 32;
 inline constexpr uint32_t kWholeWarp = 0xffffffffu;

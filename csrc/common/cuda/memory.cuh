@@ -27,4 +27,14 @@ __device__ __forceinline__ void store_global(void* global, const void* registers
   *static_cast<Access*>(global) = *static_cast<const Access*>(registers);
 }
 
+// 16 bytes that this kernel reads once: they leave the L1 to what is read again. Nothing may write
+// them while the kernel runs.
+__device__ __forceinline__ uint4 load_global_once(const void* global) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(global));
+  return value;
+}
+
 }  // namespace trine

@@ -6,9 +6,12 @@
 #include <cstdint>
 
 #include "emulator.h"
+#include "shared_memory.h"
 
 #define __global__
 #define __device__
+#define __host__
+#define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -16,7 +19,9 @@
 #define TRINE_SHARED_ARRAY(type, name, count)        \
   static const char name##_key = 0;                  \
   type(&name)[count] = *static_cast<type(*)[count]>( \
-      ::cuda_on_cpu::shared_array(&name##_key, sizeof(type) * (count)))
+      ::cuda_on_cpu::shared_array(&name##_key, sizeof(type) * (count), alignof(type)))
+
+#define TRINE_DYNAMIC_SHARED(name) unsigned char* const name = ::cuda_on_cpu::dynamic_shared()
 
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   cuda_on_cpu::block_barrier(where);
@@ -46,6 +51,10 @@ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = cuda_on_cpu
       where);
 }
 
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 
@@ -68,5 +77,8 @@ namespace trine {
 
 inline constexpr int kWarpThreads = cuda_on_cpu::kLanes;
 inline constexpr uint32_t kWholeWarp = 0xffffffffu;
+
+using SharedAddress = uint32_t;
+using cuda_on_cpu::shared_address;
 
 }  // namespace trine

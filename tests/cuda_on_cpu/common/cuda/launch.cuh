@@ -6,11 +6,24 @@
 
 namespace trine {
 
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  int dynamic_bytes = 0;
+  int cluster = 1;
+};
+
 template <class... Parameters, class... Arguments>
-void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t,
-            Arguments... arguments) {
-  cuda_on_cpu::run_grid({static_cast<unsigned>(blocks), 1, 1},
-                        {static_cast<unsigned>(threads), 1, 1}, [&] { kernel(arguments...); });
+void launch(const char*, void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t,
+            const Arguments&... arguments) {
+  cuda_on_cpu::run_grid({{static_cast<unsigned>(shape.blocks), 1, 1},
+                         {static_cast<unsigned>(shape.threads), 1, 1},
+                         static_cast<std::size_t>(shape.dynamic_bytes),
+                         static_cast<unsigned>(shape.cluster)},
+                        [&] { kernel(arguments...); });
 }
+
+// Few, so that small problems reach every case: fewer tiles than blocks, and several for each.
+inline int multiprocessors() { return 3; }
 
 }  // namespace trine

@@ -24,4 +24,10 @@ void store_global(void* global, const void* registers) {
   std::memcpy(global, registers, kBytes);
 }
 
+inline uint4 load_global_once(const void* global) {
+  uint4 value;
+  load_global<16>(&value, global);
+  return value;
+}
+
 }  // namespace trine

@@ -1,0 +1,252 @@
+#include "matrix_units.h"
+
+#include <cstring>
+#include <deque>
+#include <type_traits>
+#include <vector>
+
+#include "common/float_types.h"
+#include "emulator.h"
+#include "shared_memory.h"
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr uint32_t kWholeWarp = 0xffffffffu;
+constexpr int kUnitBytes = 16;  // a row of an 8x8 matrix of 16-bit elements
+
+struct Element {
+  int row, column;
+};
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k32" (8-bit types) and "... for mma.m16n8k16 with
+// floating point type" (16-bit types). Element i of a lane, in the order of the bits of its words.
+Element a_element(Kind kind, int lane, int i) {
+  const int group = lane >> 2, in_group = lane % 4;
+  if (kind == Kind::s8)
+    return {(i < 4 || (i >= 8 && i < 12)) ? group : group + 8,
+            in_group * 4 + (i & 3) + (i < 8 ? 0 : 16)};
+  return {(i < 2 || (i >= 4 && i < 6)) ? group : group + 8,
+          in_group * 2 + (i & 1) + (i < 4 ? 0 : 8)};
+}
+
+Element b_element(Kind kind, int lane, int i) {
+  const int group = lane >> 2, in_group = lane % 4;
+  if (kind == Kind::s8) return {in_group * 4 + (i & 3) + (i < 4 ? 0 : 16), group};
+  return {in_group * 2 + (i & 1) + (i < 2 ? 0 : 8), group};
+}
+
+Element sum_element(int lane, int i) {
+  return {(lane >> 2) + (i < 2 ? 0 : 8), (lane % 4) * 2 + (i & 1)};
+}
+
+int depth(Kind kind) { return kind == Kind::s8 ? 32 : 16; }
+
+double value_of(Kind kind, const void* elements, int i) {
+  if (kind == Kind::s8) return static_cast<const int8_t*>(elements)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(elements)[i];
+  return kind == Kind::f16 ? double(trine::widen(trine::float16{bits}))
+                           : double(trine::widen(trine::bfloat16{bits}));
+}
+
+// The unit adds float sums in an order and precision that PTX leaves open: here in double, rounded
+// once. Integer sums wrap.
+void add(Kind kind, void* sums, int i, double dot, bool accumulate) {
+  if (kind == Kind::s8) {
+    int32_t& sum = static_cast<int32_t*>(sums)[i];
+    sum = int32_t(uint32_t(accumulate ? sum : 0) + uint32_t(int32_t(dot)));
+  } else {
+    float& sum = static_cast<float*>(sums)[i];
+    sum = float((accumulate ? double(sum) : 0.0) + dot);
+  }
+}
+
+unsigned char* fragment_row(uint32_t address, const char* operation) {
+  return at_shared(View::threads, running_block(), address, kUnitBytes, kUnitBytes, operation);
+}
+
+struct RowPost {
+  uint32_t row;
+  uint32_t* words;
+};
+
+// PTX ISA, "Warp-level matrix load instruction: ldmatrix" (and stmatrix): lanes 8i to 8i + 7 bring
+// the rows of matrix i; a lane's word of it is row lane / 4, bytes 4 * (lane % 4) on.
+void exchange_rows(const char* operation, bool load, uint32_t row, uint32_t* words,
+                   std::source_location where) {
+  RowPost post{row, words};
+  meet_lanes(operation, kWholeWarp, &post, where, [&](const Posts& posts) {
+    const auto post_of = [&](int lane) { return static_cast<RowPost*>(posts[lane]); };
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        unsigned char* at =
+            fragment_row(post_of(8 * i + lane / 4)->row, operation) + 4 * (lane % 4);
+        uint32_t* word = post_of(lane)->words + i;
+        load ? std::memcpy(word, at, 4) : std::memcpy(at, word, 4);
+      }
+  });
+}
+
+struct MultiplyPost {
+  void* sums;
+  const uint32_t *a, *b;
+};
+
+constexpr int kWarpRows = 16, kWarpsOfGroup = 4, kMostDepth = 32;
+
+// The works that a warp has given to the unit.
+struct WarpUnit {
+  std::vector<std::vector<Wgmma>> open;  // each of the 32 lanes
+  std::deque<std::vector<std::vector<Wgmma>>> closed;
+  bool fenced = false;
+};
+std::vector<WarpUnit> units;  // of each warp of the cluster
+
+WarpUnit& own_unit() { return units[running_thread() / kLanes]; }
+
+// PTX ISA, "Matrix descriptor format" and, for 128-byte swizzle and k along the rows, "Strides":
+// rows of 128 bytes, groups of eight at the stride byte offset; the swizzle works on the address.
+class Tile {
+ public:
+  explicit Tile(uint64_t descriptor)
+      : start_(uint32_t(descriptor & 0x3fff) << 4),
+        eight_rows_(uint32_t(descriptor >> 32 & 0x3fff) << 4) {
+    if (descriptor >> 62 != 1) fail("wgmma: only tiles with the 128-byte swizzle are emulated");
+    if ((start_ & ~127u) % 1024 != 0)
+      fail("wgmma: the tile at shared address %#x does not begin at a multiple of 1024", start_);
+  }
+
+  void read(int row, int bytes, void* to) const {
+    for (int byte = 0; byte < bytes; byte += kUnitBytes) {
+      const uint32_t at =
+          start_ + uint32_t(row / 8) * eight_rows_ + uint32_t(row % 8) * 128 + uint32_t(byte);
+      const uint32_t unit = at ^ ((at >> 7 & 7u) << 4);
+      std::memcpy(
+          static_cast<unsigned char*>(to) + byte,
+          at_shared(View::async_units, running_block(), unit, kUnitBytes, kUnitBytes, "wgmma"),
+          kUnitBytes);
+    }
+  }
+
+ private:
+  uint32_t start_, eight_rows_;
+};
+
+// One warp's 16 of the 64 rows. PTX ISA, "Register fragments and shared memory matrix layouts" of
+// wgmma.m64nNk32 and k16: A as for mma; sum i of a lane is in the 8 columns i / 4.
+void run_wgmma(const std::vector<Wgmma>& lanes) {
+  const Wgmma& first = lanes[0];
+  const Kind kind = first.kind;
+  const int k = depth(kind);
+  const int row0 = int(running_thread() % (blockDim.x * blockDim.y * blockDim.z) / kLanes) %
+                   kWarpsOfGroup * kWarpRows;
+  constexpr int kStepBytes = 32;
+  double a[kWarpRows][kMostDepth];
+  unsigned char row[kStepBytes];
+  if (first.a == nullptr) {
+    const Tile tile(first.a_tile);
+    for (int r = 0; r < kWarpRows; ++r) {
+      tile.read(row0 + r, kStepBytes, row);
+      for (int i = 0; i < k; ++i) a[r][i] = value_of(kind, row, i);
+    }
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int i = 0; i < kWarpRows * k / kLanes; ++i) {
+        const Element at = a_element(kind, lane, i);
+        a[at.row][at.column] = value_of(kind, lanes[lane].a, i);
+      }
+  }
+  const Tile b_tile(first.b_tile);
+  for (int column = 0; column < first.columns; ++column) {
+    double b[kMostDepth];
+    b_tile.read(column, kStepBytes, row);
+    for (int i = 0; i < k; ++i) b[i] = value_of(kind, row, i);
+    for (int r = 0; r < kWarpRows; ++r) {
+      double dot = 0;
+      for (int i = 0; i < k; ++i) dot += a[r][i] * b[i];
+      const int lane = r % 8 * 4 + column % 8 / 2;
+      const int i = column / 8 * 4 + r / 8 * 2 + column % 2;
+      add(kind, lanes[lane].sums, i, dot, first.accumulate);
+    }
+  }
+}
+
+}  // namespace
+
+void load_matrices(uint32_t* fragment, uint32_t row, std::source_location where) {
+  exchange_rows("load_matrices", true, row, fragment, where);
+}
+
+void store_matrices(uint32_t row, const uint32_t* fragment, std::source_location where) {
+  exchange_rows("store_matrices", false, row, const_cast<uint32_t*>(fragment), where);
+}
+
+void multiply(Kind kind, void* sums, const uint32_t* a, const uint32_t* b,
+              std::source_location where) {
+  MultiplyPost mine{sums, a, b};
+  meet_lanes("multiply", kWholeWarp, &mine, where, [kind](const Posts& posts) {
+    const int k = depth(kind);
+    double left[kWarpRows][kMostDepth], right[kMostDepth][8];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto& post = *static_cast<MultiplyPost*>(posts[lane]);
+      for (int i = 0; i < kWarpRows * k / kLanes; ++i) {
+        const Element at = a_element(kind, lane, i);
+        left[at.row][at.column] = value_of(kind, post.a, i);
+      }
+      for (int i = 0; i < k * 8 / kLanes; ++i) {
+        const Element at = b_element(kind, lane, i);
+        right[at.row][at.column] = value_of(kind, post.b, i);
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const Element at = sum_element(lane, i);
+        double dot = 0;
+        for (int j = 0; j < k; ++j) dot += left[at.row][j] * right[j][at.column];
+        add(kind, static_cast<MultiplyPost*>(posts[lane])->sums, i, dot, true);
+      }
+  });
+}
+
+void wgmma(const Wgmma& operands, std::source_location where) {
+  Wgmma mine = operands;
+  meet_lanes("wgmma", kWholeWarp, &mine, where, [](const Posts& posts) {
+    if (!own_unit().fenced)
+      fail("wgmma without wgmma_fence since its registers may have been touched");
+    std::vector<Wgmma> lanes;
+    for (const void* post : posts) lanes.push_back(*static_cast<const Wgmma*>(post));
+    for (const Wgmma& lane : lanes)
+      if (lane.a_tile != lanes[0].a_tile || lane.b_tile != lanes[0].b_tile)
+        fail("wgmma: the lanes of a warp name different tiles");
+    own_unit().open.push_back(std::move(lanes));
+  });
+}
+
+void wgmma_fence(std::source_location where) {
+  int nothing = 0;
+  meet_lanes("wgmma_fence", kWholeWarp, &nothing, where,
+             [](const Posts&) { own_unit().fenced = true; });
+}
+
+void wgmma_commit(std::source_location where) {
+  int nothing = 0;
+  meet_lanes("wgmma_commit", kWholeWarp, &nothing, where, [](const Posts&) {
+    WarpUnit& unit = own_unit();
+    unit.closed.push_back(std::move(unit.open));
+    unit.open.clear();
+  });
+}
+
+void wgmma_wait(unsigned pending, std::source_location where) {
+  int nothing = 0;
+  meet_lanes("wgmma_wait", kWholeWarp, &nothing, where, [pending](const Posts&) {
+    WarpUnit& unit = own_unit();
+    for (; unit.closed.size() > pending; unit.closed.pop_front())
+      for (const std::vector<Wgmma>& lanes : unit.closed.front()) run_wgmma(lanes);
+    unit.fenced = false;
+  });
+}
+
+void begin_matrix_units(unsigned threads) { units.assign((threads + kLanes - 1) / kLanes, {}); }
+
+}  // namespace cuda_on_cpu
