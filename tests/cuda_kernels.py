@@ -56,10 +56,10 @@ def compiler() -> str:
 
 
 @functools.cache
-def sources_digest(op: str) -> str:
-    """Of everything that an op's program is made from, so that nothing else compiles it again."""
+def sources_digest(*folders: Path) -> str:
+    """Of everything that a program is made from, so that nothing else compiles it again."""
     digest = hashlib.sha256(repr((compiler(), FLAGS)).encode())
-    for folder in (EMULATION, ROOT / "csrc" / "common", ROOT / "csrc" / op):
+    for folder in (EMULATION, ROOT / "csrc" / "common", *folders):
         for source in sorted(folder.rglob("*.*")):
             digest.update(str(source).encode() + source.read_bytes())
     return digest.hexdigest()[:16]
@@ -77,27 +77,33 @@ def compile_once(target: Path, *arguments: object) -> Path:
     return target
 
 
-def build(op: str, mutant: Mutant | None = None) -> Path:
-    """The program of an op, with the bug if one is given."""
-    folder = BUILD / op / sources_digest(op)
-    for outdated in set((BUILD / op).glob("*")) - {folder}:
+def build_program(
+    name: str, source: Path, *, folders: Sequence[Path] = (), mutant: Mutant | None = None
+) -> Path:
+    """`source`, which lies in one of `folders` or beside them, with the bug if one is given."""
+    folder = BUILD / name / sources_digest(source.parent, *folders)
+    for outdated in set((BUILD / name).glob("*")) - {folder}:
         shutil.rmtree(outdated, ignore_errors=True)
     support = [
-        compile_once(
-            folder / f"{source.stem}.o", "-O2", "-c", f"-I{ROOT / 'csrc'}", source
-        )
-        for source in SUPPORT
+        compile_once(folder / f"{part.stem}.o", "-O2", "-c", f"-I{ROOT / 'csrc'}", part)
+        for part in SUPPORT
     ]
-    changed = folder / "sources" / op
+    changed = folder / "sources" / name
     if mutant is not None:
         # The whole mutant names the folder: an edited table entry is another mutant.
-        name = hashlib.sha256(repr(mutant).encode()).hexdigest()[:16]
-        changed = folder / "sources" / f"{op}-{name}"
+        digest = hashlib.sha256(repr(mutant).encode()).hexdigest()[:16]
+        changed = folder / "sources" / f"{name}-{digest}"
         mutant.write(changed)
     includes = [f"-I{path}" for path in (changed, EMULATION, ROOT / "csrc")]
     program = folder / f"{changed.name}.program"
     # Kernels are not optimised: that would take longer than it saves when they run.
-    return compile_once(program, "-O0", *includes, EMULATION / f"{op}.cpp", *support)
+    return compile_once(program, "-O0", *includes, "-x", "c++", source, "-x", "none", *support)
+
+
+def build(op: str, mutant: Mutant | None = None) -> Path:
+    """The program of an op, with the bug if one is given."""
+    source = EMULATION / f"{op}.cpp"
+    return build_program(op, source, folders=[ROOT / "csrc" / op], mutant=mutant)
 
 
 def run(program: Path, seed: int, cases: Sequence[bytes]) -> bytes:

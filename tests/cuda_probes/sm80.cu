@@ -1,0 +1,90 @@
+// Which lane holds which element of the matrix fragments of sm_80, found by one-hot inputs; and
+// what cp.async writes. Prints raw results, the same on a GPU and under the emulation.
+#include <cstdlib>
+
+#include "common/cuda/async_copy.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/matrix.cuh"
+#include "probe_memory.cuh"
+
+namespace {
+
+using namespace trine;
+
+// The bits of a small whole number.
+template <class Operands>
+__device__ uint32_t element(int number) {
+  if constexpr (std::is_same_v<Operands, S8>) return uint32_t(number) & 0xffu;
+  const float value = float(number);
+  const uint32_t bits = __float_as_uint(value);
+  if constexpr (std::is_same_v<Operands, Bf16>) return bits >> 16;
+  // Normal half precision numbers and zero: another exponent bias, 13 bits less of fraction.
+  return number == 0 ? 0 : (bits >> 13 & 0x3ffu) | (((bits >> 23) - 127 + 15) << 10);
+}
+
+// For each element of A alone being 1, and B telling first the lane, then the index of each of its
+// elements: all sums. A sum that is not zero names the element of B that met that of A. Both count
+// from 1.
+template <class Operands, class Sum>
+__global__ void __launch_bounds__(32) probe_multiply(Sum* out) {
+  constexpr int kBits = std::is_same_v<Operands, S8> ? 8 : 16, kPerWord = 32 / kBits;
+  const int lane = int(threadIdx.x);
+  for (int hot = 0; hot < 32 * 4 * kPerWord; ++hot)
+    for (int tell_index = 0; tell_index < 2; ++tell_index) {
+      uint32_t a[4] = {}, b[2] = {};
+      for (int i = 0; i < 4 * kPerWord; ++i)
+        a[i / kPerWord] |= element<Operands>(hot == lane * 4 * kPerWord + i)
+                           << i % kPerWord * kBits;
+      for (int i = 0; i < 2 * kPerWord; ++i)
+        b[i / kPerWord] |= element<Operands>((tell_index ? i : lane) + 1) << i % kPerWord * kBits;
+      Sum sums[4] = {};
+      multiply(Operands{}, sums, a, b);
+      for (int i = 0; i < 4; ++i) out[((hot * 2 + tell_index) * 32 + lane) * 4 + i] = sums[i];
+    }
+}
+
+// 32 rows of 16 bytes that count up, as fragments.
+__global__ void __launch_bounds__(32) probe_load_matrices(uint32_t* out) {
+  TRINE_SHARED_ARRAY(uint4, rows, 32);
+  const int lane = int(threadIdx.x);
+  for (int i = 0; i < 4; ++i)
+    reinterpret_cast<uint32_t*>(rows)[lane * 4 + i] =
+        0x01010101u * uint32_t(lane * 4 + i) + 0x3020100u;
+  __syncthreads();
+  uint32_t fragment[4];
+  load_matrices(fragment, shared_address(rows + lane));
+  for (int i = 0; i < 4; ++i) out[lane * 4 + i] = fragment[i];
+}
+
+// 16 bytes a thread, every third one not valid.
+__global__ void __launch_bounds__(32) probe_copy_async(const uint4* in, uint4* out) {
+  TRINE_SHARED_ARRAY(uint4, copied, 32);
+  const int lane = int(threadIdx.x);
+  copy_async(shared_address(copied + lane), in + lane, lane % 3 != 0);
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  out[31 - lane] = copied[31 - lane];
+}
+
+template <class Operands, class Sum>
+void print_multiply() {
+  constexpr int kElements = std::is_same_v<Operands, S8> ? 512 : 256;
+  ProbeMemory sums(kElements * 2 * 32 * 4 * sizeof(Sum));
+  launch("probe", probe_multiply<Operands, Sum>, {1, 32}, nullptr, sums.data<Sum>());
+  sums.print();
+}
+
+}  // namespace
+
+int main() {
+  print_multiply<S8, int32_t>();
+  print_multiply<F16, float>();
+  print_multiply<Bf16, float>();
+  ProbeMemory fragments(32 * 16), copied(32 * 16), in(32 * 16);
+  launch("probe", probe_load_matrices, {1, 32}, nullptr, fragments.data<uint32_t>());
+  fragments.print();
+  for (int i = 0; i < 32 * 16; ++i) in.data<unsigned char>()[i] = static_cast<unsigned char>(i * 7);
+  launch("probe", probe_copy_async, {1, 32}, nullptr, in.data<const uint4>(), copied.data<uint4>());
+  copied.print();
+}

@@ -1,0 +1,200 @@
+// What the copy engine, stmatrix and wgmma do on sm_90a, as bytes of tiles and as products. Prints
+// raw results, the same on a GPU and under the emulation.
+#include <cstdlib>
+
+#include "common/cuda/barrier.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/tma.cuh"
+#include "common/cuda/wgmma.cuh"
+#include "probe_memory.cuh"
+
+namespace {
+
+using namespace trine;
+
+constexpr int kRows = 300, kRowBytes = 208;  // one tile and a half in each direction
+constexpr int kTileRows = 256, kTileBytes = kTileRows * kTileRowBytes;
+constexpr int kSmallRows = 64, kSmallBytes = kSmallRows * kTileRowBytes;
+
+// A tile that reaches beyond the matrix, byte by byte as it lies.
+__global__ void __launch_bounds__(128)
+    probe_load_tile(const __grid_constant__ TensorMap map, unsigned char* out) {
+  TRINE_DYNAMIC_SHARED(tile);
+  TRINE_SHARED_ARRAY(Mbarrier, landed, 1);
+  const SharedAddress barrier = shared_address(landed);
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  for (int part = 0; part < 2; ++part) {
+    if (threadIdx.x == 0) {
+      mbarrier_arrive_expect(barrier, kTileBytes);
+      load_tile(shared_address(tile), map, part * kTileRowBytes, part * kTileRows, barrier);
+    }
+    mbarrier_wait(barrier, uint32_t(part));
+    for (int i = int(threadIdx.x); i < kTileBytes; i += 128) out[part * kTileBytes + i] = tile[i];
+    __syncthreads();
+  }
+}
+
+// Each block of a pair loads half of a tile into both; then each arrives at the other's barrier.
+__global__ void __launch_bounds__(32)
+    probe_multicast(const __grid_constant__ TensorMap map, unsigned char* out) {
+  TRINE_DYNAMIC_SHARED(tile);
+  TRINE_SHARED_ARRAY(Mbarrier, barriers, 2);
+  const SharedAddress landed = shared_address(barriers), done = shared_address(barriers + 1);
+  const uint32_t rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    mbarrier_init(landed, 1);
+    mbarrier_init(done, 1);
+    fence_mbarrier_init();
+  }
+  cluster_sync();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect(landed, 2 * kSmallBytes);
+    load_tile_multicast(shared_address(tile) + rank * kSmallBytes, map, 0, int(rank) * kSmallRows,
+                        landed, 3);
+  }
+  mbarrier_wait(landed, 0);
+  for (int i = int(threadIdx.x); i < 2 * kSmallBytes; i += 32)
+    out[rank * 2 * kSmallBytes + i] = tile[i];
+  __syncthreads();
+  if (threadIdx.x == 0) mbarrier_arrive_remote(done, rank ^ 1u);
+  mbarrier_wait(done, 0);
+}
+
+// Fragments whose bytes count up, through stmatrix and the copy engine into the matrix's corner.
+__global__ void __launch_bounds__(32) probe_store_tile(const __grid_constant__ TensorMap map) {
+  TRINE_DYNAMIC_SHARED(tile);
+  const uint32_t lane = threadIdx.x;
+  for (uint32_t unit = 0; unit < kSmallRows * 8; unit += 32) {
+    uint32_t fragment[4];
+    for (uint32_t i = 0; i < 4; ++i) fragment[i] = (unit + lane) * 0x01010101u + i * 0x11223344u;
+    store_matrices(swizzled(shared_address(tile) + (unit + lane) * 16), fragment);
+  }
+  fence_async_proxy();
+  __syncthreads();
+  if (lane == 0) {
+    store_tile(map, kTileRowBytes, kTileRows, shared_address(tile));
+    store_tile_commit();
+    store_tile_wait_read<0>();
+  }
+}
+
+// The product of two tiles over their 128 bytes of k: A from shared memory, then from registers,
+// each added to what is there.
+template <class Operands, class Sum, int kColumns>
+__global__ void __launch_bounds__(128)
+    probe_wgmma(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+                Sum* out) {
+  TRINE_DYNAMIC_SHARED(tiles);
+  TRINE_SHARED_ARRAY(Mbarrier, landed, 1);
+  const SharedAddress barrier = shared_address(landed), a_tile = shared_address(tiles);
+  const SharedAddress b_tile = a_tile + kSmallBytes;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect(barrier, kSmallBytes + kTileBytes);
+    load_tile(a_tile, a_map, 0, 0, barrier);
+    load_tile(b_tile, b_map, 0, 0, barrier);
+  }
+  mbarrier_wait(barrier, 0);
+
+  uint32_t a[4][4];  // of each k step
+  for (int step = 0; step < 4; ++step)
+    load_matrices(a[step], swizzled(a_tile + uint32_t((16 * warp + lane % 16) * kTileRowBytes +
+                                                      32 * step + 16 * (lane / 16))));
+  Sum sums[kColumns / 2];
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+    wgmma(Operands{}, sums, tile_descriptor(a_tile + 32 * step),
+          tile_descriptor(b_tile + 32 * step), step > 0);
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+    wgmma(Operands{}, sums, a[step], tile_descriptor(b_tile + 32 * step), true);
+  wgmma_commit();
+  wgmma_wait<0>();
+  touch(sums);
+  for (int i = 0; i < kColumns / 2; ++i) out[threadIdx.x * (kColumns / 2) + i] = sums[i];
+}
+
+template <class Operands, class Sum, int kColumns>
+void print_wgmma(const TensorMap& a, const TensorMap& b) {
+  ProbeMemory sums(128 * kColumns / 2 * sizeof(Sum));
+  launch("probe", probe_wgmma<Operands, Sum, kColumns>, {1, 128, kSmallBytes + kTileBytes}, nullptr,
+         a, b, sums.data<Sum>());
+  sums.print();
+}
+
+template <class Operands, class Sum>
+void print_wgmmas(const TensorMap& a, const TensorMap& b) {
+  print_wgmma<Operands, Sum, 8>(a, b);
+  print_wgmma<Operands, Sum, 16>(a, b);
+  print_wgmma<Operands, Sum, 32>(a, b);
+  print_wgmma<Operands, Sum, 64>(a, b);
+  print_wgmma<Operands, Sum, 128>(a, b);
+  print_wgmma<Operands, Sum, 256>(a, b);
+}
+
+// Bytes, or small whole numbers in a 16-bit type, of no obvious pattern.
+void fill(ProbeMemory& memory, int count, int kind) {
+  uint32_t state = 1;
+  for (int i = 0; i < count; ++i) {
+    state = state * 1664525u + 1013904223u;
+    const int number = int(state >> 24);
+    if (kind == 0) {
+      memory.data<uint8_t>()[i] = uint8_t(number);
+      continue;
+    }
+    // The sixteen numbers 0 to 15: bits of float16 (1) and of bfloat16 (2).
+    const float value = float(number % 16);
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (kind == 1 && bits != 0)
+      bits = ((bits >> 13 & 0x3ffu) | ((bits >> 23) - 127 + 15) << 10) << 16;
+    memory.data<uint16_t>()[i] = uint16_t(bits >> 16);
+  }
+}
+
+}  // namespace
+
+int main() {
+  ProbeMemory matrix(kRows * kRowBytes);
+  fill(matrix, kRows * kRowBytes, 0);
+  const TensorMap map =
+      make_tensor_map("probe", matrix.data<void>(), kRows, kRowBytes, kRowBytes, kTileRows);
+  ProbeMemory tiles(2 * kTileBytes);
+  launch("probe", probe_load_tile, {1, 128, kTileBytes}, nullptr, map, tiles.data<unsigned char>());
+  tiles.print();
+
+  const TensorMap small =
+      make_tensor_map("probe", matrix.data<void>(), kRows, kRowBytes, kRowBytes, kSmallRows);
+  ProbeMemory pairs(4 * kSmallBytes);
+  launch("probe", probe_multicast, {2, 32, 2 * kSmallBytes, 2}, nullptr, small,
+         pairs.data<unsigned char>());
+  pairs.print();
+
+  launch("probe", probe_store_tile, {1, 32, kSmallBytes}, nullptr, small);
+  matrix.print();
+
+  for (int kind = 0; kind < 3; ++kind) {
+    ProbeMemory a(kSmallBytes), b(kTileBytes);
+    fill(a, kind == 0 ? kSmallBytes : kSmallBytes / 2, kind);
+    fill(b, kind == 0 ? kTileBytes : kTileBytes / 2, kind);
+    const TensorMap a_map = make_tensor_map("probe", a.data<void>(), kSmallRows, kTileRowBytes,
+                                            kTileRowBytes, kSmallRows);
+    const TensorMap b_map = make_tensor_map("probe", b.data<void>(), kTileRows, kTileRowBytes,
+                                            kTileRowBytes, kTileRows);
+    a.print();
+    b.print();
+    if (kind == 0) print_wgmmas<S8, int32_t>(a_map, b_map);
+    if (kind == 1) print_wgmmas<F16, float>(a_map, b_map);
+    if (kind == 2) print_wgmmas<Bf16, float>(a_map, b_map);
+  }
+}

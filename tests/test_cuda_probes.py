@@ -1,0 +1,167 @@
+"""Fragment and tile layouts: the emulation against formulas of the PTX ISA, a GPU against both."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import cuda_kernels
+import numpy as np
+import pytest
+import torch
+
+PROBES = Path(__file__).with_name("cuda_probes")
+# Words of a lane hold 4 signed bytes or 2 values of 16 bits.
+S8, F16, BF16 = (np.int32, 4), (np.float32, 2), (np.float32, 2)
+
+
+class Output:
+    """What a probe printed, read piece by piece."""
+
+    def __init__(self, raw: bytes):
+        self.raw = raw
+
+    def take(self, dtype: type, *shape: int) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        piece, self.raw = self.raw[:size], self.raw[size:]
+        return np.frombuffer(piece, dtype).reshape(shape)
+
+
+def emulated(name: str) -> bytes:
+    program = cuda_kernels.build_program(f"probes_{name}", PROBES / f"{name}.cu")
+    return subprocess.run([program], capture_output=True, check=True, timeout=300).stdout
+
+
+def mma_elements(per_word: int):
+    """(row, column) of A and (row, column) of B for each lane and element, of m16n8k(8 * per_word).
+
+    PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "...m16n8k32": a word
+    holds consecutive k; words 0, 2 of A are of row lane / 4, words 1, 3 of the row eight below;
+    words 2, 3 of A and word 1 of B are of the second half of k.
+    """
+    lane = np.arange(32)[:, None, None]
+    inside = np.arange(per_word)[None, None, :]
+    word = np.arange(4)[None, :, None]
+    k = (lane % 4) * per_word + inside
+    half = 4 * per_word
+    a = (lane // 4 + 8 * (word % 2) + 0 * inside, k + half * (word // 2))
+    word = np.arange(2)[None, :, None]
+    b = (k + half * word, lane // 4 + 0 * (word + inside))
+    return [np.broadcast_arrays(*pair) for pair in (a, b)]
+
+
+@pytest.fixture(scope="module")
+def sm80() -> Output:
+    return Output(emulated("sm80"))
+
+
+@pytest.fixture(scope="module")
+def sm90a() -> Output:
+    return Output(emulated("sm90a"))
+
+
+def test_sm80_fragments(sm80):
+    for sum_dtype, per_word in (S8, F16, BF16):
+        (a_row, a_column), (b_row, b_column) = mma_elements(per_word)
+        count = a_row.size
+        sums = sm80.take(sum_dtype, count, 2, 32, 4)
+        lane_of = np.zeros((8 * per_word, 8))
+        index_of = np.zeros((8 * per_word, 8))
+        for lane in range(32):
+            for i, (row, column) in enumerate(
+                zip(b_row[lane].flat, b_column[lane].flat, strict=True)
+            ):
+                lane_of[row, column], index_of[row, column] = lane + 1, i + 1
+        lane = np.arange(32)[:, None]
+        sum_row = lane // 4 + 8 * (np.arange(4) // 2)
+        sum_column = lane % 4 * 2 + np.arange(4) % 2
+        for hot, (row, column) in enumerate(zip(a_row.flat, a_column.flat, strict=True)):
+            for told, where in enumerate((lane_of, index_of)):
+                expected = np.where(sum_row == row, where[column][sum_column], 0)
+                np.testing.assert_array_equal(sums[hot, told], expected)
+    fragments = sm80.take(np.uint32, 32, 4)
+    word = np.arange(128, dtype=np.uint32) * np.uint32(0x01010101) + np.uint32(0x3020100)
+    rows = word.reshape(4, 8, 4)  # matrix, row, word
+    lanes = np.arange(32)
+    np.testing.assert_array_equal(fragments, rows[:, lanes // 4, lanes % 4].T)
+    copied = sm80.take(np.uint8, 32, 16)
+    valid = (np.arange(32) % 3 != 0)[:, None]
+    np.testing.assert_array_equal(
+        copied, (np.arange(512) * 7 % 256).astype(np.uint8).reshape(32, 16) * valid
+    )
+    assert not sm80.raw
+
+
+def unswizzled(tile: np.ndarray) -> np.ndarray:
+    """Rows of 128 bytes from a tile as it lies: unit u of row r is at unit u xor r % 8."""
+    rows = np.arange(tile.shape[0])[:, None]
+    units = np.arange(8)[None, :] ^ rows % 8
+    return tile.reshape(-1, 8, 16)[rows, units].reshape(-1, 128)
+
+
+def values_of(raw: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "s8":
+        return raw.view(np.int8).astype(np.float64)
+    dtype = torch.float16 if kind == "f16" else torch.bfloat16
+    return torch.from_numpy(raw.copy()).view(dtype).double().numpy()
+
+
+def test_sm90a_tiles_and_products(sm90a):
+    tiles = sm90a.take(np.uint8, 2, 256, 128)
+    pairs = sm90a.take(np.uint8, 2, 2, 64, 128)
+    matrix = sm90a.take(np.uint8, 300, 208)
+    numbers = np.zeros(300 * 208, np.uint32)
+    state = 1
+    for i in range(numbers.size):
+        state = (state * 1664525 + 1013904223) % 2**32
+        numbers[i] = state >> 24
+    original = numbers.astype(np.uint8).reshape(300, 208)
+    beyond = np.zeros((512, 256), np.uint8)
+    beyond[:300, :208] = original
+    np.testing.assert_array_equal(unswizzled(tiles[0]), beyond[:256, :128])
+    np.testing.assert_array_equal(unswizzled(tiles[1]), beyond[256:, 128:])
+    for block in range(2):
+        for half in range(2):
+            np.testing.assert_array_equal(
+                unswizzled(pairs[block, half]), original[64 * half : 64 * half + 64, :128]
+            )
+    # Fragment i of lane l goes to row l / 4 of matrix i, whose address lane 8i + l / 4 brought.
+    stored = np.zeros((512, 16), np.uint8)
+    for base in range(0, 512, 32):
+        for lane in range(32):
+            for i in range(4):
+                word = np.uint32(((base + lane) * 0x01010101 + i * 0x11223344) % 2**32)
+                at = 4 * (lane % 4)
+                stored[base + 8 * i + lane // 4, at : at + 4] = np.frombuffer(word.tobytes(), "u1")
+    expected = original.copy()
+    expected[256:300, 128:208] = stored.reshape(64, 128)[:44, :80]
+    np.testing.assert_array_equal(matrix, expected)
+
+    for kind in ("s8", "f16", "bf16"):
+        a = values_of(sm90a.take(np.uint8, 64, 128), kind)
+        b = values_of(sm90a.take(np.uint8, 256, 128), kind)
+        product = 2 * a @ b.T
+        for columns in (8, 16, 32, 64, 128, 256):
+            sums = sm90a.take(np.int32 if kind == "s8" else np.float32, 4, 8, 4, columns // 8, 2, 2)
+            # warp, row in eight, column pair, eight columns, row eight below, column of the pair
+            whole = sums.transpose(0, 4, 1, 3, 2, 5).reshape(64, columns)
+            np.testing.assert_array_equal(whole, product[:, :columns])
+    assert not sm90a.raw
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["sm80", "sm90a"])
+def test_gpu_agrees_with_the_emulation(name, tmp_path):
+    nvcc = shutil.which("nvcc") or pytest.skip("nvcc was not found")
+    capability = torch.cuda.get_device_capability()
+    if name == "sm90a" and capability != (9, 0):
+        pytest.skip("sm_90a code runs on compute capability 9.0 only")
+    target = "90a" if name == "sm90a" else "{}{}".format(*capability)
+    program = tmp_path / name
+    command = [nvcc, "-std=c++20", f"-gencode=arch=compute_{target},code=sm_{target}"]
+    command += [f"-I{cuda_kernels.ROOT / 'csrc'}", f"-I{PROBES / 'device'}"]
+    subprocess.run([*command, str(PROBES / f"{name}.cu"), "-o", str(program)], check=True)
+    output = subprocess.run([program], capture_output=True, check=True, timeout=60).stdout
+    expected = emulated(name)
+    assert len(output) == len(expected)
+    differ = np.flatnonzero(np.frombuffer(output, "u1") != np.frombuffer(expected, "u1"))
+    assert differ.size == 0, f"{differ.size} bytes differ, the first is byte {differ[0]}"
