@@ -1,1 +1,1 @@
-"""Speed, measured: `python -m benchmarks.run`, or `pytest benchmarks --benchmark-only`."""
+"""Speed, measured: `python -m benchmarks.run cpu`, or `pytest benchmarks --benchmark-only`."""

@@ -1,34 +1,31 @@
-"""int8_linear against a float linear layer."""
+"""int8_linear at the shapes of language models."""
 
 import pytest
-import torch
 from torch import Tensor
 from trine.ops import int8_linear, pack_int8
-from trine.ops.int8_linear import reference
+from trine.quantize.weights import int8_absmax
 
-from benchmarks.case import run_under_pytest
-from benchmarks.linear_cases import LinearOp, linear_cases
-
-
-def _weights(n: int, k: int) -> tuple[Tensor, ...]:
-    return pack_int8(torch.randint(-127, 128, (n, k), dtype=torch.int8)), torch.rand(n) / 64
+from benchmarks.linear_cases import LinearOp, Packed, pytest_cases, run_under_pytest
 
 
-CASES = linear_cases(
+def _pack(weight: Tensor) -> Packed:
+    codes, scale = int8_absmax(weight)
+    return Packed((pack_int8(codes), scale), codes, scale)
+
+
+OPS = [
     LinearOp(
-        name="int8_linear",
+        op="int8_linear",
         variant="",
-        weights=_weights,
+        pack=_pack,
         run=int8_linear,
-        reference=reference.int8_linear,
-        tolerance=0.0,
         bits_per_weight=8,
         products=1,
-        integer=True,
+        rivals=("fp32", "bf16", "int8"),
     )
-)
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", pytest_cases(OPS), ids=str)
 def test_int8_linear(benchmark, case):
     run_under_pytest(benchmark, case)

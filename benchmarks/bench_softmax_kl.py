@@ -1,62 +1,94 @@
 """softmax_kl, forward and backward, against the loss written in PyTorch."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from trine.ops import softmax_kl
 
-from benchmarks.case import Case, Prepared, Work, run_under_pytest
+from benchmarks.case import (
+    Comparison,
+    Contestant,
+    WrongResult,
+    hot,
+    kernel_of,
+    relative_error,
+    sentence,
+)
+from benchmarks.ceilings import Work
+from benchmarks.peers.loss import PEERS, eager_kl
 
 SHAPES = ((4096, 1000), (1024, 32000))  # (rows, classes): ImageNet's classes, Llama's vocabulary
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEMPERATURE = 2.0
 
-
-def _eager(student: Tensor, teacher: Tensor) -> Tensor:
-    log_p_student = F.log_softmax(student / TEMPERATURE, -1)
-    p_teacher = F.softmax(teacher / TEMPERATURE, -1)
-    return F.kl_div(log_p_student, p_teacher, reduction="batchmean") * TEMPERATURE**2
+Loss = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def _gradient(loss, student: Tensor, teacher: Tensor) -> Tensor:
+def _gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
-        return torch.autograd.grad(loss(student, teacher), student)[0]
+        return torch.autograd.grad(loss(student, teacher, TEMPERATURE), student)[0]
 
 
-def _ours(student: Tensor, teacher: Tensor) -> Tensor:
-    return softmax_kl(student, teacher, TEMPERATURE)
+def _logits(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(rows, classes, generator=generator) for _ in range(2))
+    return student.to(dtype).requires_grad_(), teacher.to(dtype)
 
 
-def _case(rows: int, classes: int, dtype: torch.dtype) -> Case:
-    def prepare() -> Prepared:
-        generator = torch.Generator().manual_seed(0)
-        student = torch.randn(rows, classes, generator=generator).to(dtype).requires_grad_()
-        teacher = torch.randn(rows, classes, generator=generator).to(dtype)
-        return Prepared(
-            ours=lambda: _gradient(_ours, student, teacher),
-            baseline=lambda: _gradient(_eager, student, teacher),
-            check=lambda: _check(student[:16].detach(), teacher[:16]),
-        )
-
-    # Forward reads both rows, backward reads both and writes one: five passes over the logits.
-    bytes_moved = 5 * rows * classes * dtype.itemsize
-    name = str(dtype).removeprefix("torch.")
-    shape = f"rows={rows} classes={classes}"
-    return Case("softmax_kl", f"{name} fwd+bwd", shape, f"eager {name}", Work(bytes_moved), prepare)
+def _error(loss: Loss, student: Tensor, teacher: Tensor) -> float:
+    """Of the gradient at some rows, norm-wise against float64."""
+    part = slice(0, 64)
+    student, teacher = student[part].detach(), teacher[part]
+    actual = _gradient(loss, student.clone().requires_grad_(), teacher)
+    expected = _gradient(eager_kl, student.double().requires_grad_(), teacher.double())
+    return relative_error(actual, expected)
 
 
-def _check(student: Tensor, teacher: Tensor) -> None:
-    actual = _gradient(_ours, student.clone().requires_grad_(), teacher).double()
-    expected = _gradient(_eager, student.double().requires_grad_(), teacher.double())
+def _check(student: Tensor, teacher: Tensor) -> float:
+    error = _error(softmax_kl, student, teacher)
     # fp32: 1e-5 norm-wise; bf16: half a unit in the last place of each value
-    tolerance = 1e-5 if student.dtype == torch.float32 else 2.0**-8
-    error = ((actual - expected).norm() / expected.norm()).item()
-    assert error <= tolerance, f"softmax_kl: gradient error {error:.2e} exceeds {tolerance:.2e}"
+    limit = 1e-5 if student.dtype == torch.float32 else 2.0**-8
+    if not error <= limit:
+        raise WrongResult(f"the gradient's error {error:.2e} exceeds {limit:.2e}")
+    return error
 
 
-CASES = [_case(r, c, dtype) for r, c in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+def comparisons(threads: int, quick: bool) -> Iterator[Comparison]:
+    for rows, classes in SHAPES:
+        for kind, dtype in DTYPES.items():
+            yield _comparison(rows, classes, kind, dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_softmax_kl(benchmark, case):
-    run_under_pytest(benchmark, case)
+def _comparison(rows: int, classes: int, kind: str, dtype: torch.dtype) -> Comparison:
+    student, teacher = _logits(rows, classes, dtype)
+    # Both rows of logits are read and a gradient is written, however it is done.
+    work = Work(bytes_moved=3 * rows * classes * dtype.itemsize)
+    contestants, failures, wrong = [], {}, {}
+
+    def enter(name: str, loss: Loss, error: float | None, **about) -> None:
+        timed = hot([partial(_gradient, loss, student, teacher)])
+        contestants.append(Contestant(f"{name} {kind}", timed, work, error, **about))
+
+    try:
+        rivals = tuple(f"{name} {kind}" for name, (_, competes) in PEERS.items() if competes)
+        about = dict(op="softmax_kl", kernel=kernel_of("softmax_kl"), rivals=rivals)
+        enter("softmax_kl", softmax_kl, _check(student, teacher), **about, baseline=f"eager {kind}")
+    except WrongResult as reason:
+        wrong[f"softmax_kl {kind}"] = str(reason)
+    for name, (loss, competes) in PEERS.items():
+        try:
+            enter(name, loss, _error(loss, student, teacher) if competes else None)
+        except Exception as reason:  # a peer's trouble of any kind is a row of the table
+            failures[f"{name} {kind}"] = sentence(reason)
+    return Comparison({"rows": rows, "classes": classes}, "", contestants, failures, wrong)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize(("rows", "classes"), SHAPES)
+def test_softmax_kl(benchmark, rows, classes, kind):
+    student, teacher = _logits(rows, classes, DTYPES[kind])
+    _check(student, teacher)
+    benchmark(_gradient, softmax_kl, student, teacher)

@@ -1,4 +1,4 @@
-"""sparse24_linear with fp32, bf16 and int8 values against a dense float linear layer."""
+"""sparse24_linear with fp32, bf16 and int8 values at the shapes of language models."""
 
 from functools import partial
 
@@ -6,72 +6,55 @@ import pytest
 import torch
 from torch import Tensor
 from trine.ops import pack_sparse24, sparse24_linear
-from trine.ops.sparse24_linear import reference
+from trine.quantize.weights import sparse24, sparse24_int8
 
-from benchmarks.case import run_under_pytest
-from benchmarks.linear_cases import LinearOp, linear_cases
+from benchmarks.linear_cases import LinearOp, Packed, pytest_cases, run_under_pytest
 
 INDEX_BITS = 1  # a nibble for four weights
 
 
-def _two_of_four(n: int, k: int) -> Tensor:
-    """True at two random places of each four."""
-    order = torch.rand(n, k // 4, 4).argsort(-1)
-    return (order < 2).reshape(n, k)
+def _pack_float(dtype: torch.dtype, weight: Tensor) -> Packed:
+    kept, _ = sparse24(weight.to(dtype))
+    return Packed(pack_sparse24(kept), kept)
 
 
-def _float_weights(dtype: torch.dtype, n: int, k: int) -> tuple[Tensor, ...]:
-    return pack_sparse24((torch.randn(n, k) * _two_of_four(n, k)).to(dtype))
-
-
-def _int8_weights(n: int, k: int) -> tuple[Tensor, ...]:
-    dense = torch.randint(-127, 128, (n, k), dtype=torch.int8) * _two_of_four(n, k)
-    return *pack_sparse24(dense), torch.rand(n) / 64
+def _pack_int8(weight: Tensor) -> Packed:
+    codes, scale = sparse24_int8(weight)
+    return Packed((*pack_sparse24(codes), scale), codes, scale)
 
 
 def _run_int8(x: Tensor, values: Tensor, indices: Tensor, scale: Tensor) -> Tensor:
     return sparse24_linear(x, values, indices, weight_scale=scale)
 
 
-def _reference_int8(x: Tensor, values: Tensor, indices: Tensor, scale: Tensor) -> Tensor:
-    return reference.sparse24_linear(x, values, indices, weight_scale=scale)
-
-
-def _float_op(variant: str, dtype: torch.dtype, tolerance: float) -> LinearOp:
+def _float_op(variant: str, dtype: torch.dtype, **judged) -> LinearOp:
     return LinearOp(
-        name="sparse24_linear",
+        op="sparse24_linear",
         variant=variant,
-        weights=partial(_float_weights, dtype),
+        pack=partial(_pack_float, dtype),
         run=sparse24_linear,
-        reference=reference.sparse24_linear,
-        tolerance=tolerance,
         bits_per_weight=torch.finfo(dtype).bits / 2 + INDEX_BITS,
         products=0.5,
-        integer=False,
-        baseline_dtype=dtype,
+        dtype=dtype,
+        **judged,
     )
 
 
-CASES = [
-    # fp32 sums of 1280 terms in another order than the reference's; one bf16 rounding
-    *linear_cases(_float_op("fp32 values", torch.float32, tolerance=1e-5)),
-    *linear_cases(_float_op("bf16 values", torch.bfloat16, tolerance=2.0**-8)),
-    *linear_cases(
-        LinearOp(
-            name="sparse24_linear",
-            variant="int8 values",
-            weights=_int8_weights,
-            run=_run_int8,
-            reference=_reference_int8,
-            tolerance=0.0,
-            bits_per_weight=4 + INDEX_BITS,
-            products=0.5,
-            integer=True,
-        )
+OPS = [
+    LinearOp(
+        op="sparse24_linear",
+        variant="int8",
+        pack=_pack_int8,
+        run=_run_int8,
+        bits_per_weight=4 + INDEX_BITS,
+        products=0.5,
+        rivals=("fp32", "bf16", "int8"),
     ),
+    _float_op("fp32", torch.float32, rivals=("fp32", "sparse")),
+    _float_op("bf16", torch.bfloat16, rivals=("bf16",), baseline="nn.Linear bf16"),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", pytest_cases(OPS), ids=str)
 def test_sparse24_linear(benchmark, case):
     run_under_pytest(benchmark, case)

@@ -1,34 +1,31 @@
-"""ternary_linear against a float linear layer."""
+"""ternary_linear at the shapes of language models."""
 
 import pytest
-import torch
 from torch import Tensor
 from trine.ops import pack_ternary, ternary_linear
-from trine.ops.ternary_linear import reference
+from trine.quantize.weights import ternary_absmean
 
-from benchmarks.case import run_under_pytest
-from benchmarks.linear_cases import LinearOp, linear_cases
-
-
-def _weights(n: int, k: int) -> tuple[Tensor, ...]:
-    return pack_ternary(torch.randint(-1, 2, (n, k), dtype=torch.int8)), torch.rand(1) / 64
+from benchmarks.linear_cases import LinearOp, Packed, pytest_cases, run_under_pytest
 
 
-CASES = linear_cases(
+def _pack(weight: Tensor) -> Packed:
+    codes, scale = ternary_absmean(weight)
+    return Packed((pack_ternary(codes), scale), codes, scale)
+
+
+OPS = [
     LinearOp(
-        name="ternary_linear",
+        op="ternary_linear",
         variant="",
-        weights=_weights,
+        pack=_pack,
         run=ternary_linear,
-        reference=reference.ternary_linear,
-        tolerance=0.0,
         bits_per_weight=2,
         products=1,
-        integer=True,
+        rivals=("fp32", "bf16", "int8", "ternary"),
     )
-)
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", pytest_cases(OPS), ids=str)
 def test_ternary_linear(benchmark, case):
     run_under_pytest(benchmark, case)

@@ -1,58 +1,94 @@
-"""A benchmark case: one op at one shape, with a float baseline and the work that it must do."""
+"""What is compared: contestants for one piece of work, ours and others', checked before timing."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle
 
 import torch
 from torch import Tensor
+from trine import _C, backends
+
+from benchmarks.ceilings import Work
+from benchmarks.measure import Call, Timed
 
 # A model visits each layer once per pass, so a layer's weights come from memory, not from a cache.
-# Weights are rotated through this many bytes: more than the last-level cache of common servers.
+# "Cold" rotates them through this many bytes: more than the last-level cache of common servers.
 ROTATED_BYTES = 192 << 20
 
+Bind = Callable[[Tensor], Call]  # of an input: the call that runs a layer on it
 
-@dataclass(frozen=True)
-class Work:
-    """The least that any implementation of a case must do."""
 
-    bytes_read: int
-    int8_ops: int = 0  # multiplications and additions of int8 dot products
-    fp32_ops: int = 0
+class WrongResult(Exception):
+    """A kernel of ours computes something else than its definition: it is not timed."""
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A case with its data in memory, ready to run."""
-
-    ours: Callable[[], object]
-    baseline: Callable[[], object]
-    check: Callable[[], None]  # raises AssertionError where our result is wrong
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    variant: str  # what distinguishes it from the op's other cases, such as the dtype
-    shape: str
-    baseline: str
+class Contestant:
+    name: str
+    timed: Timed
     work: Work
-    prepare: Callable[[], Prepared]
-
-    def __str__(self) -> str:
-        return f"{self.op} {self.variant} {self.shape}".replace("  ", " ")
-
-
-def run_under_pytest(benchmark, case: Case) -> None:
-    """The body of every pytest-benchmark test: a wrong kernel is never timed."""
-    prepared = case.prepare()
-    prepared.check()
-    with torch.inference_mode():
-        benchmark(prepared.ours)
+    error: float | None  # norm-wise against float64, of the result with the weights it was given
+    op: str | None = None  # ours: the op; None: a peer
+    kernel: str = ""
+    rivals: tuple[str, ...] = ()  # ours: the peers it is judged by
+    baseline: str = ""  # ours: the float PyTorch that every row is compared with
 
 
-def rotate(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Equal copies of `tensors` in turn, together at least ROTATED_BYTES, for ever."""
+@dataclass(frozen=True)
+class Comparison:
+    """Contestants timed in turns. `failures`: who is not among them, and the reason."""
+
+    shape: dict[str, int]
+    weights: str  # "hot": the same each call; "cold": from memory
+    contestants: Sequence[Contestant]
+    failures: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)  # our kernels that were refused
+
+
+def copies_to_rotate(size: int) -> int:
+    return max(1, -(-ROTATED_BYTES // max(size, 1)))
+
+
+def copies(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Equal copies of `tensors`, together at least ROTATED_BYTES."""
     size = sum(t.numel() * t.element_size() for t in tensors)
-    copies = -(-ROTATED_BYTES // max(size, 1))
-    return cycle([tuple(t.clone() for t in tensors) for _ in range(copies)])
+    return [tuple(t.clone() for t in tensors) for _ in range(copies_to_rotate(size))]
+
+
+def hot(calls: Sequence[Call]) -> Timed:
+    """The same weights each time: a first call, untimed, brings them back into the caches."""
+    return Timed(calls[0], before=calls[0])
+
+
+def cold(calls: Sequence[Call], size: int) -> Timed:
+    """The weights of each of `calls` in turn; where those do not fill ROTATED_BYTES, other memory
+    is read before every call instead."""
+    if len(calls) >= copies_to_rotate(size):
+        turns: Iterator[Call] = cycle(calls)
+        return Timed(lambda: next(turns)(), before=lambda: None)
+    return Timed(calls[0], before=_empty_caches, repeatable=False)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm-wise; `expected` is float64."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def kernel_of(op: str, values: str = "") -> str:
+    """The kernel in force. An op with a table for each kind of weight values has several."""
+    kernels = {entry.op: entry.kernel for entry in backends.describe().ops}
+    return kernels.get(op) or kernels[f"{op} ({values} values)"]
+
+
+def sentence(error: Exception) -> str:
+    """Why a peer did not run, short enough for a table."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:160]
+
+
+_other_memory: list[Tensor] = []
+
+
+def _empty_caches() -> None:
+    if not _other_memory:
+        _other_memory.append(torch.ones(ROTATED_BYTES, dtype=torch.uint8))
+    _C.read_memory(_other_memory[0].data_ptr(), ROTATED_BYTES, 4, 0)

@@ -1,64 +1,191 @@
-"""The cases that every linear op runs: layers of a 2B-parameter language model, 1 to 512 rows."""
+"""What every linear op runs: layers of language models, 1 to 512 rows, against the same peers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from trine.ops.int8_linear import reference as int8_reference
 
-from benchmarks.case import Case, Prepared, Work, rotate
+from benchmarks.case import (
+    Comparison,
+    Contestant,
+    WrongResult,
+    cold,
+    copies,
+    copies_to_rotate,
+    hot,
+    kernel_of,
+    relative_error,
+    sentence,
+)
+from benchmarks.ceilings import Work
+from benchmarks.measure import Call
+from benchmarks.peers.linear import PEERS, Peer
 
-# (N, K) of BitNet b1.58 2B: attention projections and the feed-forward layer; and a square 16M.
-LAYERS = ((2560, 2560), (6912, 2560), (4096, 4096))
+# (N, K): the attention projections and the feed-forward layer of BitNet b1.58 2B, and a 4k square.
+LAYERS = ((2560, 2560), (4096, 4096), (6912, 2560))
 ROWS = (1, 8, 32, 128, 512)
 
 
 @dataclass(frozen=True)
-class LinearOp:
-    """How to run a linear op on random weights, and what it must read and compute."""
+class Packed:
+    arguments: tuple[Tensor, ...]  # of the op, after x: all that comes from memory
+    values: Tensor  # dense [N, K]: int8 codes, or floats
+    scale: Tensor | None = None  # of the codes, [N] or [1]
 
-    name: str
+    def dense(self) -> Tensor:
+        """What the packed weight stands for, float64."""
+        values = self.values.double()
+        return values if self.scale is None else values * self.scale.double()[:, None]
+
+
+@dataclass(frozen=True)
+class LinearOp:
+    """How to run a linear op, what it must read and compute, and whom it must beat."""
+
+    op: str
     variant: str
-    weights: Callable[[int, int], tuple[Tensor, ...]]  # of n, k: all that comes from memory
-    run: Callable[..., Tensor]  # of x and the weights
-    reference: Callable[..., Tensor]
-    tolerance: float  # largest error against the reference, norm-wise; 0 means equal bits
+    pack: Callable[[Tensor], Packed]  # of a dense weight, float32 [N, K]
+    run: Callable[..., Tensor]  # of x and the packed arguments
     bits_per_weight: float
     products: float  # multiplications per weight of the dense matrix
-    integer: bool
-    baseline_dtype: torch.dtype = torch.float32
+    rivals: tuple[str, ...]  # groups of peers
+    baseline: str = "nn.Linear fp32"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.variant}".strip()
+
+    def work(self, m: int, n: int, k: int) -> Work:
+        ops = round(2 * m * n * k * self.products)
+        read = round(n * k * self.bits_per_weight / 8)
+        integer = "int8" in self.rivals
+        return Work(read, int8_ops=ops) if integer else Work(read, fp32_ops=ops)
 
 
-def linear_cases(op: LinearOp) -> list[Case]:
-    return [_case(op, m, n, k) for n, k in LAYERS for m in ROWS]
+def comparisons(
+    ops: Sequence[LinearOp], layers: Sequence[tuple[int, int]], rows: Sequence[int], threads: int
+) -> Iterator[Comparison]:
+    """Every op and every peer that one of them is judged by, at each shape, hot and cold."""
+    groups = {group for op in ops for group in op.rivals} | {"fp32"}
+    peers = [peer for peer in PEERS if peer.group in groups]
+    for n, k in layers:
+        yield from _layer(ops, peers, n, k, rows, threads)
 
 
-def _case(op: LinearOp, m: int, n: int, k: int) -> Case:
-    def prepare() -> Prepared:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(m, k, generator=generator).to(op.baseline_dtype)
-        weights = op.weights(n, k)
-        ours = rotate(weights)
-        dense = rotate((torch.randn(n, k, generator=generator).to(op.baseline_dtype),))
-        return Prepared(
-            ours=lambda: op.run(x, *next(ours)),
-            baseline=lambda: F.linear(x, *next(dense)),
-            check=lambda: _check(op, x, weights),
-        )
+def _layer(
+    ops: Sequence[LinearOp],
+    peers: Sequence[Peer],
+    n: int,
+    k: int,
+    rows: Sequence[int],
+    threads: int,
+) -> Iterator[Comparison]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(max(rows), k, generator=generator)
+    weight = torch.randn(n, k, generator=generator) / k**0.5
 
-    ops = round(2 * m * n * k * op.products)
-    work = Work(
-        bytes_read=round(n * k * op.bits_per_weight / 8),
-        int8_ops=ops if op.integer else 0,
-        fp32_ops=0 if op.integer else ops,
-    )
-    baseline = f"F.linear {str(op.baseline_dtype).removeprefix('torch.')}"
-    return Case(op.name, op.variant, f"M={m} N={n} K={k}", baseline, work, prepare)
+    packed = {op: op.pack(weight) for op in ops}
+    ours = {op: [partial(_run, op, args) for args in copies(packed[op].arguments)] for op in ops}
+    theirs, failures = {}, {}
+    for peer in peers:
+        count = copies_to_rotate(round(n * k * peer.bits_per_weight / 8))
+        try:
+            theirs[peer] = peer.make(weight, count, threads)
+        except Exception as error:  # a peer's trouble of any kind is a row of the table
+            failures[peer.name] = sentence(error)
+    for m in rows:
+        contestants = {"hot": [], "cold": []}
+        failed, wrong = dict(failures), {}
+        for op in ops:
+            calls = [bind(x[:m].to(op.dtype)) for bind in ours[op]]
+            try:
+                error = check(op, packed[op], x[:m].to(op.dtype), calls[0]())
+            except WrongResult as reason:
+                wrong[op.name] = str(reason)
+                continue
+            rivals = tuple(p.name for p in peers if p.group in op.rivals)
+            about = dict(
+                op=op.op,
+                kernel=kernel_of(op.op, "float" if packed[op].scale is None else "int8"),
+                rivals=rivals,
+            )
+            _enter(contestants, op, calls, m, n, k, error, **about, baseline=op.baseline)
+        for peer, binds in theirs.items():
+            try:
+                calls = [bind(x[:m]) for bind in binds]
+                expected = x[:m].double() @ peer.stands_for(weight).double().T
+                error = relative_error(calls[0](), expected)
+            except Exception as reason:
+                failed[peer.name] = sentence(reason)
+                continue
+            _enter(contestants, peer, calls, m, n, k, error)
+        for weights, entered in contestants.items():
+            yield Comparison({"M": m, "N": n, "K": k}, weights, entered, failed, wrong)
 
 
-def _check(op: LinearOp, x: Tensor, weights: tuple[Tensor, ...]) -> None:
-    x = x[:8]  # the reference is slow; rows do not depend on each other
-    actual, expected = op.run(x, *weights).double(), op.reference(x, *weights).double()
-    error = ((actual - expected).norm() / expected.norm()).item()
-    assert error <= op.tolerance, f"{op.name}: error {error:.2e} exceeds {op.tolerance:.2e}"
+def _run(op: LinearOp, arguments: tuple[Tensor, ...], x: Tensor) -> Call:
+    return partial(op.run, x, *arguments)
+
+
+def _enter(
+    contestants: dict[str, list[Contestant]],
+    who: LinearOp | Peer,
+    calls: Sequence[Call],
+    m: int,
+    n: int,
+    k: int,
+    error: float,
+    **about,
+) -> None:
+    size = round(n * k * who.bits_per_weight / 8)
+    for weights, timed in (("hot", hot(calls)), ("cold", cold(calls, size))):
+        contestants[weights].append(Contestant(who.name, timed, who.work(m, n, k), error, **about))
+
+
+def check(op: LinearOp, packed: Packed, x: Tensor, actual: Tensor) -> float:
+    """The error against float64; raises WrongResult where it is more than the op may make."""
+    if packed.scale is not None:  # integer ops: every bit is fixed
+        expected = int8_reference.int8_linear(x, packed.values, packed.scale)
+        if not torch.equal(actual, expected):
+            different = int((actual != expected).sum())
+            raise WrongResult(f"{different} of {actual.numel()} values differ from the definition")
+        return relative_error(actual, x.double() @ packed.dense().T)
+    wide, dense = x.double(), packed.dense()
+    expected = wide @ dense.T
+    # Rounding errors of sqrt(K) independent fp32 steps, and one rounding to the result's dtype.
+    sums = 4 * torch.finfo(torch.float32).eps * x.shape[1] ** 0.5 * (wide.abs() @ dense.abs().T)
+    limit = sums + torch.finfo(actual.dtype).eps / 2 * expected.abs()
+    excess = ((actual.double() - expected).abs() / limit).max().item()
+    if not excess <= 1:  # NaN is wrong too
+        raise WrongResult(f"the largest error is {excess:.1f} times what the op may make")
+    return relative_error(actual, expected)
+
+
+@dataclass(frozen=True)
+class PytestCase:
+    op: LinearOp
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.op.name} M={self.m} N={self.n} K={self.k}"
+
+
+def pytest_cases(ops: Sequence[LinearOp]) -> list[PytestCase]:
+    return [PytestCase(op, m, n, k) for op in ops for n, k in LAYERS for m in ROWS]
+
+
+def run_under_pytest(benchmark, case: PytestCase) -> None:
+    """The body of every pytest-benchmark test: cold weights; a wrong kernel is never timed."""
+    packed = case.op.pack(torch.randn(case.n, case.k) / case.k**0.5)
+    x = torch.randn(case.m, case.k).to(case.op.dtype)
+    calls = [_run(case.op, args, x) for args in copies(packed.arguments)]
+    check(case.op, packed, x, calls[0]())
+    size = round(case.n * case.k * case.op.bits_per_weight / 8)
+    with torch.inference_mode():
+        benchmark(cold(calls, size).call)

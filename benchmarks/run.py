@@ -1,86 +1,47 @@
-"""Time every op against float PyTorch and against what this machine can do.
+"""Time every op against its peers and against what this machine can do.
 
-Ours and the baseline alternate in one process; the table shows medians. Weights are rotated through
-192 MB, so that they come from memory as in a model. A case whose result is wrong is not timed.
+Contestants take turns in one process; the tables show medians of the undisturbed samples.
+"hot": the same weights each call. "cold": weights rotated through 192 MB, so that they come from
+memory as in a model. Quantising and dequantising are included. A wrong kernel is not timed, and
+makes the exit status 1.
 
-    python -m benchmarks.run
-    python -m benchmarks.run --op ternary_linear --op int8_linear --threads 1
+    python -m benchmarks.run cpu
+    python -m benchmarks.run cpu --quick
+    python -m benchmarks.run cpu --op ternary_linear --op int8_linear --threads 1
+    python -m benchmarks.run cpu --op int8_linear --isa avx2 --rows 1 --quick
 """
 
 import argparse
-import json
-import os
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 
 import torch
 import trine
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from trine.evaluate.latency import alternate
 
-from benchmarks.case import Case
-from benchmarks.ceilings import Ceilings, measure
+from benchmarks import results, table
+from benchmarks.case import Comparison
+from benchmarks.ceilings import Ceilings, best_of, measure
+from benchmarks.linear_cases import LAYERS, ROWS
+from benchmarks.linear_cases import comparisons as linear_comparisons
+from benchmarks.measure import in_turns
 
-OPS = ("quantize_rows", "ternary_linear", "int8_linear", "sparse24_linear", "softmax_kl")
-RESULTS = Path(__file__).with_name("results")
-
-
-def time_case(case: Case, ceilings: Ceilings) -> dict:
-    """One row of the result: a JSON-able dictionary."""
-    prepared = case.prepare()
-    prepared.check()
-    seconds = alternate({"ours": prepared.ours, "baseline": prepared.baseline})
-    ours, work = seconds["ours"], case.work
-    floor, bound = ceilings.seconds(work)
-    return {
-        "op": case.op,
-        "variant": case.variant,
-        "kernel": kernel_of(case),
-        "shape": case.shape,
-        "threads": ceilings.threads,
-        "median_us": ours * 1e6,
-        "baseline": case.baseline,
-        "speedup": seconds["baseline"] / ours,
-        "gb_s": work.bytes_read / ours / 1e9,
-        "gop_s": (work.int8_ops + work.fp32_ops) / ours / 1e9,
-        "bound": bound,
-        "share_of_ceiling": floor / ours,
-    }
+LINEAR = ("ternary_linear", "int8_linear", "sparse24_linear")
+OTHER = ("quantize_rows", "softmax_kl")
 
 
-def kernel_of(case: Case) -> str:
-    """The kernel in force. An op with a table of kernels for each kind of weight has several."""
-    kinds = {entry.op: entry.kernel for entry in trine.backends.describe().ops}
-    weight = "int8" if case.work.int8_ops else "float"
-    return kinds.get(case.op) or kinds[f"{case.op} ({weight} values)"]
+def comparisons(op: str, threads: int, arguments: argparse.Namespace) -> Iterator[Comparison]:
+    return import_module(f"benchmarks.bench_{op}").comparisons(threads, arguments.quick)
 
 
-def result_table(rows: list[dict]) -> Table:
-    table = Table()
-    for name in ("op", "shape", "kernel"):
-        table.add_column(name)
-    for name in ("threads", "median us", "x float", "GB/s", "GOP/s", "of ceiling"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            f"{row['op']} {row['variant']}".strip(),
-            row["shape"],
-            row["kernel"],
-            str(row["threads"]),
-            f"{row['median_us']:.0f}",
-            f"{row['speedup']:.2f}",
-            f"{row['gb_s']:.1f}",
-            f"{row['gop_s']:.0f}",
-            f"{row['share_of_ceiling']:.0%} {row['bound']}",
-        )
-    return table
+def linear(ops: Sequence[str], threads: int, arguments: argparse.Namespace) -> Iterator[Comparison]:
+    chosen = [o for op in ops for o in import_module(f"benchmarks.bench_{op}").OPS]
+    layers = LAYERS[:2] if arguments.quick else LAYERS
+    return linear_comparisons(chosen, layers, arguments.rows or ROWS, threads)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
@@ -88,66 +49,91 @@ def parse_arguments() -> argparse.Namespace:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--op", action="append", choices=OPS, help="only this op (repeatable)")
-    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all cores")
-    parser.add_argument("--isa", choices=trine.backends.cpu_isas(), help="force CPU kernels")
-    return parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True)
+    cpu = commands.add_parser("cpu", help="time the CPU kernels")
+    cpu.add_argument(
+        "--op", action="append", choices=LINEAR + OTHER, help="only this op (repeatable)"
+    )
+    cpu.add_argument("--threads", type=int, nargs="+", help="default: 1 and all cores")
+    cpu.add_argument("--rows", type=int, nargs="+", help="of linear ops; default: 1 8 32 128 512")
+    cpu.add_argument("--quick", action="store_true", help="fewer shapes and samples, some 3 min")
+    cpu.add_argument("--isa", choices=trine.backends.cpu_isas(), help="force CPU kernels")
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    cores = torch.get_num_threads()
-    thread_counts = arguments.threads or sorted({1, cores})
+class Run:
+    """What a run has measured so far."""
+
+    def __init__(self, console: Console, quick: bool) -> None:
+        self.console, self.quick = console, quick
+        self.ceilings: list[Ceilings] = []
+        self.rows: list[results.Row] = []
+        self.failures: list[results.Row] = []
+        self.wrong = False
+
+    def time(self, work: Iterator[Comparison], threads: int) -> None:
+        """Between two measurements of the ceilings, the better of which judges the rows."""
+        if not self.ceilings or self.ceilings[-1].threads != threads:
+            self.ceilings.append(measure(threads))
+        timed = []
+        for comparison in work:
+            shape = " ".join(f"{key}={value}" for key, value in comparison.shape.items())
+            with self.console.status(f"{threads} threads, {shape}, {comparison.weights}"):
+                timed.append((comparison, self._time(comparison)))
+            self._note_failures(comparison, threads)
+        self.ceilings.append(measure(threads))
+        nearby = best_of(self.ceilings[-2:])
+        for comparison, timings in timed:
+            self.rows += results.rows_of(comparison, timings, nearby)
+
+    def _time(self, comparison: Comparison):
+        calls = {who.name: who.timed for who in comparison.contestants}
+        rounds, budget = (7, 2.0) if self.quick else (15, 10.0)
+        return in_turns(calls, rounds=rounds, budget=budget)
+
+    def _note_failures(self, comparison: Comparison, threads: int) -> None:
+        for name, reason in comparison.failures.items():
+            self.failures.append(
+                {"name": name, **comparison.shape, "threads": threads, "reason": reason}
+            )
+        for name, reason in comparison.wrong.items():
+            self.wrong = True
+            self.failures.append(
+                {"name": name, **comparison.shape, "threads": threads, "reason": f"WRONG: {reason}"}
+            )
+
+
+def cpu(arguments: argparse.Namespace) -> int:
+    thread_counts = arguments.threads or sorted({1, torch.get_num_threads()})
+    ops = arguments.op or LINEAR + OTHER
+    # Piped into a file the tables keep their columns.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    run = Run(console, arguments.quick)
     isa = arguments.isa or trine.backends.cpu_isas()[-1]
-    # Piped into a file the table keeps its columns.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    torch.manual_seed(0)
-
-    rows, ceilings = [], []
     with trine.backends.cpu_isa(isa):
         for threads in thread_counts:
             torch.set_num_threads(threads)
-            ceilings.append(measure(threads))
-            for op in arguments.op or OPS:
-                cases = import_module(f"benchmarks.bench_{op}").CASES
-                label = f"{op}, {threads} threads"
-                for case in track(cases, label, console=console, transient=True):
-                    rows.append(time_case(case, ceilings[-1]))
-
-    console.print(result_table(rows))
-    console.print(
-        "x float: the baseline's median over ours. of ceiling: the least time that reading the "
-        "bytes or computing the products takes here, over ours, and which of the two it is. "
-        "Ceilings are measured before the cases; a clock that rises later lifts shares above 100%."
-    )
-    for c in ceilings:
+            for op in (op for op in OTHER if op in ops):
+                run.time(comparisons(op, threads, arguments), threads)
+            if chosen := [op for op in LINEAR if op in ops]:
+                run.time(linear(chosen, threads, arguments), threads)
+        facts = results.machine_facts("python -m benchmarks.run cpu")
+    for op in ops:
+        console.print(table.op_table(op, run.rows))
+    console.print(table.peer_table(run.rows))
+    for c in run.ceilings:
         console.print(
-            f"ceilings, {c.threads} threads: read {c.read_gb_s:.1f} GB/s, "
-            f"int8 {c.int8_gop_s:.0f} GOP/s, fp32 {c.fp32_gflop_s:.0f} GFLOP/s"
+            f"ceilings, {c.threads} threads: DRAM {c.dram_gb_s:.1f}, L3 {c.l3_gb_s:.1f}, "
+            f"L2 {c.l2_gb_s:.1f} GB/s, int8 {c.int8_gop_s:.0f} GOP/s, fp32 {c.fp32_gflop_s:.0f}"
         )
-    if arguments.op is None and arguments.isa is None:
-        console.print(f"written: {write_results(rows, ceilings)}")
-
-
-def write_results(rows: list[dict], ceilings: list[Ceilings]) -> Path:
-    """Write a whole run beside its final place, then rename it there."""
-    machine = trine.backends.describe()
-    slug = "-".join("".join(c if c.isalnum() else " " for c in machine.processor.lower()).split())
-    path = RESULTS / f"{slug}.json"
-    facts = {
-        "processor": machine.processor,
-        "cores": os.cpu_count(),
-        "isa": machine.isa_in_force,
-        "torch": torch.__version__,
-        "trine": trine.__version__,
-        "command": "python -m benchmarks.run",
-    }
-    result = {"machine": facts, "ceilings": [asdict(c) for c in ceilings], "rows": rows}
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    beside.replace(path)
-    return path
+    for failure in run.failures:
+        console.print(failure)
+    if not (
+        arguments.op or arguments.isa or arguments.threads or arguments.quick or arguments.rows
+    ):
+        console.print(f"written: {results.write(facts, run.ceilings, run.rows, run.failures)}")
+    return 1 if run.wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cpu(parse_arguments()))

@@ -59,8 +59,9 @@ PYBIND11_MODULE(_C, m) {
   // the interpreter lock, so that several Python threads can measure together.
   m.def(
       "read_memory",
-      [](uintptr_t address, int64_t bytes) {
-        return trine::ceiling_kernel().read(reinterpret_cast<const void*>(address), bytes);
+      [](uintptr_t address, int64_t bytes, int streams, int64_t ahead) {
+        return trine::ceiling_kernel().read(reinterpret_cast<const void*>(address), bytes, streams,
+                                            ahead);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(

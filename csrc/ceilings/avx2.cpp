@@ -1,6 +1,7 @@
 #include <immintrin.h>
 
 #include "ceilings/ceilings.h"
+#include "ceilings/read.h"
 
 namespace trine {
 namespace {
@@ -13,20 +14,8 @@ int opaque(int value) {
 
 }  // namespace
 
-uint64_t read_avx2(const void* data, int64_t bytes) {
-  const char* start = static_cast<const char*>(data);
-  const int64_t stride = bytes / kReadStreams / 32 * 32;
-  __m256i sums[kReadStreams] = {};
-  for (int64_t at = 0; at < stride; at += 32)
-    for (int stream = 0; stream < kReadStreams; ++stream)
-      sums[stream] = _mm256_add_epi64(
-          sums[stream],
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + stream * stride + at)));
-  for (int stream = 1; stream < kReadStreams; ++stream)
-    sums[0] = _mm256_add_epi64(sums[0], sums[stream]);
-  alignas(32) uint64_t lanes[4];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sums[0]);
-  return lanes[0] + lanes[1] + lanes[2] + lanes[3];
+uint64_t read_avx2(const void* data, int64_t bytes, int streams, int64_t ahead) {
+  return read_streams<Vector32>(data, bytes, streams, ahead);
 }
 
 // The fewest instructions that any AVX2 product of bytes can take: maddubs, and an addition in

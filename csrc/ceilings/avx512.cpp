@@ -1,6 +1,7 @@
 #include <immintrin.h>
 
 #include "ceilings/ceilings.h"
+#include "ceilings/read.h"
 
 namespace trine {
 namespace {
@@ -12,18 +13,8 @@ int opaque(int value) {
 
 }  // namespace
 
-uint64_t read_avx512(const void* data, int64_t bytes) {
-  const char* start = static_cast<const char*>(data);
-  const int64_t stride = bytes / kReadStreams / 64 * 64;
-  __m512i sums[kReadStreams];
-  for (__m512i& sum : sums) sum = _mm512_setzero_si512();
-  for (int64_t at = 0; at < stride; at += 64)
-    for (int stream = 0; stream < kReadStreams; ++stream)
-      sums[stream] =
-          _mm512_add_epi64(sums[stream], _mm512_loadu_si512(start + stream * stride + at));
-  for (int stream = 1; stream < kReadStreams; ++stream)
-    sums[0] = _mm512_add_epi64(sums[0], sums[stream]);
-  return static_cast<uint64_t>(_mm512_reduce_add_epi64(sums[0]));
+uint64_t read_avx512(const void* data, int64_t bytes, int streams, int64_t ahead) {
+  return read_streams<Vector64>(data, bytes, streams, ahead);
 }
 
 // Without VNNI: maddubs and an addition in int16, as in avx2.cpp.

@@ -11,10 +11,10 @@
 
 namespace trine {
 
-// Sums the 64-bit words of [data, data + bytes), from kReadStreams places at once: one stream
-// alone does not fill the memory controller's queues.
-using ReadFn = uint64_t(const void* data, int64_t bytes);
-inline constexpr int kReadStreams = 4;
+// Sums the 64-bit words of [data, data + bytes). How fast that goes depends on the processor's
+// prefetchers, so that the caller tries several ways and keeps the best: `streams` (1, 2, 4, 8 or
+// 16) places are read at once, and the line `ahead` bytes on in each is asked for (0: none is).
+using ReadFn = uint64_t(const void* data, int64_t bytes, int streams, int64_t ahead);
 
 // Runs `repeats` rounds of kCeilingOps multiply-and-add operations (a multiplication and an
 // addition count as two), independent enough to fill every execution port.

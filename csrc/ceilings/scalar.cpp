@@ -1,20 +1,11 @@
-#include <cstring>
-
 #include "ceilings/ceilings.h"
+
+#include "ceilings/read.h"
 
 namespace trine {
 
-uint64_t read_scalar(const void* data, int64_t bytes) {
-  const char* start = static_cast<const char*>(data);
-  const int64_t stride = bytes / kReadStreams / 8 * 8;
-  uint64_t sum = 0;
-  for (int64_t at = 0; at < stride; at += 8)
-    for (int stream = 0; stream < kReadStreams; ++stream) {
-      uint64_t word;
-      std::memcpy(&word, start + stream * stride + at, 8);
-      sum += word;
-    }
-  return sum;
+uint64_t read_scalar(const void* data, int64_t bytes, int streams, int64_t ahead) {
+  return read_streams<Word>(data, bytes, streams, ahead);
 }
 
 float dot_int8_scalar(int64_t repeats) {

@@ -1,0 +1,111 @@
+"""Calls timed in turns, without the samples that other processes disturbed."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+Call = Callable[[], object]
+
+SAMPLE_SECONDS = 1e-3  # many times the clock's cost; one timer tick of the system is seen in it
+LEAST_ROUNDS = 5
+# A sample counts as disturbed where the threads of this process stood ready to run, but waited for
+# a processor, for more than this share of it. A wake-up takes a few microseconds: not counted.
+DISTURBED_SHARE = 0.02
+WAKE_UP_SECONDS = 20e-6
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is called, and what is done before each sample without being timed."""
+
+    call: Call
+    before: Call
+    repeatable: bool = True  # False: `before` must come before every single call
+
+
+@dataclass(frozen=True)
+class Timing:
+    seconds: float  # median over the undisturbed samples; over all where none is undisturbed
+    samples: int
+    disturbed: int
+
+
+def in_turns(calls: Mapping[str, Timed], *, rounds: int, budget: float) -> dict[str, Timing]:
+    """Time each of `calls` by name, one sample of each in a round, every second round backwards.
+
+    Rounds end early, but not before LEAST_ROUNDS, when `budget` seconds are over; disturbed ones
+    are made up for by at most as many more.
+    """
+    with torch.inference_mode():
+        repeats = {name: _repeats(timed) for name, timed in calls.items()}
+        clean: dict[str, list[float]] = {name: [] for name in calls}
+        disturbed: dict[str, list[float]] = {name: [] for name in calls}
+        end = time.perf_counter() + budget
+        order = list(calls)
+        for done in range(2 * rounds):
+            fewest = min(map(len, clean.values()))
+            late = done >= LEAST_ROUNDS and time.perf_counter() > end
+            if fewest >= rounds or late:
+                break
+            for name in order:
+                seconds, waited = _sample(calls[name], repeats[name])
+                kept = disturbed if is_disturbed(seconds, waited) else clean
+                kept[name].append(seconds / repeats[name])
+            order.reverse()
+    return {
+        name: Timing(
+            median(clean[name] or disturbed[name]),
+            len(clean[name]) + len(disturbed[name]),
+            len(disturbed[name]),
+        )
+        for name in calls
+    }
+
+
+def is_disturbed(seconds: float, waited: float) -> bool:
+    return waited > max(DISTURBED_SHARE * seconds, WAKE_UP_SECONDS)
+
+
+def _repeats(timed: Timed) -> int:
+    """How often the call must run to last SAMPLE_SECONDS; running it to find out warms it up."""
+    _sample(timed, 1)
+    repeats = 1
+    while timed.repeatable and _sample(timed, repeats)[0] < SAMPLE_SECONDS:
+        repeats *= 2
+    return repeats
+
+
+def _sample(timed: Timed, repeats: int) -> tuple[float, float]:
+    """Seconds that `repeats` calls in a row take, and how long others kept us from a processor."""
+    timed.before()
+    call = timed.call
+    waited = _seconds_waited()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    seconds = time.perf_counter() - start
+    return seconds, _seconds_waited() - waited
+
+
+def _seconds_waited() -> float:
+    """How long this process's threads have waited for a processor, and the machine for its host.
+
+    Linux accounts for the first exactly (schedstat: nanoseconds on a processor, nanoseconds waiting
+    for one), for the second ("steal") in ticks. Elsewhere nothing is known and nothing is left out.
+    """
+    nanoseconds = ticks = 0
+    for thread in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            nanoseconds += int(thread.read_text().split()[1])
+        except OSError:  # the thread has ended
+            continue
+    try:
+        with open("/proc/stat") as stat:
+            ticks = int(stat.readline().split()[8])
+    except OSError:
+        pass
+    return nanoseconds / 1e9 + ticks / 100

@@ -1,0 +1,140 @@
+"""The parts of the benchmark that could mislead: what is left out, refused, and written."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import measure, results
+from benchmarks.bench_int8_linear import OPS as INT8_OPS
+from benchmarks.bench_sparse24_linear import OPS as SPARSE_OPS
+from benchmarks.bench_ternary_linear import OPS as TERNARY_OPS
+from benchmarks.case import Comparison, Contestant, WrongResult
+from benchmarks.ceilings import Ceilings, Work, best_of
+from benchmarks.linear_cases import check
+from benchmarks.measure import Timed, Timing, in_turns
+from benchmarks.table import op_table
+
+CEILINGS = Ceilings(1, dram_gb_s=20, l3_gb_s=60, l2_gb_s=100, int8_gop_s=400, fp32_gflop_s=100)
+LINEAR_OPS = [*INT8_OPS, *TERNARY_OPS, *SPARSE_OPS]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only calls advance, and a record of how long the process had to wait."""
+    clock = SimpleNamespace(now=0.0, waited=0.0)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(measure, "_seconds_waited", lambda: clock.waited)
+    return clock
+
+
+def _call(clock, *seconds, waits=()):
+    """Takes `seconds` one after the other, the last for good; waits at the calls in `waits`."""
+    left, calls = list(seconds), iter(range(10**6))
+
+    def run():
+        clock.now += left.pop(0) if len(left) > 1 else left[0]
+        clock.waited += 0.5 if next(calls) in waits else 0.0
+
+    return Timed(run, before=lambda: None)
+
+
+def test_disturbed_samples_are_left_out_counted_and_made_up_for(clock):
+    # two calls find the number of repeats, then samples 1 9 1 9 1 1 1, of which the 9s had to wait
+    timed = _call(clock, 1.0, 1.0, 1.0, 9.0, 1.0, 9.0, 1.0, waits=(3, 5))
+    assert in_turns({"a": timed}, rounds=5, budget=1e6) == {"a": Timing(1.0, 7, 2)}
+
+
+def test_where_every_sample_is_disturbed_all_count_and_the_table_says_so(clock):
+    timed = _call(clock, 2.0, waits=range(100))
+    timing = in_turns({"a": timed}, rounds=5, budget=1e6)["a"]
+    assert timing == Timing(2.0, 10, 10)
+    assert "all" in _printed(_rows({"ours": timing, "peer": timing}))
+
+
+def test_a_wake_up_is_no_disturbance_and_a_long_sample_forgives_more():
+    assert not measure.is_disturbed(1e-3, 10e-6)
+    assert measure.is_disturbed(1e-3, 30e-6)
+    assert not measure.is_disturbed(1.0, 0.01)
+    assert measure.is_disturbed(1.0, 0.03)
+
+
+def test_waiting_is_accounted_for():
+    before = measure._seconds_waited()
+    assert 0 <= before <= measure._seconds_waited()
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS, ids=lambda op: op.name)
+def test_a_wrong_kernel_is_refused(op):
+    packed = op.pack(torch.randn(7, 64) / 8)
+    x = torch.randn(5, 64).to(op.dtype)
+    y = op.run(x, *packed.arguments)
+    assert 0 <= check(op, packed, x, y) < 0.02
+    # The smallest mistakes: one value by 1% of the result's size; one that is not a number.
+    for wrong in (y[3, 2] + 0.01 * y.abs().max(), torch.nan):
+        spoilt = y.clone()
+        spoilt[3, 2] = wrong
+        with pytest.raises(WrongResult):
+            check(op, packed, x, spoilt)
+
+
+def _rows(timings):
+    work = Work(bytes_moved=20_000_000, int8_ops=40_000_000)
+    ours = Contestant(
+        "ours", None, work, 0.01, op="some_op", kernel="avx2", rivals=("peer",), baseline="peer"
+    )
+    peer = Contestant("peer", None, work, 0.02)
+    comparison = Comparison({"M": 1, "N": 2, "K": 3}, "cold", [ours, peer])
+    return results.rows_of(comparison, timings, CEILINGS)
+
+
+def _printed(rows):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(op_table("some_op", rows))
+    return console.export_text()
+
+
+def test_rows_and_table_say_how_ours_stands():
+    ours, peer = _rows({"ours": Timing(2e-3, 5, 0), "peer": Timing(3e-3, 5, 1)})
+    assert ours["x_best"] == ours["x_baseline"] == 1.5
+    assert ours["best_peer"] == "peer"
+    assert (ours["gb_s"], ours["gop_s"]) == (10.0, 20.0)
+    assert (ours["bound"], ours["share"]) == ("dram read", 0.5)
+    assert peer["op"] is None
+    text = _printed([ours, peer])
+    for shown in ("1 2 3", "2000", "10.0", "20.0", "50%", "dram", "1.50", "peer", "1.0e-02"):
+        assert shown in text
+
+
+def test_the_nearest_cache_that_holds_the_bytes_is_the_ceiling_of_hot_ones():
+    work = Work(bytes_moved=100_000)
+    assert CEILINGS.seconds(work, cold=False) == (1e-6, "l2 read")
+    assert CEILINGS.seconds(work, cold=True) == (5e-6, "dram read")
+
+
+def test_the_better_of_nearby_ceilings_counts():
+    faster = Ceilings(1, dram_gb_s=10, l3_gb_s=70, l2_gb_s=90, int8_gop_s=500, fp32_gflop_s=90)
+    assert best_of([CEILINGS, faster]) == Ceilings(1, 20, 70, 100, 500, 100)
+
+
+def test_processors_of_one_name_get_files_of_their_own():
+    zen4 = {"cpu family": "25", "model": "17"}
+    assert results.slug("AMD EPYC", zen4) == "amd-epyc-25-17"
+    assert results.slug("AMD EPYC", {**zen4, "cpu family": "26"}) != results.slug("AMD EPYC", zen4)
+    assert results.slug("Some (R) CPU @ 2", {}) == "some-r-cpu-2"
+
+
+def test_a_run_is_written_whole_or_not_at_all(tmp_path):
+    facts = {"slug": "some-cpu", "processor": "Some CPU"}
+    rows = _rows({"ours": Timing(2e-3, 5, 0), "peer": Timing(3e-3, 5, 1)})
+    path = results.write(facts, [CEILINGS], rows, [], tmp_path)
+    assert path == tmp_path / "some-cpu.json"
+    assert json.loads(path.read_text())["rows"] == rows
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        results.write(facts, [CEILINGS], [{"not": object()}], [], tmp_path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
