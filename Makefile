@@ -1,7 +1,8 @@
-# make demo    builds and installs trine in $(VENV), then runs the main job; results in out/demo
-# make test    the same with everything that tests need, then the whole test suite
-# make lint    formatting and style of Python and C++ (make format mends what can be mended)
-# make build   compiles into python/trine, for work on trine itself (use with PYTHONPATH=python)
+# make demo      builds and installs trine in $(VENV), then runs the main job; results in out/demo
+# make test      the same with everything that tests need, then the whole test suite
+# make sanitize  every op under the address, undefined-behaviour and thread sanitizers
+# make lint      formatting and style of Python and C++ (make format mends what can be mended)
+# make build     compiles into python/trine, for work on trine itself (use with PYTHONPATH=python)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 BIN := $(abspath $(VENV))/bin
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cuh')
 
-.PHONY: demo test lint format build clean
+.PHONY: demo test sanitize lint format build clean
 
 demo: $(VENV)/.tools
 	$(BIN)/pip install --quiet --no-build-isolation '.[demo]'
@@ -20,6 +21,12 @@ demo: $(VENV)/.tools
 test: $(VENV)/.tools
 	$(BIN)/pip install --quiet --no-build-isolation '.[all]'
 	$(BIN)/python -m pytest
+
+sanitize: $(VENV)/.tools
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DTRINE_SANITIZE=ON -DTRINE_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja
+	$(BIN)/cmake --build build/sanitize --target sanitize_address sanitize_thread
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -j 2
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

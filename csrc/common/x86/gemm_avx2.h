@@ -98,10 +98,11 @@ struct PackedInt8Weight {
   }
 };
 
-// Eight int32 sums, or sixteen int16 for codes. Not __m256i, which has 64-bit lanes: gcc 12 spills
-// sums whose type changes at each instruction.
+// Eight 32-bit sums, or sixteen of 16 bits for codes. Unsigned: those of a damaged weight, which
+// holds the code 3, may wrap. Not __m256i, which has 64-bit lanes: gcc 12 spills sums whose type
+// changes at each instruction.
 template <bool codes>
-using Sums __attribute__((vector_size(32))) = std::conditional_t<codes, int16_t, int32_t>;
+using Sums __attribute__((vector_size(32))) = std::conditional_t<codes, uint16_t, uint32_t>;
 
 // sum + w * q, over 32 columns. `magnitude` is |q|, not used for codes.
 template <bool codes>

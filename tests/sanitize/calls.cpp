@@ -1,0 +1,200 @@
+#include "calls.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <optional>
+#include <random>
+
+#include "common/float_types.h"
+#include "int8_linear/int8_linear.h"
+#include "quantize_rows/quantize_rows.h"
+#include "sparse24_linear/sparse24_linear.h"
+#include "ternary_linear/ternary_linear.h"
+
+namespace sanitize {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using torch::stable::registered_as;
+
+thread_local std::mt19937 engine(1);
+int64_t random_in(int64_t low, int64_t high) { return low + int64_t(engine() % (high - low + 1)); }
+
+void set(const Tensor& tensor, int64_t at, float value) {
+  void* data = tensor.mutable_data_ptr();
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return trine::narrow(value, static_cast<float*>(data) + at);
+    case ScalarType::BFloat16:
+      return trine::narrow(value, static_cast<trine::bfloat16*>(data) + at);
+    default:
+      return trine::narrow(value, static_cast<trine::float16*>(data) + at);
+  }
+}
+
+template <class T>
+T* values_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+float random_value(Values values) {
+  if (values != Values::random) return 1.0f;
+  return std::normal_distribution<float>()(engine);
+}
+
+Tensor floats(const Tensor::Sizes& sizes, ScalarType type, Values values) {
+  const Tensor tensor(sizes, type);
+  for (int64_t i = 0; i < tensor.numel(); ++i) set(tensor, i, random_value(values));
+  return tensor;
+}
+
+// One row in three is special. `gap`: elements between rows.
+Tensor float_rows(int64_t m, int64_t k, ScalarType type, int64_t gap, Values values) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kSpecial[] = {0.0f, 1e-38f, 6e4f, kInfinity, std::nanf("")};
+  const Tensor rows({m, k}, {k + gap, 1}, type);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < k; ++j) set(rows, i * (k + gap) + j, random_value(values));
+    if (values == Values::random && i % 3 == 1 && k > 0)
+      set(rows, i * (k + gap) + random_in(0, k - 1), kSpecial[i / 3 % 5]);
+  }
+  return rows;
+}
+
+// The first row is full of 0xff, the second of 0x80.
+Tensor random_bytes(Tensor::Sizes sizes, ScalarType type) {
+  const Tensor tensor(sizes, type);
+  auto* bytes = values_of<uint8_t>(tensor);
+  const int64_t row_bytes = sizes[1] * tensor.element_size();
+  for (int64_t i = 0; i < sizes[0] * row_bytes; ++i)
+    bytes[i] = i < row_bytes ? 0xff : i < 2 * row_bytes ? 0x80 : engine() & 0xff;
+  return tensor;
+}
+
+Tensor int8_rows(int64_t n, int64_t columns, int64_t padded, Values values) {
+  if (values == Values::impossible) return random_bytes({n, padded}, ScalarType::Char);
+  const Tensor packed({n, padded}, ScalarType::Char);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < padded; ++j)
+      values_of<int8_t>(packed)[i * padded + j] = j >= columns ? 0
+                                                  : values == Values::extreme
+                                                      ? (i % 2 ? 127 : -127)
+                                                      : random_in(-127, 127);
+  return packed;
+}
+
+Optional bias_of(int64_t n, ScalarType type, bool present, Values values) {
+  return present ? Optional(floats({n}, type, values)) : std::nullopt;
+}
+
+Call quantize_rows(const Shape& shape, ScalarType type, int variant, Values values) {
+  const Tensor x = float_rows(shape.m, shape.k, type, variant, values);
+  return [=] {
+    const auto [q, scale, sum] =
+        registered_as<std::tuple<Tensor, Tensor, Tensor>(const Tensor&)>("quantize_rows")(x);
+    return std::vector{q, scale, sum};
+  };
+}
+
+// 0: dynamic; 1: dynamic, strided, no bias; 2: static with a zero point.
+Call int8_linear(const Shape& shape, ScalarType type, int variant, Values values) {
+  const auto [m, n, k] = shape;
+  const Tensor x = float_rows(m, k, type, variant == 1 ? 3 : 0, values);
+  const Tensor packed = int8_rows(n, k, trine::round_up(k, trine::kInt8Chunk), values);
+  const Tensor scale = floats({n}, ScalarType::Float, values);
+  const Optional bias = bias_of(n, type, variant != 1, values);
+  Optional input_scale, zero_point;
+  if (variant == 2) {
+    input_scale.emplace(Tensor::Sizes{1}, ScalarType::Float);
+    set(*input_scale, 0, 1.0f / 127);
+    zero_point.emplace(Tensor::Sizes{1}, ScalarType::Int);
+    *values_of<int32_t>(*zero_point) = values == Values::extreme ? -128 : 7;
+  }
+  return [=] {
+    return std::vector{registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&,
+                                            const Optional&, const Optional&, const Optional&)>(
+        "int8_linear")(x, packed, scale, bias, input_scale, zero_point)};
+  };
+}
+
+// 0: a scale per row; 1: per tensor, strided, no bias; 2: groups of 64, where they fit.
+Call ternary_linear(const Shape& shape, ScalarType type, int variant, Values values) {
+  const auto [m, n, k] = shape;
+  const Tensor x = float_rows(m, k, type, variant == 1 ? 3 : 0, values);
+  const int64_t padded = trine::round_up(k, trine::kTernaryChunk);
+  Tensor packed = random_bytes({n, padded / trine::kTernaryPerWord}, ScalarType::Int);
+  if (values != Values::impossible)
+    for (int64_t i = 0; i < n * padded / trine::kTernaryPerByte; ++i)
+      for (int shift = 0; shift < 8; shift += 2) {
+        uint8_t& byte = values_of<uint8_t>(packed)[i];
+        if (values == Values::extreme) byte |= 3 << shift;
+        if ((byte >> shift & 3) == 3) byte &= ~(1 << shift);  // the code 2
+      }
+  Tensor::Sizes scales{variant == 1 ? 1 : n};
+  if (variant == 2 && k > 0 && k % 64 == 0) scales = {n, k / 64};
+  const Tensor scale = floats(scales, ScalarType::Float, values);
+  const Optional bias = bias_of(n, type, variant != 1, values);
+  return [=] {
+    return std::vector{
+        registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
+            "ternary_linear")(x, packed, scale, bias)};
+  };
+}
+
+// Values of fp32, bf16, fp16, int8; strided and without bias for bf16.
+Call sparse24_linear(const Shape& shape, ScalarType type, int variant, Values values) {
+  const auto [m, n, k] = shape;
+  const Tensor x = float_rows(m, k, type, variant == 1 ? 3 : 0, values);
+  const int64_t chunks = (k + trine::kSparse24Columns - 1) / trine::kSparse24Columns;
+  const int64_t stored = chunks * trine::kSparse24Values;
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  const Tensor weight = variant == 3 ? int8_rows(n, stored, stored, values)
+                                     : floats({n, stored}, kTypes[variant], values);
+  const Tensor indices = random_bytes({n, chunks * trine::kSparse24Indices}, ScalarType::Byte);
+  constexpr uint8_t kAscending[] = {0x4, 0x8, 0xc, 0x9, 0xd, 0xe};
+  if (values != Values::impossible)
+    for (int64_t i = 0; i < indices.numel(); ++i)
+      values_of<uint8_t>(indices)[i] =
+          uint8_t(kAscending[random_in(0, 5)] | kAscending[random_in(0, 5)] << 4);
+  Optional scale;
+  if (variant == 3) scale = floats({n}, ScalarType::Float, values);
+  const Optional bias = bias_of(n, type, variant != 1, values);
+  return [=] {
+    return std::vector{
+        registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&,
+                             const Optional&)>("sparse24_linear")(x, weight, indices, bias, scale)};
+  };
+}
+
+// Forward and both gradients. 0: contiguous, the mean over rows; 1: strided, a loss per row.
+Call softmax_kl(const Shape& shape, ScalarType type, int variant, Values values) {
+  const auto [m, n, k] = shape;
+  const Tensor student = float_rows(m, k, type, variant ? 3 : 0, values);
+  const Tensor teacher = float_rows(m, k, type, variant ? 5 : 0, values);
+  const std::string reduction = variant ? "none" : "batchmean";
+  const Tensor upstream = floats({variant ? m : 1}, ScalarType::Float, Values::extreme);
+  return [=] {
+    const auto [loss, saved] = registered_as<std::tuple<Tensor, Tensor>(
+        const Tensor&, const Tensor&, double, std::string)>("softmax_kl")(student, teacher, 2.0,
+                                                                          reduction);
+    std::vector outputs{loss, saved};
+    for (const bool for_teacher : {false, true})
+      outputs.push_back(registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&,
+                                             const Tensor&, double, std::string, bool)>(
+          "softmax_kl_backward")(upstream, student, teacher, saved, 2.0, reduction, for_teacher));
+    return outputs;
+  };
+}
+
+}  // namespace
+
+const std::vector<Op> kOps{
+    {"quantize_rows", 2, quantize_rows, {{0, trine::kQuantizeRowsMaxK}}},
+    {"int8_linear", 3, int8_linear, {{0, trine::kInt8MaxK}, {2, trine::kInt8MaxKStatic}}},
+    {"ternary_linear", 3, ternary_linear, {{0, trine::kTernaryMaxK}}},
+    {"sparse24_linear", 4, sparse24_linear, {{3, trine::kSparse24Int8MaxK}}},
+    {"softmax_kl", 2, softmax_kl, {}},
+};
+
+}  // namespace sanitize
