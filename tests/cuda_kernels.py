@@ -103,7 +103,8 @@ def build_program(
 def build(op: str, mutant: Mutant | None = None) -> Path:
     """The program of an op, with the bug if one is given."""
     source = EMULATION / f"{op}.cpp"
-    return build_program(op, source, folders=[ROOT / "csrc" / op], mutant=mutant)
+    folders = [ROOT / "csrc" / op, ROOT / "csrc" / "quantize_rows"]
+    return build_program(op, source, folders=folders, mutant=mutant)
 
 
 def run(program: Path, seed: int, cases: Sequence[bytes]) -> bytes:

@@ -1,16 +1,14 @@
 """libtrine_cuda: when it is built and loaded, and what the compiler made of its kernels."""
 
-import os
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 import trine
+from test_cuda_sass import build_tool
 from trine import _C, _library, backends
 
 ROOT = Path(__file__).parents[1]
@@ -21,29 +19,8 @@ needs_library = pytest.mark.skipif(
 )
 
 
-def build_tool(name: str) -> str:
-    """The path of a program: beside this Python, on the PATH, or in one of NVIDIA's wheels."""
-    site_packages = Path(sysconfig.get_path("purelib"))
-    places = [
-        sysconfig.get_path("scripts"),
-        os.environ.get("PATH", ""),
-        *map(str, site_packages.glob("nvidia/*/bin")),
-        str(site_packages / "triton/backends/nvidia/bin"),
-    ]
-    found = shutil.which(name, path=os.pathsep.join(places))
-    if found is None:
-        pytest.skip(f"{name} was not found (for NVIDIA's tools: pip install nvidia-cuda-{name})")
-    return found
-
-
 def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def by_kernel(dump: str, pattern: str) -> list[tuple[str, str]]:
-    """Each kernel's name (one per GPU target) and what cuobjdump says of it."""
-    parts = re.split(pattern, dump)
-    return list(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @needs_library
@@ -53,27 +30,6 @@ class TestCompiledKernels:
         for kind, targets in {"--list-elf": {"sm_80", "sm_90"}, "--list-ptx": {"sm_90"}}.items():
             listed = run(cuobjdump, kind, str(LIBRARY))
             assert targets <= set(re.findall(r"sm_\d+a?", listed))
-
-    def test_nothing_spills(self):
-        usage = run(build_tool("cuobjdump"), "--dump-resource-usage", str(LIBRARY))
-        kernels = by_kernel(usage, r"Function (\S+):\n")
-        assert any("quantize_rows" in name for name, _ in kernels)
-        for name, used in kernels:
-            # STACK is memory for spilled registers and for arrays that were not kept in registers.
-            assert re.search(r"REG:\d+ STACK:0 .*LOCAL:0 ", used), (name, used)
-
-    def test_quantize_rows_reads_and_writes_whole_chunks(self):
-        build_tool("nvdisasm")  # cuobjdump calls it
-        sass = run(build_tool("cuobjdump"), "--dump-sass", str(LIBRARY))
-        kernels = [k for k in by_kernel(sass, r"Function : (\S+)") if "quantize_rows" in k[0]]
-        assert len(kernels) == 2 * 3 * 2 * 5  # targets, dtypes, wide or not, threads per row
-        for name, code in kernels:
-            assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory"
-            if "Lb1E" in name:  # wide
-                loads = [at.start() for at in re.finditer(r"LDG\.E\.128", code)]
-                # The four chunks that a thread holds: all on their way before it waits for one.
-                assert not re.search(r"\b(BRA|SHFL|FMUL)\b", code[loads[0] : loads[3]]), name
-                assert ("STG.E.64" if "float16" in name else "STG.E ") in code, name
 
 
 class TestLoadRules:

@@ -157,14 +157,14 @@ MUTANTS = (
     Mutant(
         "early return before a shuffle",
         KERNEL,
-        "  const char* x = problem.x + m",
-        "  if (!has_row) return;\n  const char* x = problem.x + m",
+        "  const int64_t chunks = has_row",
+        "  if (!has_row) return;\n  const int64_t chunks = has_row",
         r"deadlock(.|\n)*returned",
     ),
     Mutant(
         "alignment of rows ignored",
         KERNEL,
-        " && problem.row_bytes % kChunkBytes == 0",
+        "problem.row_bytes % kChunkBytes == 0 &&",
         "",
         "not aligned to its size",
     ),

@@ -1,8 +1,7 @@
 #include <cmath>
 
 #include "common/dispatch.h"
-#include "common/torch_linear.h"
-#include "int8_linear/int8_linear.h"
+#include "int8_linear/torch.h"
 
 namespace trine {
 namespace {
@@ -20,18 +19,12 @@ constexpr Int8LinearKernel kKernels[] = {
 
 std::optional<StaticInput> read_static_input(const std::optional<Tensor>& scale,
                                              const std::optional<Tensor>& zero_point) {
-  if (!scale.has_value()) {
-    check(!zero_point.has_value(), kOp, ": input_zero_point needs input_scale beside it");
-    return std::nullopt;
-  }
-  check(scale->numel() == 1, kOp, ": input_scale must hold one value for the whole tensor");
-  check_dtype(*scale, ScalarType::Float, "float32", kOp, "input_scale");
+  check_static_input(kOp, scale, zero_point);
+  if (!scale.has_value()) return std::nullopt;
   StaticInput fixed{*static_cast<const float*>(scale->const_data_ptr()), 0};
   check(fixed.scale > 0.0f && std::isfinite(fixed.scale), kOp,
         ": input_scale must be positive and finite, it is ", fixed.scale);
   if (zero_point.has_value()) {
-    check(zero_point->numel() == 1, kOp, ": input_zero_point must hold one value");
-    check_dtype(*zero_point, ScalarType::Int, "int32", kOp, "input_zero_point");
     fixed.zero_point = *static_cast<const int32_t*>(zero_point->const_data_ptr());
     check(fixed.zero_point >= -128 && fixed.zero_point <= 127, kOp,
           ": input_zero_point must lie in [-128, 127], it is ", fixed.zero_point);
@@ -44,15 +37,8 @@ Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tenso
                        const std::optional<Tensor>& input_zero_point) {
   const auto fixed = read_static_input(input_scale, input_zero_point);
   const Matrix rows = as_matrix(x, kOp, "x", fixed.has_value() ? kInt8MaxKStatic : kInt8MaxK);
-  check_dtype(packed_weight, ScalarType::Char, "int8", kOp, "packed_weight");
-  check_dtype(weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
-  check(packed_weight.dim() == 2, kOp, ": packed_weight must be [N, 16 * ceil(K / 16)]");
-  const int64_t n = packed_weight.size(0), packed_k = round_up(rows.k, kInt8Chunk);
-  check(packed_weight.size(1) == packed_k, kOp, ": x has K = ", rows.k,
-        " columns, which needs a packed_weight of ", packed_k, " columns; it has ",
-        packed_weight.size(1));
-  check(weight_scale.dim() == 1 && weight_scale.size(0) == n, kOp, ": weight_scale must be [", n,
-        "], one scale per row of packed_weight");
+  const int64_t packed_k = check_int8_weight(kOp, rows, packed_weight, weight_scale);
+  const int64_t n = packed_weight.size(0);
 
   const Tensor weight = torch::stable::contiguous(packed_weight);
   const Float32Vector scale(weight_scale, kOp, "weight_scale");

@@ -2,7 +2,7 @@
 // registers between the two steps, the row's largest magnitude and the quantisation by it.
 #include "quantize_rows/cuda.h"
 
-#include "common/cuda/convert.cuh"
+#include "common/cuda/finish.cuh"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/memory.cuh"
 #include "common/cuda/reduce.cuh"
@@ -35,8 +35,10 @@ constexpr int kHeldChunks = 4;
 
 struct Problem {
   const char* x;
+  FloatType type;
   int64_t m, k, row_bytes;
   int8_t* q;
+  int64_t q_width;  // of a row of q, which lie one after the other; zero from k on
   float* scale;
   int32_t* sum;
 };
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kBlockThreads) quantize_rows_kernel(Problem pr
   const bool has_row = m < problem.m;
   const int64_t chunks = has_row ? (problem.k + kChunkValues<T> - 1) / kChunkValues<T> : 0;
   const char* x = problem.x + m * problem.row_bytes;
-  int8_t* q = problem.q + m * problem.k;
+  int8_t* q = problem.q + m * problem.q_width;
   const int64_t first_not_held = thread + kHeldChunks * kRowThreads;
 
   Chunk<T> held[kHeldChunks] = {};
@@ -178,6 +180,9 @@ __global__ void __launch_bounds__(kBlockThreads) quantize_rows_kernel(Problem pr
                           quantize_chunk(load_chunk<T, kWide>(x, problem.k, c), to_q, keep, total));
   total = reduce_threads<kRowThreads>(total, Sum{}, warp_total);
 
+  const uint32_t padding = 0;
+  for (int64_t i = problem.k + thread; has_row && i < problem.q_width; i += kRowThreads)
+    store_global<1>(q + i, &padding);
   if (has_row && thread == 0) {
     problem.scale[m] = zero ? 0.0f : finite ? absmax / 127.0f : __uint_as_float(kMagnitudeBits);
     problem.sum[m] = total;
@@ -210,7 +215,8 @@ void quantize_rows(const Problem& problem, cudaStream_t stream) {
 // so this asks for a K that is a multiple of 8 (4 in float32) and a row stride that is one.
 template <class T>
 bool chunks_are_aligned(const Problem& problem) {
-  return problem.k % kChunkValues<T> == 0 && problem.row_bytes % kChunkBytes == 0 &&
+  return problem.k % kChunkValues<T> == 0 && problem.q_width % kChunkValues<T> == 0 &&
+         problem.row_bytes % kChunkBytes == 0 &&
          reinterpret_cast<uintptr_t>(problem.x) % kChunkBytes == 0 &&
          reinterpret_cast<uintptr_t>(problem.q) % kChunkValues<T> == 0;
 }
@@ -223,12 +229,46 @@ void quantize_rows_of(const Problem& problem, cudaStream_t stream) {
     quantize_rows<T, false>(problem, stream);
 }
 
+// With one scale and zero point for the whole tensor. A block works on a row: first on whether all
+// of it is finite, then on the values, four by four.
+constexpr int kStaticThreads = 256;
+
+__global__ void __launch_bounds__(kStaticThreads)
+    quantize_rows_static_kernel(Problem problem, StaticScaleOnDevice fixed) {
+  const int64_t m = blockIdx.x;
+  const char* x = problem.x + m * problem.row_bytes;
+  bool finite = true;
+  for (int64_t i = threadIdx.x; i < problem.k; i += kStaticThreads)
+    finite = finite &&
+             (__float_as_uint(read_float(x, problem.type, i)) & kMagnitudeBits) < kInfinityBits;
+  finite = __syncthreads_and(finite);
+
+  const float scale = *fixed.scale;
+  const int32_t zero_point = fixed.zero_point == nullptr ? 0 : *fixed.zero_point;
+  // As floats, before the zero point is added: all of it exact.
+  const float low = -128.0f - float(zero_point), high = 127.0f - float(zero_point);
+  for (int64_t i = 4 * threadIdx.x; i < problem.q_width; i += 4 * kStaticThreads) {
+    uint32_t four = 0;
+    for (int64_t j = 0; j < 4 && i + j < problem.k && finite; ++j) {
+      // Clamped, then rounded: the bounds are whole numbers, and what is far beyond them could not
+      // be rounded by adding kRoundsToInteger.
+      const float value = read_float(x, problem.type, i + j) / scale;
+      const float clamped = fminf(fmaxf(value, low), high);
+      const uint32_t q = __float_as_uint(clamped + kRoundsToInteger) + uint32_t(zero_point);
+      four |= (q & 0xffu) << 8 * j;
+    }
+    store_global<4>(problem.q + m * problem.q_width + i, &four);
+  }
+  if (threadIdx.x == 0) problem.scale[m] = finite ? scale : __uint_as_float(kMagnitudeBits);
+}
+
 }  // namespace
 
 void quantize_rows_cuda(const void* x, FloatType type, int64_t m, int64_t k, int64_t row_bytes,
-                        int8_t* q, float* scale, int32_t* sum, cudaStream_t stream) {
+                        const QuantizedOnDevice& to, cudaStream_t stream) {
   if (m == 0) return;
-  const Problem problem = {static_cast<const char*>(x), m, k, row_bytes, q, scale, sum};
+  const Problem problem = {
+      static_cast<const char*>(x), type, m, k, row_bytes, to.q, to.width, to.scale, to.sum};
   switch (type) {
     case FloatType::float32:
       return quantize_rows_of<float>(problem, stream);
@@ -237,6 +277,15 @@ void quantize_rows_cuda(const void* x, FloatType type, int64_t m, int64_t k, int
     case FloatType::float16:
       return quantize_rows_of<float16>(problem, stream);
   }
+}
+
+void quantize_rows_static_cuda(const void* x, FloatType type, int64_t m, int64_t k,
+                               int64_t row_bytes, const StaticScaleOnDevice& fixed,
+                               const QuantizedOnDevice& to, cudaStream_t stream) {
+  if (m == 0) return;
+  const Problem problem = {
+      static_cast<const char*>(x), type, m, k, row_bytes, to.q, to.width, to.scale, to.sum};
+  launch("quantize_rows", quantize_rows_static_kernel, {m, kStaticThreads}, stream, problem, fixed);
 }
 
 }  // namespace trine

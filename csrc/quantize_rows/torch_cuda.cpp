@@ -14,9 +14,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows_on_device(const Tensor& x) {
   Tensor scale = torch::stable::new_empty(x, {rows.m}, ScalarType::Float);
   Tensor sum = torch::stable::new_empty(x, {rows.m}, ScalarType::Int);
   quantize_rows_cuda(rows.data, rows.type, rows.m, rows.k, rows.row_bytes,
-                     static_cast<int8_t*>(q.mutable_data_ptr()),
-                     static_cast<float*>(scale.mutable_data_ptr()),
-                     static_cast<int32_t*>(sum.mutable_data_ptr()), current_stream(x));
+                     {static_cast<int8_t*>(q.mutable_data_ptr()), rows.k,
+                      static_cast<float*>(scale.mutable_data_ptr()),
+                      static_cast<int32_t*>(sum.mutable_data_ptr())},
+                     current_stream(x));
   return {q, scale, sum};
 }
 

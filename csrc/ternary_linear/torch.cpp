@@ -1,6 +1,5 @@
+#include "ternary_linear/torch.h"
 #include "common/dispatch.h"
-#include "common/torch_linear.h"
-#include "ternary_linear/ternary_linear.h"
 
 namespace trine {
 namespace {
@@ -15,22 +14,6 @@ constexpr TernaryLinearKernel kKernels[] = {
     {Isa::scalar, false, ternary_linear_scalar},
 };
 [[maybe_unused]] const bool announced = announce(kOp, kKernels);
-
-// The group size that the shape of `weight_scale` means, 0 for one scale per row or per tensor.
-int64_t read_group_size(const Tensor& weight_scale, int64_t n, int64_t k) {
-  if (weight_scale.dim() == 2 && weight_scale.size(0) == n) {
-    const int64_t groups = weight_scale.size(1);
-    check(groups > 0 && k > 0 && k % groups == 0 && k / groups % kTernaryChunk == 0, kOp,
-          ": weight_scale has ", groups, " groups per row, which must cut K = ", k,
-          " into groups of a multiple of ", kTernaryChunk, " values");
-    return k / groups;
-  }
-  const bool per_tensor = weight_scale.dim() <= 1 && weight_scale.numel() == 1;
-  const bool per_row = weight_scale.dim() == 1 && weight_scale.size(0) == n;
-  check(per_tensor || per_row, kOp, ": weight_scale must hold one value, [", n,
-        "] (one per row of packed_weight) or [", n, ", groups]");
-  return 0;
-}
 
 void transpose_words(QuantizedInput& input, int64_t m) {
   const int64_t stride = input.rows().stride;
@@ -50,15 +33,7 @@ void transpose_words(QuantizedInput& input, int64_t m) {
 Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
                           const std::optional<Tensor>& bias) {
   const Matrix rows = as_matrix(x, kOp, "x", kTernaryMaxK);
-  check_dtype(packed_weight, ScalarType::Int, "int32", kOp, "packed_weight");
-  check_dtype(weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
-  check(packed_weight.dim() == 2, kOp, ": packed_weight must be [N, 4 * ceil(K / 64)]");
-  const int64_t n = packed_weight.size(0);
-  const int64_t words = round_up(rows.k, kTernaryChunk) / kTernaryPerWord;
-  check(packed_weight.size(1) == words, kOp, ": x has K = ", rows.k,
-        " columns, which needs a packed_weight of ", words, " columns; it has ",
-        packed_weight.size(1));
-  const int64_t group_size = read_group_size(weight_scale, n, rows.k);
+  const auto [n, words, group_size] = check_ternary_weight(kOp, rows, packed_weight, weight_scale);
 
   const Tensor weight = torch::stable::contiguous(packed_weight);
   const Tensor scale = torch::stable::contiguous(weight_scale);

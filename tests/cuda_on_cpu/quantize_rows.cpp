@@ -20,8 +20,9 @@ int main(int, char** arguments) {
     GuardedBuffer scale("scale", m * sizeof(float), alignof(float));
     GuardedBuffer sum("sum", m * sizeof(int32_t), alignof(int32_t));
     x.read();
-    trine::quantize_rows_cuda(x.data<char>(), type, m, k, row_bytes, q.data<int8_t>(),
-                              scale.data<float>(), sum.data<int32_t>(), nullptr);
+    trine::quantize_rows_cuda(x.data<char>(), type, m, k, row_bytes,
+                              {q.data<int8_t>(), k, scale.data<float>(), sum.data<int32_t>()},
+                              nullptr);
     q.write();
     scale.write();
     sum.write();

@@ -1,4 +1,4 @@
-// The 16-bit floating types of tensors, widened to float: one instruction each.
+// The 16-bit floating types of tensors, to and from float: one instruction each.
 #pragma once
 
 #include "common/cuda/device.cuh"
@@ -14,6 +14,19 @@ __device__ __forceinline__ float widen_on_device(float16 x) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
   return value;
+}
+
+// Round to nearest even.
+__device__ __forceinline__ bfloat16 narrow_to_bfloat16(float x) {
+  bfloat16 narrowed;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(x));
+  return narrowed;
+}
+
+__device__ __forceinline__ float16 narrow_to_float16(float x) {
+  float16 narrowed;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(x));
+  return narrowed;
 }
 
 }  // namespace trine

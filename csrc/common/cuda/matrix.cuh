@@ -31,8 +31,7 @@ struct Bf16 {};  // k = 16, sums in float
 // sums += A (16 x k) * B (k x 8).
 __device__ __forceinline__ void multiply(S8, int32_t (&sums)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -41,10 +40,10 @@ __device__ __forceinline__ void multiply(S8, int32_t (&sums)[4], const uint32_t 
 #define TRINE_MULTIPLY_16(Type, name)                                                      \
   __device__ __forceinline__ void multiply(Type, float (&sums)[4], const uint32_t (&a)[4], \
                                            const uint32_t (&b)[2]) {                       \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                    \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"    \
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));      \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                             \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                       \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));               \
   }
 TRINE_MULTIPLY_16(F16, "f16")
 TRINE_MULTIPLY_16(Bf16, "bf16")

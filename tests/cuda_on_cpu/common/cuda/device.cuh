@@ -3,6 +3,7 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 
 #include "emulator.h"
@@ -25,6 +26,21 @@
 
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   cuda_on_cpu::block_barrier(where);
+}
+
+// Whether `value` is true for all threads of the block.
+inline bool __syncthreads_and(bool value,
+                              std::source_location where = std::source_location::current()) {
+  static const char key = 0;
+  int& all = *static_cast<int*>(::cuda_on_cpu::shared_array(&key, sizeof(int), alignof(int)));
+  __syncthreads(where);
+  all = 1;
+  __syncthreads(where);
+  if (!value) all = 0;
+  __syncthreads(where);
+  const bool result = all != 0;
+  __syncthreads(where);
+  return result;
 }
 
 // The value of lane ^ lane_mask; within segments of `width` lanes, a lane whose partner is in a
@@ -53,6 +69,9 @@ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = cuda_on_cpu
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
+};
+struct alignas(16) int4 {
+  int32_t x, y, z, w;
 };
 
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }

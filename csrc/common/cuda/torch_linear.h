@@ -1,0 +1,70 @@
+// What the torch_cuda.cpp files of the integer linear ops share: activations quantised on the
+// device, and what a kernel is told of the tensors. Nothing here waits for the device.
+#pragma once
+
+#include "common/cuda/linear.h"
+#include "common/cuda/torch.h"
+#include "common/torch_linear.h"
+#include "quantize_rows/cuda.h"
+
+namespace trine {
+
+// The rows of a matrix as int8, in memory that torch's allocator gives and takes back in the order
+// of the stream.
+class QuantizedInputOnDevice {
+ public:
+  QuantizedInputOnDevice(const Tensor& x, const Matrix& rows,
+                         const std::optional<StaticScaleOnDevice>& fixed, cudaStream_t stream)
+      : width_(std::max(round_up(rows.k, kActivationAlignment), kActivationAlignment)),
+        q_(torch::stable::new_empty(x, {rows.m, width_}, ScalarType::Char)),
+        scale_(torch::stable::new_empty(x, {rows.m}, ScalarType::Float)),
+        sum_(torch::stable::new_empty(x, {rows.m}, ScalarType::Int)) {
+    const QuantizedOnDevice to = {static_cast<int8_t*>(q_.mutable_data_ptr()), width_,
+                                  static_cast<float*>(scale_.mutable_data_ptr()),
+                                  static_cast<int32_t*>(sum_.mutable_data_ptr())};
+    if (fixed.has_value())
+      quantize_rows_static_cuda(rows.data, rows.type, rows.m, rows.k, rows.row_bytes, *fixed, to,
+                                stream);
+    else
+      quantize_rows_cuda(rows.data, rows.type, rows.m, rows.k, rows.row_bytes, to, stream);
+  }
+
+  // All but what belongs to the weight.
+  DeviceLinear linear() const {
+    DeviceLinear linear = {};
+    linear.m = q_.size(0);
+    linear.q = static_cast<const int8_t*>(q_.const_data_ptr());
+    linear.q_stride = width_;
+    linear.x_scale = static_cast<const float*>(scale_.const_data_ptr());
+    linear.x_sum = static_cast<const int32_t*>(sum_.const_data_ptr());
+    return linear;
+  }
+
+ private:
+  int64_t width_;
+  Tensor q_, scale_, sum_;
+};
+
+inline void check_same_device(const char* op, const Tensor& x,
+                              std::initializer_list<const Tensor*> others) {
+  for (const Tensor* other : others)
+    check(other->is_cuda() && other->get_device_index() == x.get_device_index(), op,
+          ": all tensors must be on one device");
+}
+
+// Rows must begin at multiples of 16 bytes, as torch's own memory does; a view may not.
+inline Tensor aligned_rows(const Tensor& packed, const char* op) {
+  const Tensor rows = torch::stable::contiguous(packed);
+  check(reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0, op,
+        ": packed_weight must begin at a multiple of 16 bytes; clone it");
+  return rows;
+}
+
+inline void set_bias(DeviceLinear& linear, const Tensor& bias, const char* op) {
+  check(bias.dim() == 1 && bias.size(0) == linear.n, op, ": bias must have shape [", linear.n,
+        "], one value per output feature");
+  linear.bias_type = float_type(bias, op, "bias");
+  linear.bias = bias.const_data_ptr();
+}
+
+}  // namespace trine

@@ -1,0 +1,52 @@
+// int8_linear for every GPU from sm_80 on.
+#include "int8_linear/cuda.h"
+
+#include "common/cuda/few_rows.cuh"
+#include "common/cuda/reduce.cuh"
+
+namespace trine {
+namespace {
+
+struct Int8Chunk {
+  static constexpr int kUnits = 1;
+  static constexpr int32_t kOffset = 0;
+  static __device__ __forceinline__ uint32_t fragment(const uint4& chunk, int, int f) {
+    return word_of(chunk, f);
+  }
+};
+
+// A warp sums a row.
+constexpr int kRowsPerBlock = 8;
+
+__global__ void __launch_bounds__(kRowsPerBlock* kWarpThreads)
+    zero_point_kernel(DeviceLinear linear, const int32_t* zero_point, int32_t* minus) {
+  const int64_t n = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpThreads;
+  const int lane = threadIdx.x % kWarpThreads;
+  if (n >= linear.n) return;  // the whole warp
+  int32_t sum = 0;
+  for (int64_t at = lane * 16; at < linear.weight_stride; at += kWarpThreads * 16) {
+    uint4 chunk;
+    load_global<16>(&chunk, linear.weight + n * linear.weight_stride + at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum = __dp4a(int32_t(word_of(chunk, i)), 0x01010101, sum);
+  }
+  sum = reduce_lanes<kWarpThreads>(sum, Sum{});
+  if (lane == 0) minus[n] = int32_t(uint32_t(sum) * uint32_t(*zero_point));
+}
+
+}  // namespace
+
+void int8_linear_cuda(const DeviceLinear& linear, cudaStream_t stream) {
+  if (linear.m == 0 || linear.n == 0) return;
+  few_rows_linear<Int8Chunk>("int8_linear", linear, stream);
+}
+
+void int8_zero_point_cuda(const DeviceLinear& linear, const int32_t* zero_point, int32_t* minus,
+                          cudaStream_t stream) {
+  if (linear.n == 0) return;
+  launch("int8_linear", zero_point_kernel,
+         {(linear.n + kRowsPerBlock - 1) / kRowsPerBlock, kRowsPerBlock * kWarpThreads}, stream,
+         linear, zero_point, minus);
+}
+
+}  // namespace trine

@@ -1,0 +1,38 @@
+// What int8_linear checks alike on every device. Only torch*.cpp files include this.
+#pragma once
+
+#include "common/torch_linear.h"
+#include "int8_linear/int8_linear.h"
+
+namespace trine {
+
+// The packed width of a row, if the weight fits `rows`.
+inline int64_t check_int8_weight(const char* op, const Matrix& rows, const Tensor& packed_weight,
+                                 const Tensor& weight_scale) {
+  check_dtype(packed_weight, ScalarType::Char, "int8", op, "packed_weight");
+  check_dtype(weight_scale, ScalarType::Float, "float32", op, "weight_scale");
+  check(packed_weight.dim() == 2, op, ": packed_weight must be [N, 16 * ceil(K / 16)]");
+  const int64_t n = packed_weight.size(0), packed_k = round_up(rows.k, kInt8Chunk);
+  check(packed_weight.size(1) == packed_k, op, ": x has K = ", rows.k,
+        " columns, which needs a packed_weight of ", packed_k, " columns; it has ",
+        packed_weight.size(1));
+  check(weight_scale.dim() == 1 && weight_scale.size(0) == n, op, ": weight_scale must be [", n,
+        "], one scale per row of packed_weight");
+  return packed_k;
+}
+
+// The shapes and dtypes of static activations; their values are the kernel's business.
+inline void check_static_input(const char* op, const std::optional<Tensor>& scale,
+                               const std::optional<Tensor>& zero_point) {
+  if (!scale.has_value()) {
+    check(!zero_point.has_value(), op, ": input_zero_point needs input_scale beside it");
+    return;
+  }
+  check(scale->numel() == 1, op, ": input_scale must hold one value for the whole tensor");
+  check_dtype(*scale, ScalarType::Float, "float32", op, "input_scale");
+  if (!zero_point.has_value()) return;
+  check(zero_point->numel() == 1, op, ": input_zero_point must hold one value");
+  check_dtype(*zero_point, ScalarType::Int, "int32", op, "input_zero_point");
+}
+
+}  // namespace trine

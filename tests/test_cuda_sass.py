@@ -1,0 +1,151 @@
+"""What nvcc made of each CUDA kernel: the instructions meant, no spills, a bound on registers.
+
+Kernels are compiled again for GPUs beside those that the library holds code for, as the library's
+own build compiles them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import cuda_kernels
+import pytest
+from cuda_kernels import BUILD, ROOT
+from trine import _C
+
+pytestmark = pytest.mark.skipif(not _C.cuda_kernels, reason=f"the CUDA library is {_C.cuda_build}")
+
+# What a source must compile for. Every file but those of one generation: what is sold today and
+# what comes after; the newest only has to compile.
+TARGETS = {"cuda": ("80", "89", "90a", "120"), "cuda_sm80": ("80", "89"), "cuda_sm90a": ("90a",)}
+FLAGS = ("-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", "-cubin")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What each kernel whose name matches must be made of."""
+
+    kernel: str
+    instructions: tuple[str, ...]
+    registers: int
+    variants: int  # of the kernel in its source: one that is missing is no kernel
+
+
+GATES = {
+    "quantize_rows/cuda": (
+        # Beyond 64 registers an SM holds fewer than 1024 threads, too few loads in flight.
+        Gate("quantize_rows_kernel.*Lb1E", (r"LDG\.E\.128", r"STG\.E"), 64, 15),
+        Gate("quantize_rows_kernel.*Lb0E", ("LDG", "STG"), 64, 15),
+        Gate("quantize_rows_static_kernel", ("LDG", r"STG\.E"), 40, 1),
+    ),
+    "int8_linear/cuda": (
+        # Two blocks of 256 threads fit an SM with 128 registers a thread; more rows have more sums.
+        Gate("few_rows_kernel.*ELi[14]ELi1E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 2),
+        Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 144, 2),
+        Gate("few_rows_kernel.*ELi[12]ELi4E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
+        Gate("few_rows_kernel.*ELi1ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1),
+        Gate("zero_point_kernel", (r"IDP\.4A\.S8\.S8", r"LDG\.E\.128"), 64, 1),
+    ),
+    "ternary_linear/cuda": (
+        Gate("few_rows_kernel.*ELi[14]ELi1E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 2),
+        Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 144, 2),
+        Gate("few_rows_kernel.*ELi[12]ELi4E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
+        Gate("few_rows_kernel.*ELi1ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1),
+        Gate("grouped_kernel", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.128"), 64, 1),
+    ),
+}
+
+
+def build_tool(name: str) -> str:
+    """The path of a program: beside this Python, on the PATH, or in one of NVIDIA's wheels."""
+    site_packages = Path(sysconfig.get_path("purelib"))
+    places = [
+        sysconfig.get_path("scripts"),
+        os.environ.get("PATH", ""),
+        *map(str, site_packages.glob("nvidia/*/bin")),
+        str(site_packages / "triton/backends/nvidia/bin"),
+        "/usr/local/cuda/bin",
+    ]
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        pytest.skip(f"{name} was not found (for NVIDIA's tools: pip install nvidia-cuda-{name})")
+    return found
+
+
+def compiled(source: str, target: str) -> Path:
+    """The machine code of a source of csrc for one GPU, compiled once."""
+    op = source.split("/")[0]
+    digest = cuda_kernels.sources_digest(ROOT / "csrc" / op)
+    cubin = BUILD / "sass" / f"{source.replace('/', '-')}-{target}-{digest}.cubin"
+    if not cubin.exists():
+        cubin.parent.mkdir(parents=True, exist_ok=True)
+        for outdated in cubin.parent.glob(f"{source.replace('/', '-')}-{target}-*"):
+            outdated.unlink()
+        partial = cubin.with_suffix(".partial")
+        architecture = f"-gencode=arch=compute_{target},code=sm_{target}"
+        command = [build_tool("nvcc"), *FLAGS, architecture, ROOT / "csrc" / f"{source}.cu"]
+        subprocess.run([*command, "-o", partial], check=True)
+        partial.rename(cubin)
+    return cubin
+
+
+def by_kernel(cubin: Path, what: str, pattern: str) -> dict[str, str]:
+    """What cuobjdump says of each kernel, by its name."""
+    tool = build_tool("cuobjdump")
+    directory = Path(build_tool("nvdisasm")).parent  # cuobjdump calls it
+    environment = {**os.environ, "PATH": f"{directory}{os.pathsep}{os.environ['PATH']}"}
+    dump = subprocess.run(
+        [tool, what, cubin], check=True, capture_output=True, text=True, env=environment
+    ).stdout
+    parts = re.split(pattern, dump)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_every_source_has_gates():
+    assert set(_C.cuda_kernels.split()) == set(GATES)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(source, target) for source in GATES for target in TARGETS[source.split("/")[1]]],
+)
+def test_kernels_are_made_of_what_is_meant(source, target):
+    cubin = compiled(source, target)
+    usage = by_kernel(cubin, "--dump-resource-usage", r"Function (\S+):\n")
+    code = by_kernel(cubin, "--dump-sass", r"Function : (\S+)")
+    assert usage.keys() == code.keys()
+    gates = GATES[source]
+    for gate in gates:
+        matched = [name for name in usage if re.search(gate.kernel, name)]
+        assert len(matched) == gate.variants, (gate, matched)
+    for name, used in usage.items():
+        matching = [gate for gate in gates if re.search(gate.kernel, name)]
+        assert len(matching) == 1, f"{name} needs one gate, it has {len(matching)}"
+        (gate,) = matching
+        # STACK is memory for spilled registers and for arrays that were not kept in registers.
+        counts = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+) ", used)
+        assert counts is not None, used
+        registers, stack, local = map(int, counts.groups())
+        assert (stack, local) == (0, 0), f"{name} spills"
+        if target == "120":
+            continue
+        assert registers <= gate.registers, f"{name}: {registers} registers"
+        assert not re.search(r"\b(LDL|STL)\b", code[name]), f"{name} uses local memory"
+        for instruction in gate.instructions:
+            assert re.search(rf"\b{instruction}", code[name]), f"{name} lacks {instruction}"
+
+
+@pytest.mark.parametrize("target", ["80", "90a"])
+def test_quantize_rows_has_all_loads_in_flight(target):
+    """The four chunks that a thread holds are on their way before it waits for one."""
+    code = by_kernel(compiled("quantize_rows/cuda", target), "--dump-sass", r"Function : (\S+)")
+    wide = {name: text for name, text in code.items() if "Lb1E" in name}
+    assert len(wide) == 15
+    for name, text in wide.items():
+        loads = [at.start() for at in re.finditer(r"LDG\.E\.128", text)]
+        assert not re.search(r"\b(BRA|SHFL|FMUL)\b", text[loads[0] : loads[3]]), name
+        assert ("STG.E.64" if "float16" in name else "STG.E ") in text, name
