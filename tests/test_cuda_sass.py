@@ -45,14 +45,14 @@ GATES = {
     "int8_linear/cuda": (
         # Two blocks of 256 threads fit an SM with 128 registers a thread; more rows have more sums.
         Gate("few_rows_kernel.*ELi[14]ELi1E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 2),
-        Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 144, 2),
+        Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
         Gate("few_rows_kernel.*ELi[12]ELi4E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
         Gate("few_rows_kernel.*ELi1ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1),
         Gate("zero_point_kernel", (r"IDP\.4A\.S8\.S8", r"LDG\.E\.128"), 64, 1),
     ),
     "ternary_linear/cuda": (
         Gate("few_rows_kernel.*ELi[14]ELi1E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 2),
-        Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 144, 2),
+        Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
         Gate("few_rows_kernel.*ELi[12]ELi4E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
         Gate("few_rows_kernel.*ELi1ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1),
         Gate("grouped_kernel", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.128"), 64, 1),
