@@ -1,6 +1,7 @@
 # make demo      builds and installs trine in $(VENV), then runs the main job; results in out/demo
 # make test      the same with everything that tests need, then the whole test suite
 # make sanitize  every op under the address, undefined-behaviour and thread sanitizers
+# make test-arm  every op on Arm's instruction sets, cross-compiled and run under qemu-aarch64
 # make lint      formatting and style of Python and C++ (make format mends what can be mended)
 # make build     compiles into python/trine, for work on trine itself (use with PYTHONPATH=python)
 
@@ -12,7 +13,7 @@ TORCH ?= torch==2.13.0
 BIN := $(abspath $(VENV))/bin
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cuh')
 
-.PHONY: demo test sanitize lint format build clean
+.PHONY: demo test sanitize test-arm lint format build clean
 
 demo: $(VENV)/.tools
 	$(BIN)/pip install --quiet --no-build-isolation '.[demo]'
@@ -27,6 +28,16 @@ sanitize: $(VENV)/.tools
 	  -DPython_EXECUTABLE=$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja
 	$(BIN)/cmake --build build/sanitize --target sanitize_address sanitize_thread
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -j 2
+
+test-arm: $(VENV)/.tools
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \
+	  echo "make test-arm needs $$tool; on Debian: apt-get install g++-aarch64-linux-gnu qemu-user"; \
+	  exit 1; }; done
+	$(BIN)/pip install --quiet pytest
+	$(BIN)/cmake -S tests/arm -B build/arm -G Ninja -DPython_EXECUTABLE=$(BIN)/python \
+	  -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja
+	$(BIN)/cmake --build build/arm
+	$(BIN)/python -m pytest --noconftest tests/arm/check_operators.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -9,7 +9,8 @@
 //       finish_row                                        -> y
 //
 // A Weight has `kOffset` (what its values carry above the true ones), `kMaxTileRows` (the highest
-// tile there are registers for), and two functions beside it, found by its type:
+// tile there are registers for), `kRowStep` where a tile must begin at a multiple of so many rows,
+// and two functions beside it, found by its type:
 //   accumulate_tile<rows>(weight, x, n, last_n, k, sums)  sums[i][j] += row i of x . row n+j of w
 //   finish_row(weight, sums, count, row, y)               scales `count` sums and writes them
 #pragma once
@@ -130,7 +131,9 @@ void integer_linear(const QuantizedRows& x, const Weight& weight, int64_t k, con
       // Rows are shared out evenly: 8 are 4 + 4, not 6 + 2.
       const int64_t left = tile.m_end - m;
       const int64_t tiles = (left + Weight::kMaxTileRows - 1) / Weight::kMaxTileRows;
-      const int64_t rows = (left + tiles - 1) / tiles;
+      int64_t rows = (left + tiles - 1) / tiles;
+      if constexpr (requires { Weight::kRowStep; })
+        rows = std::min(round_up(rows, Weight::kRowStep), left);
       accumulate_block(rows, weight, {x.q + m * x.stride, x.stride}, n, n_end, k, sums);
       for (int64_t i = 0; i < rows; ++i, ++m) {
         const RowScaling row{

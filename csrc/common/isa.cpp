@@ -5,6 +5,9 @@
 
 #if defined(TRINE_X86)
 #include <cpuid.h>
+#elif defined(TRINE_ARM64) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace trine {
@@ -21,6 +24,9 @@ constexpr Features kAvx512bw = 1 << 5;
 constexpr Features kAvx512dq = 1 << 6;
 constexpr Features kAvx512vl = 1 << 7;
 constexpr Features kAvx512vnni = 1 << 8;
+constexpr Features kNeon = 1 << 16;
+constexpr Features kDotprod = 1 << 17;
+constexpr Features kI8mm = 1 << 18;
 
 // What several sets share.
 constexpr Features kHaswell = kAvx2 | kFma | kF16c;
@@ -39,6 +45,9 @@ constexpr Row kIsas[] = {
     {Isa::avx2vnni, "avx2vnni", kHaswell | kAvxVnni},
     {Isa::avx512, "avx512", kSkylake},
     {Isa::avx512vnni, "avx512vnni", kSkylake | kAvx512vnni},
+    {Isa::neon, "neon", kNeon},
+    {Isa::dotprod, "dotprod", kNeon | kDotprod},
+    {Isa::i8mm, "i8mm", kNeon | kDotprod | kI8mm},
 };
 
 constexpr const Row& row(Isa isa) { return kIsas[static_cast<int>(isa)]; }
@@ -52,10 +61,10 @@ static_assert(in_order());
 
 Features detect() {
   Features found = 0;
-#if defined(TRINE_X86)
-  const auto add = [&found](Features feature, int supported) {
+  [[maybe_unused]] const auto add = [&found](Features feature, unsigned long supported) {
     if (supported) found |= feature;
   };
+#if defined(TRINE_X86)
   __builtin_cpu_init();  // reads XCR0 too: a feature counts only if the system saves its registers
   add(kAvx2, __builtin_cpu_supports("avx2"));
   add(kFma, __builtin_cpu_supports("fma"));
@@ -69,6 +78,12 @@ Features detect() {
   unsigned eax = 0, ebx, ecx, edx;
   if ((found & kAvx2) && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx))
     add(kAvxVnni, eax & (1u << 4));
+#elif defined(TRINE_ARM64)
+  add(kNeon, true);  // every 64-bit Arm that runs an operating system has it
+#if defined(__linux__)
+  add(kDotprod, getauxval(AT_HWCAP) & HWCAP_ASIMDDP);
+  add(kI8mm, getauxval(AT_HWCAP2) & HWCAP2_I8MM);
+#endif
 #endif
   return found;
 }

@@ -12,6 +12,9 @@ constexpr Int8LinearKernel kKernels[] = {
 #ifdef TRINE_X86
     {Isa::avx512vnni, int8_linear_avx512vnni},
     {Isa::avx2, int8_linear_avx2},
+#elif defined(TRINE_ARM64)
+    {Isa::i8mm, int8_linear_i8mm},
+    {Isa::dotprod, int8_linear_dotprod},
 #endif
     {Isa::scalar, int8_linear_scalar},
 };

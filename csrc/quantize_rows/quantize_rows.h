@@ -37,9 +37,9 @@ struct QuantizeRowsKernel {
   QuantizeRowStaticFn* static_row;
 };
 
-QuantizeRowFn quantize_row_scalar, quantize_row_avx2, quantize_row_avx512;
+QuantizeRowFn quantize_row_scalar, quantize_row_avx2, quantize_row_avx512, quantize_row_neon;
 QuantizeRowStaticFn quantize_row_static_scalar, quantize_row_static_avx2,
-    quantize_row_static_avx512;
+    quantize_row_static_avx512, quantize_row_static_neon;
 
 // The kernel in force, for the linear ops that quantise their input themselves.
 const QuantizeRowsKernel& quantize_rows_kernel();

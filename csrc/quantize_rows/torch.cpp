@@ -10,6 +10,8 @@ constexpr QuantizeRowsKernel kKernels[] = {
 #ifdef TRINE_X86
     {Isa::avx512, quantize_row_avx512, quantize_row_static_avx512},
     {Isa::avx2, quantize_row_avx2, quantize_row_static_avx2},
+#elif defined(TRINE_ARM64)
+    {Isa::neon, quantize_row_neon, quantize_row_static_neon},
 #endif
     {Isa::scalar, quantize_row_scalar, quantize_row_static_scalar},
 };

@@ -58,10 +58,10 @@ struct SoftmaxKlKernel {
   SoftmaxKlBackward* teacher_gradient;
 };
 
-SoftmaxKlForward softmax_kl_scalar, softmax_kl_avx2, softmax_kl_avx512;
+SoftmaxKlForward softmax_kl_scalar, softmax_kl_avx2, softmax_kl_avx512, softmax_kl_neon;
 SoftmaxKlBackward softmax_kl_student_gradient_scalar, softmax_kl_student_gradient_avx2,
-    softmax_kl_student_gradient_avx512;
+    softmax_kl_student_gradient_avx512, softmax_kl_student_gradient_neon;
 SoftmaxKlBackward softmax_kl_teacher_gradient_scalar, softmax_kl_teacher_gradient_avx2,
-    softmax_kl_teacher_gradient_avx512;
+    softmax_kl_teacher_gradient_avx512, softmax_kl_teacher_gradient_neon;
 
 }  // namespace trine

@@ -20,6 +20,9 @@ constexpr SoftmaxKlKernel kKernels[] = {
      softmax_kl_teacher_gradient_avx512},
     {Isa::avx2, softmax_kl_avx2, softmax_kl_student_gradient_avx2,
      softmax_kl_teacher_gradient_avx2},
+#elif defined(TRINE_ARM64)
+    {Isa::neon, softmax_kl_neon, softmax_kl_student_gradient_neon,
+     softmax_kl_teacher_gradient_neon},
 #endif
     {Isa::scalar, softmax_kl_scalar, softmax_kl_student_gradient_scalar,
      softmax_kl_teacher_gradient_scalar},

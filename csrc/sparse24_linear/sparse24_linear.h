@@ -85,9 +85,13 @@ struct Sparse24Int8Kernel {
   Sparse24Int8Fn* run;
 };
 
-Sparse24BlockFn sparse24_block_scalar, sparse24_block_avx2, sparse24_block_avx512;
-Sparse24WidenFn sparse24_widen_scalar, sparse24_widen_avx2, sparse24_widen_avx512;
-Sparse24FloatFn sparse24_float_scalar, sparse24_float_avx2, sparse24_float_avx512;
-Sparse24Int8Fn sparse24_int8_scalar, sparse24_int8_avx2, sparse24_int8_avx512vnni;
+Sparse24BlockFn sparse24_block_scalar, sparse24_block_avx2, sparse24_block_avx512,
+    sparse24_block_neon;
+Sparse24WidenFn sparse24_widen_scalar, sparse24_widen_avx2, sparse24_widen_avx512,
+    sparse24_widen_neon;
+Sparse24FloatFn sparse24_float_scalar, sparse24_float_avx2, sparse24_float_avx512,
+    sparse24_float_neon;
+Sparse24Int8Fn sparse24_int8_scalar, sparse24_int8_avx2, sparse24_int8_avx512vnni,
+    sparse24_int8_dotprod, sparse24_int8_i8mm;
 
 }  // namespace trine

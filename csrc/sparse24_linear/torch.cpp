@@ -11,6 +11,8 @@ constexpr Sparse24FloatKernel kFloatKernels[] = {
 #ifdef TRINE_X86
     {Isa::avx512, sparse24_block_avx512, sparse24_widen_avx512, sparse24_float_avx512},
     {Isa::avx2, sparse24_block_avx2, sparse24_widen_avx2, sparse24_float_avx2},
+#elif defined(TRINE_ARM64)
+    {Isa::neon, sparse24_block_neon, sparse24_widen_neon, sparse24_float_neon},
 #endif
     {Isa::scalar, sparse24_block_scalar, sparse24_widen_scalar, sparse24_float_scalar},
 };
@@ -18,6 +20,9 @@ constexpr Sparse24Int8Kernel kInt8Kernels[] = {
 #ifdef TRINE_X86
     {Isa::avx512vnni, sparse24_int8_avx512vnni},
     {Isa::avx2, sparse24_int8_avx2},
+#elif defined(TRINE_ARM64)
+    {Isa::i8mm, sparse24_int8_i8mm},
+    {Isa::dotprod, sparse24_int8_dotprod},
 #endif
     {Isa::scalar, sparse24_int8_scalar},
 };

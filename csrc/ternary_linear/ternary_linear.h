@@ -47,6 +47,7 @@ struct TernaryLinearKernel {
   TernaryLinearFn* run;
 };
 
-TernaryLinearFn ternary_linear_scalar, ternary_linear_avx2, ternary_linear_avx512vnni;
+TernaryLinearFn ternary_linear_scalar, ternary_linear_avx2, ternary_linear_avx512vnni,
+    ternary_linear_dotprod, ternary_linear_i8mm;
 
 }  // namespace trine

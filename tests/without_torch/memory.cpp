@@ -13,7 +13,9 @@ Memory::Memory(std::size_t bytes, std::size_t alignment) {
   const std::size_t inside = (bytes + page - 1) / page * page;
   mapped_bytes_ = inside + 2 * page;
   void* mapped = mmap(nullptr, mapped_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED ||
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  // qemu fails where there is nothing to protect.
+  if (inside > 0 &&
       mprotect(static_cast<char*>(mapped) + page, inside, PROT_READ | PROT_WRITE) != 0)
     throw std::bad_alloc();
   mapped_ = static_cast<char*>(mapped);
