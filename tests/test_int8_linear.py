@@ -28,12 +28,16 @@ def test_matches_reference(isa, dtype, m, n, k):
     assert_matches_reference(*reference.example_inputs(m, n, k, dtype, bias=False))
 
 
-@pytest.mark.parametrize("m", range(1, 15))
+# Every number of few rows; then vectors of 8 and 16 rows in tiles of 1 to 3, and rows left over.
+@pytest.mark.parametrize("m", [*range(1, 18), 22, 23, 33, 48, 54, 55, 64, 97])
 def test_every_tile_height(isa, m):
     assert_matches_reference(*reference.example_inputs(m, 7, 130))
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(7, 33, 9000), (2, 600, 70), (13, 260, 1100)])
+BLOCKS_AND_SLICES = [(7, 33, 9000), (2, 600, 70), (13, 260, 1100), (50, 70, 4500), (20, 530, 100)]
+
+
+@pytest.mark.parametrize(("m", "n", "k"), BLOCKS_AND_SLICES)
 def test_several_blocks_and_slices(isa, m, n, k):
     """k beyond one slice, n beyond one block of weight rows."""
     assert_matches_reference(*reference.example_inputs(m, n, k))
@@ -71,7 +75,9 @@ def test_bias_of_another_dtype(isa, bias_dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [None, 0, -128, -3, 127])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 37), (7, 33, 64), (3, 300, 130), (2, 3, 0)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 5, 37), (7, 33, 64), (3, 300, 130), (19, 9, 130), (2, 3, 0)]
+)
 def test_static_input(isa, dtype, value, m, n, k):
     x, *weight = reference.example_inputs(m, n, k, dtype)
     point = None if value is None else zero_point(value)
@@ -80,28 +86,29 @@ def test_static_input(isa, dtype, value, m, n, k):
 
 
 @pytest.mark.parametrize(("x_value", "w_value"), [(127, 127), (-127, 127), (127, -127), (-1, -127)])
-@pytest.mark.parametrize("k", [64, 5008, 131072])
-def test_extreme_values_do_not_saturate(isa, x_value, w_value, k):
+@pytest.mark.parametrize(("m", "k"), [(2, 64), (2, 5008), (2, 131072), (16, 131072)])
+def test_extreme_values_do_not_saturate(isa, x_value, w_value, m, k):
     packed_weight = torch.full((3, k), w_value, dtype=torch.int8)
-    y = int8_linear(torch.full((2, k), float(x_value)), packed_weight, torch.ones(3))
+    y = int8_linear(torch.full((m, k), float(x_value)), packed_weight, torch.ones(3))
     q, scale = (127 if x_value > 0 else -127), abs(x_value) / 127
     expected = torch.tensor(float(q * w_value * k)) * torch.tensor(scale)
-    assert_same_bits(y, expected.expand(2, 3))
+    assert_same_bits(y, expected.expand(m, 3))
 
 
-@pytest.mark.parametrize("k", [64, 65536])
-def test_extreme_static_values_do_not_saturate(isa, k):
+@pytest.mark.parametrize(("m", "k"), [(2, 64), (2, 65536), (16, 65536)])
+def test_extreme_static_values_do_not_saturate(isa, m, k):
     packed_weight = torch.full((3, k), 127, dtype=torch.int8)
-    x, ones = torch.full((2, k), -1e9), torch.ones(3)
+    x, ones = torch.full((m, k), -1e9), torch.ones(3)
     scales = {"input_scale": torch.tensor(1.0), "input_zero_point": zero_point(127)}
     y = int8_linear(x, packed_weight, ones, **scales)
-    assert_same_bits(y, torch.full((2, 3), -255.0 * 127 * k))
+    assert_same_bits(y, torch.full((m, 3), -255.0 * 127 * k))
 
 
 @pytest.mark.parametrize("k", [1, 15, 16, 48, 65, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reads_nothing_beyond_its_inputs(isa, dtype, k):
-    x, packed_weight, weight_scale, bias = reference.example_inputs(3, 5, k, dtype)
+@pytest.mark.parametrize("m", [3, 20])
+def test_reads_nothing_beyond_its_inputs(isa, m, dtype, k):
+    x, packed_weight, weight_scale, bias = reference.example_inputs(m, 5, k, dtype)
     guarded = [at_end_of_memory(t) for t in (x, packed_weight, weight_scale, bias)]
     assert_same_bits(int8_linear(*guarded), int8_linear(x, packed_weight, weight_scale, bias))
 

@@ -1,0 +1,199 @@
+// Few activation rows: vectors along k, of the activations and of the weight.
+//
+//   for a tile of activation rows
+//     for a slice of k (the tile's slice stays in L1)
+//       for kTileColumns weight rows: accumulate_tile   -> int32 sums of the tile
+//     finish_row                                        -> y
+//
+// A Weight has `kOffset` (what its values carry above the true ones), `kMaxTileRows` (the highest
+// tile there are registers for), `kRowStep` where a tile must begin at a multiple of so many rows,
+// and two functions beside it, found by its type:
+//   accumulate_tile<rows>(weight, x, n, last_n, k, sums)  sums[i][j] += row i of x . row n+j of w
+//   finish_row(weight, sums, count, row, y)               scales `count` sums and writes them
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "common/linear.h"
+#include "common/scratch.h"
+
+namespace trine {
+namespace {
+
+// Weight rows per tile. With six activation rows that makes 24 sums, more than enough independent
+// ones to hide the latency of a dot product, and leaves eight zmm registers for operands.
+inline constexpr int64_t kTileColumns = 4;
+// Six rows of this much k are 24 KiB: they stay in a 32 KiB L1 while weight rows pass by.
+inline constexpr int64_t kSliceK = 4096;
+// A block of weight rows takes half of a 1 MiB L2, beside activations and output.
+inline constexpr int64_t kBlockBytes = 1 << 19;
+inline constexpr int64_t kMaxBlockColumns = 256;
+
+// How many weight rows of k bytes make a block: a multiple of 16.
+[[maybe_unused]] inline int64_t block_columns(int64_t k) {
+  const int64_t rows = kBlockBytes / std::max<int64_t>(k, 1) / 16 * 16;
+  return std::clamp<int64_t>(rows, 16, kMaxBlockColumns);
+}
+
+// body(0), body(1), ... body(kCount - 1) with constants: gcc keeps an array in registers only where
+// no index into it is a variable when it first looks.
+template <int kCount, class Body>
+[[gnu::always_inline]] inline void unrolled(const Body& body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+// Consecutive activation rows. Each is zero from the end of k to the next multiple of 64.
+struct TileRows {
+  const int8_t* q;
+  int64_t stride;
+};
+
+// A part of k; both ends are multiples of 64.
+struct Slice {
+  int64_t begin, end;
+};
+
+// How sums become outputs.
+struct Scaling {
+  const float* weight_scale;              // [n] as the output, or one value
+  bool per_tensor = false;                // weight_scale is one value
+  const int32_t* column_minus = nullptr;  // [n] from tile.n_begin, subtracted from acc; or null
+};
+
+// The same for a piece of one output row; the pointers stand at its first column.
+struct RowScaling {
+  int32_t minus;  // of every sum
+  const int32_t* column_minus;
+  float x_scale;
+  const float* weight_scale;
+  bool per_tensor;
+  const float* bias;
+};
+
+template <int kRows, class Weight>
+void accumulate_rows(int64_t rows, const Weight& weight, const TileRows& x, int64_t n,
+                     int64_t last_n, const Slice& k, int32_t* sums) {
+  if (rows == kRows) return accumulate_tile<kRows>(weight, x, n, last_n, k, sums);
+  if constexpr (kRows > 1) accumulate_rows<kRows - 1>(rows, weight, x, n, last_n, k, sums);
+}
+
+// Row i of the sums starts at sums + i * kMaxBlockColumns. The offset is still in them, and up to
+// kTileColumns - 1 meaningless sums follow the last column.
+template <class Weight>
+void accumulate_block(int64_t rows, const Weight& weight, const TileRows& x, int64_t n_begin,
+                      int64_t n_end, int64_t k, int32_t* sums) {
+  for (int64_t i = 0; i < rows; ++i)
+    std::fill_n(sums + i * kMaxBlockColumns, round_up(n_end - n_begin, kTileColumns), 0);
+  for (int64_t begin = 0; begin < k; begin += kSliceK) {
+    const Slice slice{begin, round_up(std::min(begin + kSliceK, k), 64)};
+    for (int64_t n = n_begin; n < n_end; n += kTileColumns)
+      accumulate_rows<Weight::kMaxTileRows>(rows, weight, x, n, n_end - 1, slice,
+                                            sums + (n - n_begin));
+  }
+}
+
+// Products wrap modulo 2^32, as the sums do; the difference is the true sum again.
+[[maybe_unused]] inline int32_t wrapping_product(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
+}
+
+// Scales the sums of the outputs `piece` and writes them. Each row of sums stands `stride` from the
+// one before and is too high by offset * (sum of the activation row) and by column_minus (or null).
+template <class Weight>
+void finish_rows(const QuantizedRows& x, const Weight& weight, const int32_t* sums, int64_t stride,
+                 int32_t offset, const int32_t* column_minus, const Scaling& scaling,
+                 const LinearOutput& out, const Tile& piece) {
+  const int64_t n = piece.n_begin, count = piece.n_end - n;
+  for (int64_t m = piece.m_begin; m < piece.m_end; ++m, sums += stride) {
+    const RowScaling row{wrapping_product(offset, x.sum[m]),
+                         column_minus,
+                         x.scale[m],
+                         scaling.per_tensor ? scaling.weight_scale : scaling.weight_scale + n,
+                         scaling.per_tensor,
+                         out.bias == nullptr ? nullptr : out.bias + n};
+    const int64_t at = m * out.stride + n;
+    switch (out.type) {
+      case FloatType::float32:
+        finish_row(weight, sums, count, row, static_cast<float*>(out.y) + at);
+        break;
+      case FloatType::bfloat16:
+        finish_row(weight, sums, count, row, static_cast<bfloat16*>(out.y) + at);
+        break;
+      case FloatType::float16:
+        finish_row(weight, sums, count, row, static_cast<float16*>(out.y) + at);
+        break;
+    }
+  }
+}
+
+// visit(first, count) for pieces of [0, total) of at most `most`, shared out evenly: with 6 at most
+// 8 are 4 + 4, not 6 + 2. Each piece begins at a multiple of `step`.
+template <class Visit>
+void for_even_pieces(int64_t total, int64_t most, int64_t step, const Visit& visit) {
+  for (int64_t first = 0; first < total;) {
+    const int64_t left = total - first, pieces = (left + most - 1) / most;
+    const int64_t count = std::min(round_up((left + pieces - 1) / pieces, step), left);
+    visit(first, count);
+    first += count;
+  }
+}
+
+template <class Weight>
+constexpr int64_t row_step() {
+  if constexpr (requires { Weight::kRowStep; })
+    return Weight::kRowStep;
+  else
+    return 1;
+}
+
+// The outputs of one block of weight rows; column_minus stands at its first.
+template <class Weight>
+void few_rows_block(const QuantizedRows& x, const Weight& weight, int64_t k,
+                    const int32_t* column_minus, const Scaling& scaling, const LinearOutput& out,
+                    const Tile& block) {
+  alignas(64) int32_t sums[Weight::kMaxTileRows * kMaxBlockColumns];
+  for_even_pieces(block.m_end - block.m_begin, Weight::kMaxTileRows, row_step<Weight>(),
+                  [&](int64_t first, int64_t rows) {
+                    const int64_t m = block.m_begin + first;
+                    accumulate_block(rows, weight, {x.q + m * x.stride, x.stride}, block.n_begin,
+                                     block.n_end, k, sums);
+                    finish_rows(x, weight, sums, kMaxBlockColumns, Weight::kOffset, column_minus,
+                                scaling, out, {m, m + rows, block.n_begin, block.n_end});
+                  });
+}
+
+template <class Weight>
+void few_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
+                     const Scaling& scaling, const LinearOutput& out, const Tile& tile) {
+  const int64_t columns = block_columns(k);
+  for (int64_t n = tile.n_begin; n < tile.n_end; n += columns) {
+    const int64_t n_end = std::min(n + columns, tile.n_end);
+    const int32_t* minus =
+        scaling.column_minus == nullptr ? nullptr : scaling.column_minus + (n - tile.n_begin);
+    few_rows_block(x, weight, k, minus, scaling, out, {tile.m_begin, tile.m_end, n, n_end});
+  }
+}
+
+// row_sums[n - n_begin] = the sum of weight row n over k: its product with a row of ones.
+template <class Weight>
+void sum_weight_rows(const Weight& weight, int64_t k, int64_t n_begin, int64_t n_end,
+                     int32_t* row_sums) {
+  const Scratch ones(round_up(k, 64));
+  std::fill_n(ones.data<int8_t>(), round_up(k, 64), int8_t{0});
+  std::fill_n(ones.data<int8_t>(), k, int8_t{1});
+  alignas(64) int32_t sums[kMaxBlockColumns];
+  for (int64_t n = n_begin; n < n_end; n += kMaxBlockColumns) {
+    const int64_t count = std::min(kMaxBlockColumns, n_end - n);
+    accumulate_block(1, weight, {ones.data<int8_t>(), 0}, n, n + count, k, sums);
+    for (int64_t j = 0; j < count; ++j)
+      row_sums[n - n_begin + j] = sums[j] - wrapping_product(Weight::kOffset, int32_t(k));
+  }
+}
+
+}  // namespace
+}  // namespace trine

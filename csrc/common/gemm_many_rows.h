@@ -1,0 +1,183 @@
+// Many activation rows: vectors across the rows, where gemm_few_rows.h has vectors along k. The
+// activations are laid out anew, once per Tile: a vector holds kGroup consecutive k of each of
+// kLanes rows. A group of a weight row is broadcast from where it lies. So every lane is a sum of
+// its own: nothing is added up at the end of a row, and no byte of the weight is prepared.
+//
+//   for a block of weight rows (they stay in L2; decoded here, where they must be)
+//     for up to kMaxVectors vectors of activation rows
+//       for a slice of k, for kManyColumns weight rows: accumulate  -> int32 sums
+//       finish_row                                                  -> y
+//
+// A Weight takes part by naming `ManyRows`, the traits of its instruction set, and kManyRows, from
+// how many rows on this is the faster way. Its rows are read as ManyRows::Value from where row(n)
+// points, `stride` bytes apart, or, where it has
+//   void decode_row(int64_t n, ManyRows::Value* dense) const;  // writes round_up(k, 64) values
+// from a panel into which each block is decoded. ManyRows has
+//   Value                        of the weight, signed
+//   kLanes, kGroup, kMaxVectors  as above; a group fills a lane of 32 bits
+//   kOffset                      what interleaved activations carry above the true ones
+//   interleave(q, stride, rows, groups, to, to_stride)
+//                                writes a vector for each group of `rows` rows; other lanes may
+//                                hold anything
+//   accumulate<vectors>(w, ahead, x, groups, sums)
+//                                sums[i * kManySums + j] += row i of x . row j of w; may prefetch
+//                                the weight `ahead` values further on
+//   sum_rows(w, groups, sums)    sums[j] += the sum of row j of w
+#pragma once
+
+#include <optional>
+
+#include "common/gemm_few_rows.h"
+
+namespace trine {
+namespace {
+
+// Weight rows of a tile: with three vectors of activations that makes 24 sums on 11 loads.
+inline constexpr int64_t kManyColumns = 8;
+// From the sums of one activation row to those of the next. A multiple of 1 KiB would put all of
+// them into the same few sets of the L1.
+inline constexpr int64_t kManySums = kMaxBlockColumns + 16;
+
+// body(std::integral_constant<int, count>{}) for a count in [1, kMax].
+template <int kMax, class Body>
+void with_count(int64_t count, const Body& body) {
+  if (count == kMax) return body(std::integral_constant<int, kMax>{});
+  if constexpr (kMax > 1) with_count<kMax - 1>(count, body);
+}
+
+// Activation rows [m_begin, m_end) in vectors, as tiles of up to kMaxVectors read them.
+template <class Vectors>
+class InterleavedRows {
+ public:
+  InterleavedRows(const QuantizedRows& x, int64_t m_begin, int64_t m_end, int64_t k)
+      : groups_((k + Vectors::kGroup - 1) / Vectors::kGroup),
+        m_begin_(m_begin),
+        m_end_(m_end),
+        storage_(vectors() * groups_ * kVectorBytes) {
+    for_tiles([&](int64_t first, int64_t count) {
+      for (int64_t v = first; v < first + count; ++v) {
+        const int64_t m = m_begin + v * Vectors::kLanes;
+        Vectors::interleave(x.q + m * x.stride, x.stride, std::min(m_end - m, Vectors::kLanes),
+                            groups_, tile(first, count, 0) + (v - first) * kVectorBytes,
+                            count * kVectorBytes);
+      }
+    });
+  }
+
+  // visit(first vector, number of vectors)
+  template <class Visit>
+  void for_tiles(const Visit& visit) const {
+    for_even_pieces(vectors(), Vectors::kMaxVectors, 1, visit);
+  }
+
+  char* tile(int64_t first, int64_t count, int64_t group) const {
+    return storage_.data<char>() + (first * groups_ + group * count) * kVectorBytes;
+  }
+
+  int64_t groups() const { return groups_; }
+
+ private:
+  static constexpr int64_t kVectorBytes = Vectors::kLanes * int64_t(sizeof(int32_t));
+
+  int64_t vectors() const { return (m_end_ - m_begin_ + Vectors::kLanes - 1) / Vectors::kLanes; }
+
+  int64_t groups_, m_begin_, m_end_;
+  Scratch storage_;
+};
+
+// The rows of a weight as ManyRows::Value: in place, or decoded a block at a time.
+template <class Weight>
+class DenseRows {
+ public:
+  using Value = typename Weight::ManyRows::Value;
+
+  DenseRows(const Weight& weight, int64_t k, int64_t columns) : weight_(weight) {
+    if constexpr (kDecoded) {
+      stride_ = round_up(k, 64);
+      panel_.emplace(columns * stride_ * int64_t(sizeof(Value)));
+    } else {
+      stride_ = weight.stride;
+    }
+  }
+
+  // row() may be called for rows [n, n_end) until the next call.
+  void select(int64_t n, int64_t n_end) {
+    first_n_ = n;
+    if constexpr (kDecoded)
+      for (; n < n_end; ++n) weight_.decode_row(n, decoded(n));
+  }
+
+  const Value* row(int64_t n) const {
+    if constexpr (kDecoded)
+      return decoded(n);
+    else
+      return weight_.row(n);
+  }
+
+  int64_t stride() const { return stride_; }  // values from row to row
+
+ private:
+  static constexpr bool kDecoded =
+      requires(const Weight& weight, Value* dense) { weight.decode_row(int64_t{0}, dense); };
+
+  Value* decoded(int64_t n) const { return panel_->data<Value>() + (n - first_n_) * stride_; }
+
+  const Weight& weight_;
+  int64_t stride_, first_n_ = 0;
+  std::optional<Scratch> panel_;
+};
+
+template <class Weight>
+void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
+                      const Scaling& scaling, const LinearOutput& out, const Tile& tile) {
+  using Vectors = typename Weight::ManyRows;
+  using Value = typename Vectors::Value;
+  // The last rows are few rows where they would fill little of a vector.
+  const int64_t last = (tile.m_end - tile.m_begin) % Vectors::kLanes;
+  const int64_t m_many = last > Weight::kMaxTileRows ? tile.m_end : tile.m_end - last;
+  const InterleavedRows<Vectors> activations(x, tile.m_begin, m_many, k);
+
+  const int64_t columns = block_columns(k * int64_t(sizeof(Value)));
+  DenseRows<Weight> dense(weight, k, columns);
+  alignas(64) int32_t sums[Vectors::kMaxVectors * Vectors::kLanes * kManySums];
+  alignas(64) int32_t weight_sums[kMaxBlockColumns];
+  constexpr bool kSumWeight = Vectors::kOffset != 0;
+  for (int64_t n = tile.n_begin; n < tile.n_end; n += columns) {
+    const int64_t n_end = std::min(n + columns, tile.n_end);
+    dense.select(n, n_end);
+    const int32_t* given =
+        scaling.column_minus == nullptr ? nullptr : scaling.column_minus + (n - tile.n_begin);
+    std::fill_n(weight_sums, kMaxBlockColumns, 0);
+    activations.for_tiles([&](int64_t first, int64_t count) {
+      for (int64_t i = 0; i < count * Vectors::kLanes; ++i)
+        std::fill_n(sums + i * kManySums, round_up(n_end - n, kManyColumns), 0);
+      constexpr int64_t kSliceGroups = kSliceK / Vectors::kGroup;
+      for (int64_t begin = 0; begin < activations.groups(); begin += kSliceGroups) {
+        const int64_t groups = std::min(kSliceGroups, activations.groups() - begin);
+        for (int64_t j = n; j < n_end; j += kManyColumns) {
+          const Value* w[kManyColumns];
+          for (int64_t c = 0; c < kManyColumns; ++c)  // beyond the last: that again, never read
+            w[c] = dense.row(std::min(j + c, n_end - 1)) + begin * Vectors::kGroup;
+          if (kSumWeight && first == 0) Vectors::sum_rows(w, groups, weight_sums + (j - n));
+          with_count<Vectors::kMaxVectors>(count, [&](auto vectors) {
+            Vectors::template accumulate<vectors>(w, kManyColumns * dense.stride(),
+                                                  activations.tile(first, count, begin), groups,
+                                                  sums + (j - n));
+          });
+        }
+      }
+      if (kSumWeight && first == 0)  // now what is to be subtracted
+        for (int64_t j = 0; j < n_end - n; ++j)
+          weight_sums[j] = wrapping_product(Vectors::kOffset, weight_sums[j]) +
+                           (given == nullptr ? 0 : given[j]);
+      const int64_t m = tile.m_begin + first * Vectors::kLanes;
+      finish_rows(x, weight, sums, kManySums, 0, kSumWeight ? weight_sums : given, scaling, out,
+                  {m, std::min(m + count * Vectors::kLanes, m_many), n, n_end});
+    });
+    if (m_many < tile.m_end)
+      few_rows_block(x, weight, k, given, scaling, out, {m_many, tile.m_end, n, n_end});
+  }
+}
+
+}  // namespace
+}  // namespace trine
