@@ -34,7 +34,12 @@ SHAPES = (
     (32, 97, 64),
     (33, 24, 192),
     (64, 3, 48),
-    (70, 19, 33),
+    # Whole tiles of y: one, several in each direction, more k than stages, more rows than a raster
+    # group of them.
+    (65, 19, 33),
+    (130, 137, 330),
+    (200, 260, 64),
+    (1030, 3, 16),
     (2, 4, 0),
 )
 
@@ -140,6 +145,7 @@ def test_matches_reference(op, seed):
 
 
 FEW_ROWS = "common/cuda/few_rows.cuh"
+MANY_ROWS = "common/cuda/many_rows.cuh"
 FINISH = "common/cuda/finish.cuh"
 # Planted in the kernel that both ops share, and seen through each of them.
 SHARED_MUTANTS = (
@@ -194,6 +200,57 @@ SHARED_MUTANTS = (
         "partial, (kFewRowsWarps - 1) * kTiles * kWarpThreads)",
         "outside of a shared array",
     ),
+    Mutant("tiles: missing barrier", MANY_ROWS, "    __syncthreads();\n", ""),
+    Mutant(
+        "tiles: wrong wait count",
+        MANY_ROWS,
+        "copy_async_wait<kStages - 2>()",
+        "copy_async_wait<kStages - 1>()",
+    ),
+    Mutant(
+        "tiles: wrong swizzle",
+        MANY_ROWS,
+        "copy_async(shared_address(a + unit_offset(row, unit)),",
+        "copy_async(shared_address(a + unit_offset(row ^ 2, unit)),",
+    ),
+    Mutant(
+        "tiles: wrong stage computed",
+        MANY_ROWS,
+        "compute_stage(int(step % kStages))",
+        "compute_stage(int((step + 1) % kStages))",
+    ),
+    Mutant(
+        "tiles: wrong stage loaded",
+        MANY_ROWS,
+        "load_stage(int(next % kStages), next)",
+        "load_stage(int(step % kStages), next)",
+    ),
+    Mutant(
+        "tiles: a group is not closed",
+        MANY_ROWS,
+        "load_stage(int(next % kStages), next);\n    copy_async_commit();",
+        "load_stage(int(next % kStages), next), copy_async_commit();",
+    ),
+    Mutant(
+        "tiles: rows behind the last read",
+        MANY_ROWS,
+        "                 m0 + row < linear.m);",
+        "                 true);",
+        "outside of (q|y)|far from",
+    ),
+    Mutant(
+        "tiles: weight rows behind the last read",
+        MANY_ROWS,
+        "n0 + row < linear.n && at",
+        "at",
+        "outside of the weight",
+    ),
+    Mutant(
+        "tiles: rows of A swapped", MANY_ROWS, "8 * half + lane / 4", "8 * (1 - half) + lane / 4"
+    ),
+    Mutant("tiles: rows behind the last written", MANY_ROWS, "if (m < linear.m)\n", "\n"),
+    Mutant("tiles: columns behind the last written", MANY_ROWS, "if (n >= linear.n) continue;", ""),
+    Mutant("tiles: raster", MANY_ROWS, "first_row + in_group % rows", "in_group % rows"),
     Mutant("bias before the scale", FINISH, "scaled + column.bias", "scaled + 2 * column.bias"),
     Mutant(
         "one rounding less",
@@ -207,6 +264,12 @@ INT8_KERNEL = "int8_linear/cuda.cu"
 MUTANTS += [
     ("int8_linear", mutant)
     for mutant in (
+        Mutant(
+            "tiles: behind the end of a weight row",
+            MANY_ROWS,
+            "n0 + row < linear.n && at < linear.weight_stride",
+            "n0 + row < linear.n",
+        ),
         Mutant(
             "zero point forgotten",
             FINISH,

@@ -48,6 +48,8 @@ GATES = {
         Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
         Gate("few_rows_kernel.*ELi[12]ELi4E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
         Gate("few_rows_kernel.*ELi1ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1),
+        # One block of 256 threads has at least 128 registers a thread; one fits an SM.
+        Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
         Gate("zero_point_kernel", (r"IDP\.4A\.S8\.S8", r"LDG\.E\.128"), 64, 1),
     ),
     "ternary_linear/cuda": (
@@ -55,6 +57,7 @@ GATES = {
         Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
         Gate("few_rows_kernel.*ELi[12]ELi4E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
         Gate("few_rows_kernel.*ELi1ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1),
+        Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
         Gate("grouped_kernel", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.128"), 64, 1),
     ),
 }

@@ -2,6 +2,7 @@
 #include "int8_linear/cuda.h"
 
 #include "common/cuda/few_rows.cuh"
+#include "common/cuda/many_rows.cuh"
 #include "common/cuda/reduce.cuh"
 
 namespace trine {
@@ -12,6 +13,19 @@ struct Int8Chunk {
   static constexpr int32_t kOffset = 0;
   static __device__ __forceinline__ uint32_t fragment(const uint4& chunk, int, int f) {
     return word_of(chunk, f);
+  }
+};
+
+struct Int8Stage {
+  static constexpr int32_t kOffset = 0;
+  static constexpr int kStageRowBytes = kStageK;
+  static __device__ __forceinline__ uint32_t unit_offset_of(int row, int unit) {
+    return unit_offset(row, unit);
+  }
+  // Two matrices: the 16 bytes of the step's first half of the 8 rows, and of its second.
+  static __device__ __forceinline__ void fragments(uint32_t (&b)[2], const unsigned char* stage,
+                                                   int n, int step, int lane) {
+    load_matrix_pair(b, shared_address(stage + unit_offset(n + lane % 8, 2 * step + lane / 8 % 2)));
   }
 };
 
@@ -38,7 +52,10 @@ __global__ void __launch_bounds__(kRowsPerBlock* kWarpThreads)
 
 void int8_linear_cuda(const DeviceLinear& linear, cudaStream_t stream) {
   if (linear.m == 0 || linear.n == 0) return;
-  few_rows_linear<Int8Chunk>("int8_linear", linear, stream);
+  if (linear.m <= kFewRows)
+    few_rows_linear<Int8Chunk>("int8_linear", linear, stream);
+  else
+    many_rows_linear<Int8Stage>("int8_linear", linear, stream);
 }
 
 void int8_zero_point_cuda(const DeviceLinear& linear, const int32_t* zero_point, int32_t* minus,

@@ -2,6 +2,7 @@
 #include "ternary_linear/cuda.h"
 
 #include "common/cuda/few_rows.cuh"
+#include "common/cuda/many_rows.cuh"
 #include "ternary_linear/ternary_linear.h"
 
 namespace trine {
@@ -14,6 +15,23 @@ struct TernaryChunk {
   static constexpr int32_t kOffset = 1;
   static __device__ __forceinline__ uint32_t fragment(const uint4& chunk, int unit, int f) {
     return word_of(chunk, unit) >> 2 * f & kCodeOfEachByte;
+  }
+};
+
+// Packed rows stay packed in shared memory: a fragment is a word, shared by the four lanes of its
+// row, shifted and masked.
+struct TernaryStage {
+  static constexpr int32_t kOffset = 1;
+  static constexpr int kStageRowBytes = kStageK / int(kTernaryPerByte);
+  static __device__ __forceinline__ uint32_t unit_offset_of(int row, int) {
+    return uint32_t(row * kStageRowBytes);
+  }
+  static __device__ __forceinline__ void fragments(uint32_t (&b)[2], const unsigned char* stage,
+                                                   int n, int step, int lane) {
+    const uint2 words =
+        *reinterpret_cast<const uint2*>(stage + (n + lane / 4) * kStageRowBytes + 8 * step);
+    b[0] = words.x >> 2 * (lane % 4) & kCodeOfEachByte;
+    b[1] = words.y >> 2 * (lane % 4) & kCodeOfEachByte;
   }
 };
 
@@ -85,7 +103,10 @@ __global__ void __launch_bounds__(kGroupedWarps* kWarpThreads)
 
 void ternary_linear_cuda(const DeviceLinear& linear, cudaStream_t stream) {
   if (linear.m == 0 || linear.n == 0) return;
-  few_rows_linear<TernaryChunk>("ternary_linear", linear, stream);
+  if (linear.m <= kFewRows)
+    few_rows_linear<TernaryChunk>("ternary_linear", linear, stream);
+  else
+    many_rows_linear<TernaryStage>("ternary_linear", linear, stream);
 }
 
 void ternary_linear_grouped_cuda(const DeviceLinear& linear, int64_t group_size, int64_t groups,

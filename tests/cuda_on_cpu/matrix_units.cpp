@@ -72,13 +72,13 @@ struct RowPost {
 
 // PTX ISA, "Warp-level matrix load instruction: ldmatrix" (and stmatrix): lanes 8i to 8i + 7 bring
 // the rows of matrix i; a lane's word of it is row lane / 4, bytes 4 * (lane % 4) on.
-void exchange_rows(const char* operation, bool load, uint32_t row, uint32_t* words,
+void exchange_rows(const char* operation, bool load, int matrices, uint32_t row, uint32_t* words,
                    std::source_location where) {
   RowPost post{row, words};
   meet_lanes(operation, kWholeWarp, &post, where, [&](const Posts& posts) {
     const auto post_of = [&](int lane) { return static_cast<RowPost*>(posts[lane]); };
     for (int lane = 0; lane < kLanes; ++lane)
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < matrices; ++i) {
         unsigned char* at =
             fragment_row(post_of(8 * i + lane / 4)->row, operation) + 4 * (lane % 4);
         uint32_t* word = post_of(lane)->words + i;
@@ -173,12 +173,12 @@ void run_wgmma(const std::vector<Wgmma>& lanes) {
 
 }  // namespace
 
-void load_matrices(uint32_t* fragment, uint32_t row, std::source_location where) {
-  exchange_rows("load_matrices", true, row, fragment, where);
+void load_matrices(uint32_t* fragment, int matrices, uint32_t row, std::source_location where) {
+  exchange_rows("load_matrices", true, matrices, row, fragment, where);
 }
 
 void store_matrices(uint32_t row, const uint32_t* fragment, std::source_location where) {
-  exchange_rows("store_matrices", false, row, const_cast<uint32_t*>(fragment), where);
+  exchange_rows("store_matrices", false, 4, row, const_cast<uint32_t*>(fragment), where);
 }
 
 void multiply(Kind kind, void* sums, const uint32_t* a, const uint32_t* b,

@@ -9,7 +9,8 @@ namespace cuda_on_cpu {
 
 enum class Kind { s8, f16, bf16 };  // int32 sums; float sums
 
-void load_matrices(uint32_t* fragment, uint32_t row, std::source_location where);
+// Two or four matrices.
+void load_matrices(uint32_t* fragment, int matrices, uint32_t row, std::source_location where);
 void store_matrices(uint32_t row, const uint32_t* fragment, std::source_location where);
 
 // `sums` are four int32 or float; a four words, b two.

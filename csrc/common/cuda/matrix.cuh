@@ -16,7 +16,15 @@ __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], SharedAdd
                : "memory");
 }
 
-// The reverse (sm_90).
+// Two of them: lanes 0 to 15 bring addresses; those of the others must be multiples of 16, too.
+__device__ __forceinline__ void load_matrix_pair(uint32_t (&fragment)[2], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(fragment[0]), "=r"(fragment[1])
+               : "r"(row)
+               : "memory");
+}
+
+// The reverse of load_matrices (sm_90).
 __device__ __forceinline__ void store_matrices(SharedAddress row, const uint32_t (&fragment)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
                "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])

@@ -70,6 +70,9 @@ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = cuda_on_cpu
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) int4 {
   int32_t x, y, z, w;
 };

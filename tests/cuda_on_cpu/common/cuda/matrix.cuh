@@ -21,7 +21,12 @@ struct Bf16 {
 
 inline void load_matrices(uint32_t (&fragment)[4], SharedAddress row,
                           std::source_location where = std::source_location::current()) {
-  cuda_on_cpu::load_matrices(fragment, row, where);
+  cuda_on_cpu::load_matrices(fragment, 4, row, where);
+}
+
+inline void load_matrix_pair(uint32_t (&fragment)[2], SharedAddress row,
+                             std::source_location where = std::source_location::current()) {
+  cuda_on_cpu::load_matrices(fragment, 2, row, where);
 }
 
 inline void store_matrices(SharedAddress row, const uint32_t (&fragment)[4],
