@@ -24,6 +24,7 @@ constexpr Features kAvx512bw = 1 << 5;
 constexpr Features kAvx512dq = 1 << 6;
 constexpr Features kAvx512vl = 1 << 7;
 constexpr Features kAvx512vnni = 1 << 8;
+constexpr Features kAvx512vbmi = 1 << 9;
 constexpr Features kNeon = 1 << 16;
 constexpr Features kDotprod = 1 << 17;
 constexpr Features kI8mm = 1 << 18;
@@ -45,6 +46,7 @@ constexpr Row kIsas[] = {
     {Isa::avx2vnni, "avx2vnni", kHaswell | kAvxVnni},
     {Isa::avx512, "avx512", kSkylake},
     {Isa::avx512vnni, "avx512vnni", kSkylake | kAvx512vnni},
+    {Isa::avx512vbmi, "avx512vbmi", kSkylake | kAvx512vnni | kAvx512vbmi},
     {Isa::neon, "neon", kNeon},
     {Isa::dotprod, "dotprod", kNeon | kDotprod},
     {Isa::i8mm, "i8mm", kNeon | kDotprod | kI8mm},
@@ -74,6 +76,7 @@ Features detect() {
   add(kAvx512dq, __builtin_cpu_supports("avx512dq"));
   add(kAvx512vl, __builtin_cpu_supports("avx512vl"));
   add(kAvx512vnni, __builtin_cpu_supports("avx512vnni"));
+  add(kAvx512vbmi, __builtin_cpu_supports("avx512vbmi"));
   // clang knows no name for this one. It has the registers of AVX2.
   unsigned eax = 0, ebx, ecx, edx;
   if ((found & kAvx2) && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx))

@@ -43,6 +43,9 @@ struct SparseWeight {
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.values + k / 2)));
     return _mm256_shuffle_epi8(values, _mm256_or_si256(shuffle, pair));
   }
+  [[gnu::always_inline]] void prefetch(const SparseRow& row, int64_t k) const {
+    prefetch_next_tile(weight, row, k);
+  }
   // Only past the last column: a row is whole chunks of 32.
   static __m256i load_tail(const SparseRow&, int64_t) { return _mm256_setzero_si256(); }
 

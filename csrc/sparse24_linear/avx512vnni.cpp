@@ -29,7 +29,9 @@ struct SparseWeight {
     return decode(_mm256_zextsi128_si256(_mm_loadu_si128(values)),
                   _mm_loadu_si32(row.indices + k / 8));
   }
-  static void prefetch(const SparseRow&, int64_t) {}
+  [[gnu::always_inline]] void prefetch(const SparseRow& row, int64_t k) const {
+    prefetch_next_tile(weight, row, k);
+  }
 
   void decode_row(int64_t n, uint8_t* dense) const {
     const SparseRow from = row(n);

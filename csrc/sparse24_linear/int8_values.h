@@ -32,6 +32,14 @@ struct SparseRow {
           weight.indices + n * weight.chunks * kSparse24Indices};
 }
 
+// Processors fetch ahead by themselves within a page only, which the values of four rows fill.
+[[maybe_unused]] [[gnu::always_inline]] inline void prefetch_next_tile(
+    const Sparse24Int8Weight& weight, const SparseRow& row, int64_t k) {
+  const int64_t ahead = kTileColumns * weight.chunks * kSparse24Columns + k;
+  __builtin_prefetch(row.values + ahead / 2);
+  __builtin_prefetch(row.indices + ahead / 8);
+}
+
 // Weight decodes its rows as they are loaded, kStep columns at a time. Where more activation rows
 // pass than one tile takes, it is decoded once, to a panel of dense rows that stays in L2.
 template <class Weight, class Panel>

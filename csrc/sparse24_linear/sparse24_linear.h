@@ -92,6 +92,6 @@ Sparse24WidenFn sparse24_widen_scalar, sparse24_widen_avx2, sparse24_widen_avx51
 Sparse24FloatFn sparse24_float_scalar, sparse24_float_avx2, sparse24_float_avx512,
     sparse24_float_neon;
 Sparse24Int8Fn sparse24_int8_scalar, sparse24_int8_avx2, sparse24_int8_avx512vnni,
-    sparse24_int8_dotprod, sparse24_int8_i8mm;
+    sparse24_int8_avx512vbmi, sparse24_int8_dotprod, sparse24_int8_i8mm;
 
 }  // namespace trine

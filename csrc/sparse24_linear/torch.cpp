@@ -18,6 +18,7 @@ constexpr Sparse24FloatKernel kFloatKernels[] = {
 };
 constexpr Sparse24Int8Kernel kInt8Kernels[] = {
 #ifdef TRINE_X86
+    {Isa::avx512vbmi, sparse24_int8_avx512vbmi},
     {Isa::avx512vnni, sparse24_int8_avx512vnni},
     {Isa::avx2, sparse24_int8_avx2},
 #elif defined(TRINE_ARM64)
