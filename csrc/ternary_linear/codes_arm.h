@@ -1,16 +1,17 @@
 // Ternary codes for Arm's integer products: see gemm_dotprod.h for what a weight is.
 //
 // 16 bytes of a packed row hold 64 codes. Quarter i is bits 2i..2i+1 of each byte, the codes of k =
-// 16 w + 4 i + j at byte j of dword w, so x must be transposed likewise (transposed_input). A
-// quarter is one shift and one AND; with one row of x it stays where it lies in its bytes, 4^i
-// times too large, and is one AND: that halves the shifts, of which a Neoverse N1 starts one per
-// cycle. The last quarter's top bit would be a sign, so it is shifted, and needs no AND.
+// 16 w + 4 i + j at byte j of dword w; x is brought into that order once per call. A quarter is one
+// shift and one AND; with one row of x it stays where it lies in its bytes, 4^i times too large,
+// and is one AND: that halves the shifts, of which a Neoverse N1 starts one per cycle. The last
+// quarter's top bit would be a sign, so it is shifted, and needs no AND.
 //
 // What bounds it, counted: with one row, per 64 codes one load, four instructions to decode and
 // four sdot, four cycles of a Neoverse N1 (two of a V1) for 16 bytes.
 #pragma once
 
 #include "common/arm/gemm_dotprod.h"
+#include "ternary_linear/grouped.h"
 #include "ternary_linear/ternary_linear.h"
 
 namespace trine {
@@ -52,11 +53,28 @@ struct TernaryCodes {
     return vandq_s8(packed, vdupq_n_s8(3 << kShift[i]));
   }
 
+  // The 16 dwords of 64 activations, transposed as a 4 x 4 matrix.
+  static Bytes64 arranged(const int8_t* q) {
+    const int32x4x4_t dwords = vld4q_s32(reinterpret_cast<const int32_t*>(q));
+    return {{vreinterpretq_s8_s32(dwords.val[0]), vreinterpretq_s8_s32(dwords.val[1]),
+             vreinterpretq_s8_s32(dwords.val[2]), vreinterpretq_s8_s32(dwords.val[3])}};
+  }
+
   // As for packed INT8 rows, once for each line.
   void prefetch(Row row, int64_t k) const {
     if (k % 256 == 0) __builtin_prefetch(row + ahead + k / kTernaryPerByte);
   }
 };
+
+// Groups take dot products on every processor: their cost is in starting and finishing tiles.
+[[maybe_unused]] inline void grouped_codes_linear(const QuantizedRows& x,
+                                                  const TernaryWeight& weight,
+                                                  const LinearOutput& out, const Tile& tile) {
+  with_arranged_rows<TernaryCodes>(
+      x, out, tile, [&](const QuantizedRows& rows, const LinearOutput& y, const Tile& part) {
+        grouped_linear<TernaryCodes>(rows, weight, y, part);
+      });
+}
 
 }  // namespace
 }  // namespace trine

@@ -11,8 +11,8 @@ constexpr TernaryLinearKernel kKernels[] = {
     {Isa::avx512vnni, true, ternary_linear_avx512vnni},
     {Isa::avx2, true, ternary_linear_avx2},
 #elif defined(TRINE_ARM64)
-    {Isa::i8mm, true, ternary_linear_i8mm},
-    {Isa::dotprod, true, ternary_linear_dotprod},
+    {Isa::i8mm, false, ternary_linear_i8mm},
+    {Isa::dotprod, false, ternary_linear_dotprod},
 #endif
     {Isa::scalar, false, ternary_linear_scalar},
 };

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -320,13 +321,10 @@ def test_kernels_are_chosen_by_what_the_processor_has(cpu):
     }
 
 
-@pytest.fixture(scope="module")
-def calls(tmp_path_factory) -> tuple[list[Call], Path]:
+@cache
+def calls_of(op: str) -> list[Call]:
     torch.manual_seed(0)
-    made = [call for op in OPS for call in globals()[f"calls_of_{op}"]()]
-    path = tmp_path_factory.mktemp("arm") / "calls"
-    path.write_bytes(b"".join(call.encoded() for call in made))
-    return made, path
+    return list(globals()[f"calls_of_{op}"]())
 
 
 def decoded(data: bytes) -> Iterator[list[bytes]]:
@@ -347,13 +345,15 @@ def decoded(data: bytes) -> Iterator[list[bytes]]:
 
 # Each set on a processor that has no more.
 @pytest.mark.parametrize("cpu", PROCESSORS)
-def test_matches_reference(cpu, calls, tmp_path):
-    made, path = calls
-    emulate(cpu, PROCESSORS[cpu][-1], path, tmp_path / "results")
+@pytest.mark.parametrize("op", OPS)
+def test_matches_reference(op, cpu, tmp_path):
+    calls = calls_of(op)
+    (tmp_path / "calls").write_bytes(b"".join(call.encoded() for call in calls))
+    emulate(cpu, PROCESSORS[cpu][-1], tmp_path / "calls", tmp_path / "results")
     wrong = []
-    for call, results in zip(made, decoded((tmp_path / "results").read_bytes()), strict=True):
+    for call, results in zip(calls, decoded((tmp_path / "results").read_bytes()), strict=True):
         try:
             call.check(*results)
         except AssertionError as failure:
             wrong.append(f"{call}: {failure}")
-    assert not wrong, "\n".join([f"{len(wrong)} of {len(made)} calls, among them", *wrong[:10]])
+    assert not wrong, "\n".join([f"{len(wrong)} of {len(calls)} calls, among them", *wrong[:10]])

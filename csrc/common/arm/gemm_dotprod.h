@@ -219,8 +219,8 @@ struct TileCall {
 // A weight that is decoded, for many rows of x is decoded once, to a panel of bytes that stays in
 // L2 while all of them pass.
 template <class Weight>
-void dotprod_arranged(const QuantizedRows& x, const Weight& weight, int64_t k,
-                      const Scaling& scaling, const LinearOutput& out, const Tile& tile) {
+void dotprod_arranged(const Weight& weight, int64_t k, const Scaling& scaling,
+                      const QuantizedRows& x, const LinearOutput& out, const Tile& tile) {
   if constexpr (requires { Weight::kPanelRows; }) {
     if (tile.m_end - tile.m_begin >= Weight::kPanelRows) {
       const int64_t stride = round_up(k, 64);
@@ -243,23 +243,32 @@ void dotprod_arranged(const QuantizedRows& x, const Weight& weight, int64_t k,
   integer_linear(x, weight, k, scaling, out, tile);
 }
 
-template <class Weight>
-void dotprod_linear(const QuantizedRows& x, const Weight& weight, int64_t k, const Scaling& scaling,
-                    const LinearOutput& out, const Tile& tile) {
+// Calls run(x, out, tile) with the tile's activations in the order of the weight's quarters.
+template <class Weight, class Run>
+void with_arranged_rows(const QuantizedRows& x, const LinearOutput& out, const Tile& tile,
+                        const Run& run) {
   if constexpr (requires { Weight::arranged(x.q); }) {
     const int64_t bytes = (tile.m_end - tile.m_begin) * x.stride;
     const Scratch storage(bytes);
+    int8_t* to = storage.data<int8_t>();
     const int8_t* from = x.q + tile.m_begin * x.stride;
     for (int64_t at = 0; at < bytes; at += 64) {
       const Bytes64 columns = Weight::arranged(from + at);
-      for (int i = 0; i < 4; ++i)
-        vst1q_s8(storage.data<int8_t>() + at + 16 * i, columns.quarter[i]);
+      for (int i = 0; i < 4; ++i) vst1q_s8(to + at + 16 * i, columns.quarter[i]);
     }
-    const TileCall call = with_activations(storage.data<int8_t>(), x, out, tile);
-    dotprod_arranged(call.x, weight, k, scaling, call.out, call.tile);
+    const TileCall call = with_activations(to, x, out, tile);
+    run(call.x, call.out, call.tile);
   } else {
-    dotprod_arranged(x, weight, k, scaling, out, tile);
+    run(x, out, tile);
   }
+}
+
+template <class Weight>
+void dotprod_linear(const QuantizedRows& x, const Weight& weight, int64_t k, const Scaling& scaling,
+                    const LinearOutput& out, const Tile& tile) {
+  with_arranged_rows<Weight>(x, out, tile, [&](const auto&... arranged) {
+    dotprod_arranged(weight, k, scaling, arranged...);
+  });
 }
 
 }  // namespace
