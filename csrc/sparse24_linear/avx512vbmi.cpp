@@ -95,13 +95,12 @@ struct PackedPairs {
                       _mm256_zextsi128_si256(_mm_loadu_si128(values1)));
   }
 
-  // The next tile, in the order of its memory: processors fetch ahead by themselves within a page
-  // only, which the values of four rows fill.
-  [[gnu::always_inline]] void prefetch(const Pair& pair, int64_t byte) const {
-    const int8_t* values = pair.values[0] + kTileColumns * 4 * (row_bytes + byte);
-    _mm_prefetch(values, _MM_HINT_T0);
-    _mm_prefetch(values + 64, _MM_HINT_T0);
-    _mm_prefetch(pair.indices[0] + kTileColumns * (row_bytes + byte), _MM_HINT_T0);
+  // For `kRows` rows, of which `pair` is the first two, at each 64 columns.
+  template <int kRows>
+  [[gnu::always_inline]] static void prefetch(const Pair& pair, int64_t byte) {
+    for (int64_t line = 0; line < 32 * kRows; line += 64)
+      _mm_prefetch(pair.values[0] + kAheadBytes + 4 * kRows * byte + line, _MM_HINT_T1);
+    _mm_prefetch(pair.indices[0] + kAheadBytes / 4 + kRows * byte, _MM_HINT_T1);
   }
 };
 
@@ -174,7 +173,7 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
   const int64_t end = k.end / 8, whole_end = std::min(end, weight.whole_bytes);
   int64_t byte = k.begin / 8;
   for (; byte < whole_end; byte += 8) {
-    if constexpr (requires { weight.prefetch(pair0, byte); }) weight.prefetch(pair0, byte);
+    if constexpr (std::is_same_v<Weight, PackedPairs>) weight.template prefetch<4>(pair0, byte);
     step(byte, weight.load(pair0, byte), weight.load(pair1, byte));
   }
   if (byte < end) step(byte, weight.load_tail(pair0, byte), weight.load_tail(pair1, byte));
@@ -205,7 +204,10 @@ void make_panel(const PackedPairs& weight, int64_t n, int64_t n_end, __m512i* to
       *to++ = picks.values;
       sum = dot(sum, offsets, picks.values);
     };
-    for (int64_t byte = 0; byte < weight.whole_bytes; byte += 8) write(weight.load(pair, byte));
+    for (int64_t byte = 0; byte < weight.whole_bytes; byte += 8) {
+      weight.prefetch<2>(pair, byte);
+      write(weight.load(pair, byte));
+    }
     if (weight.whole_bytes < weight.row_bytes) write(weight.load_tail(pair, weight.whole_bytes));
     minus[0] = _mm512_mask_reduce_add_epi32(0x00ff, (__m512i)sum);
     minus[1] = _mm512_mask_reduce_add_epi32(0xff00, (__m512i)sum);

@@ -33,6 +33,13 @@ inline constexpr int64_t kSparse24Indices = 4;   // bytes of indices of one chun
 // 127 * 127 * k must stay below 2^31, as if all columns were stored: the bound of int8_linear.
 inline constexpr int64_t kSparse24Int8MaxK = 131072;
 
+// How far ahead of a kernel's reading its weight is prefetched, in bytes of values. A kernel takes
+// several rows at once, and the processor foresees one stream of lines better than theirs: lines
+// are asked for in the order of memory, into L2. Measured on Zen 4, one row of x, fp32 and
+// bf16: 1.5 and 2.2 times as fast as with lines 1 KiB ahead in each row; 8 KiB and 32 KiB are
+// worse.
+inline constexpr int64_t kAheadBytes = 16 << 10;
+
 // Activations as they come.
 struct FloatRows {
   const char* data;
