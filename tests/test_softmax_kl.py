@@ -44,6 +44,10 @@ def test_matches_reference(isa, dtype, classes):
     assert_matches_reference(*reference.example_inputs(3, classes=classes, dtype=dtype), 2.0)
 
 
+def test_matches_reference_where_huge_pages_are_advised(isa):
+    assert_matches_reference(*reference.example_inputs(33, classes=32003), 2.0)
+
+
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
 @pytest.mark.parametrize("temperature", [0.5, 1, 3.7, 20])
 def test_temperatures_and_reductions(isa, reduction, temperature):
@@ -151,7 +155,12 @@ def test_infinities(isa):
     teacher = torch.stack(
         [torch.tensor([0.0, -INF, 2]), torch.tensor([0.0, -INF, 1]), *[finite_teacher] * 3]
     )
-    for classes, at in ((3, [0, 1, 2]), (5000, [7, 2000, 4999]), (5000, [4000, 4001, 3])):
+    for classes, at in (
+        (3, [0, 1, 2]),
+        (5000, [7, 2000, 4999]),
+        (5000, [4000, 4001, 3]),
+        (40000, [39999, 20000, 7]),
+    ):
         long_student = torch.full((5, classes), -INF)
         long_teacher = torch.full((5, classes), -INF)
         long_student[:, at], long_teacher[:, at] = student, teacher
@@ -166,6 +175,20 @@ def test_infinities(isa):
         assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("mask", [-INF, torch.finfo(torch.float32).min])
+def test_classes_masked_out_of_both_rows_count_nothing(isa, mask):
+    student, teacher = reference.example_inputs(3, classes=20000)
+    expected = with_gradients(softmax_kl, student[:, 900:17000], teacher[:, 900:17000], 2.0)
+    for logits in (student, teacher):
+        logits[:, :900] = logits[:, 17000:] = mask
+    loss, *gradients = with_gradients(softmax_kl, student, teacher, 2.0)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
+    for gradient, inside in zip(gradients, expected[1:], strict=True):
+        torch.testing.assert_close(gradient[:, 900:17000], inside, rtol=1e-5, atol=1e-9)
+        gradient[:, 900:17000] = 0
+        assert (gradient == 0).all()
+
+
 def test_infinite_only_where_the_teacher_has_a_probability(isa):
     """A class impossible for the student, under a maximum that is found before or after it."""
     student, teacher = torch.zeros(4, 2050), torch.full((4, 2050), -INF)
@@ -176,7 +199,7 @@ def test_infinite_only_where_the_teacher_has_a_probability(isa):
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("classes", [5, 3000])
+@pytest.mark.parametrize("classes", [5, 3000, 40000])
 def test_bad_rows_are_nan_and_no_others(isa, bad, classes):
     student, teacher = reference.example_inputs(5, classes=classes)
     student[0, 3] = bad
@@ -226,8 +249,9 @@ def test_nothing_to_sum(isa, shape, rows):
     assert softmax_kl(student, teacher, 2.0, "none").shape == shape[:-1]
 
 
-def test_number_of_threads_changes_nothing(isa, threads):
-    inputs = (*reference.example_inputs(301, classes=1000), 2.0)
+@pytest.mark.parametrize(("rows", "classes"), [(301, 1000), (1, 40000), (5, 16500)])
+def test_number_of_threads_changes_nothing(isa, threads, rows, classes):
+    inputs = (*reference.example_inputs(rows, classes=classes), 2.0)
     threads(1)
     alone = with_gradients(softmax_kl, *inputs)
     threads(3)

@@ -15,14 +15,13 @@ struct Vector {
   static Vector load(const T* from, int count) {
     return Vector(load_floats(from, count));
   }
-  static Vector load(const float* from, int count, Vector beyond) {
-    const __m256 values = load_floats(from, count);
-    if (count == width) return Vector(values);
-    return Vector(_mm256_blendv_ps(beyond.v, values, _mm256_castsi256_ps(first_lanes(count))));
-  }
   template <class T>
   void store(T* to, int count) const {
     store_floats(v, to, count);
+  }
+  // The first `count` lanes of a, the rest of b.
+  static Vector first(int count, Vector a, Vector b) {
+    return select(_mm256_castsi256_ps(first_lanes(count)), a, b);
   }
 
   friend Vector operator+(Vector a, Vector b) { return Vector(_mm256_add_ps(a.v, b.v)); }
@@ -31,10 +30,15 @@ struct Vector {
   static Vector mul_add(Vector a, Vector b, Vector c) {
     return Vector(_mm256_fmadd_ps(a.v, b.v, c.v));
   }
+  static Vector fused_mul_add(Vector a, Vector b, Vector c) { return mul_add(a, b, c); }
   static Vector max(Vector a, Vector b) { return Vector(_mm256_max_ps(a.v, b.v)); }
   static __m256 greater(Vector a, Vector b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
   static Vector select(__m256 condition, Vector a, Vector b) {
     return Vector(_mm256_blendv_ps(b.v, a.v, condition));
+  }
+  static Vector copy_sign(Vector size, Vector sign) {
+    const __m256 bit = _mm256_set1_ps(-0.0f);
+    return Vector(_mm256_or_ps(_mm256_and_ps(bit, sign.v), _mm256_andnot_ps(bit, size.v)));
   }
   static Vector low_bits_to_exponent(Vector x) {
     return Vector(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23)));

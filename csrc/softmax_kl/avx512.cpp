@@ -15,14 +15,12 @@ struct Vector {
   static Vector load(const T* from, int count) {
     return Vector(load_floats(from, count));
   }
-  static Vector load(const float* from, int count, Vector beyond) {
-    return count == width ? Vector(_mm512_loadu_ps(from))
-                          : Vector(_mm512_mask_loadu_ps(beyond.v, first_lanes(count), from));
-  }
   template <class T>
   void store(T* to, int count) const {
     store_floats(v, to, count);
   }
+  // The first `count` lanes of a, the rest of b.
+  static Vector first(int count, Vector a, Vector b) { return select(first_lanes(count), a, b); }
 
   friend Vector operator+(Vector a, Vector b) { return Vector(_mm512_add_ps(a.v, b.v)); }
   friend Vector operator-(Vector a, Vector b) { return Vector(_mm512_sub_ps(a.v, b.v)); }
@@ -30,10 +28,17 @@ struct Vector {
   static Vector mul_add(Vector a, Vector b, Vector c) {
     return Vector(_mm512_fmadd_ps(a.v, b.v, c.v));
   }
+  static Vector fused_mul_add(Vector a, Vector b, Vector c) { return mul_add(a, b, c); }
   static Vector max(Vector a, Vector b) { return Vector(_mm512_max_ps(a.v, b.v)); }
   static __mmask16 greater(Vector a, Vector b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
   static Vector select(__mmask16 condition, Vector a, Vector b) {
     return Vector(_mm512_mask_blend_ps(condition, b.v, a.v));
+  }
+  static Vector copy_sign(Vector size, Vector sign) {
+    const __m512i bit = _mm512_set1_epi32(INT32_MIN);
+    constexpr int kChoose = 0xca;  // bit ? sign : size
+    return Vector(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+        bit, _mm512_castps_si512(sign.v), _mm512_castps_si512(size.v), kChoose)));
   }
   static Vector low_bits_to_exponent(Vector x) {
     return Vector(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23)));

@@ -21,16 +21,16 @@ struct Vector {
   static Vector load(const T* from, int count) {
     return Vector(load_floats(from, count));
   }
-  static Vector load(const float* from, int count, Vector beyond) {
-    if (count == width) return Vector(load_floats(from));
-    float lanes[width];
-    beyond.store(lanes, width);
-    std::memcpy(lanes, from, static_cast<std::size_t>(count) * sizeof(float));
-    return Vector(load_floats(lanes));
-  }
   template <class T>
   void store(T* to, int count) const {
     store_floats(v, to, count);
+  }
+  // The first `count` lanes of a, the rest of b.
+  static Vector first(int count, Vector a, Vector b) {
+    float lanes[width];
+    b.store(lanes, width);
+    a.store(lanes, count);
+    return Vector(load_floats(lanes));
   }
 
   friend Vector operator+(Vector a, Vector b) {
@@ -46,6 +46,7 @@ struct Vector {
     return map([](float32x4_t x, float32x4_t y, float32x4_t z) { return vfmaq_f32(z, x, y); }, a, b,
                c);
   }
+  static Vector fused_mul_add(Vector a, Vector b, Vector c) { return mul_add(a, b, c); }
   // b where one is NaN, as on x86; fmax would give NaN, and fmaxnm the number.
   static Vector max(Vector a, Vector b) { return select(greater(a, b), a, b); }
   static Condition greater(Vector a, Vector b) {
@@ -55,6 +56,13 @@ struct Vector {
     return Vector(both<Floats>(
         [](uint32x4_t which, float32x4_t x, float32x4_t y) { return vbslq_f32(which, x, y); },
         condition, a.v, b.v));
+  }
+  static Vector copy_sign(Vector size, Vector sign) {
+    return map(
+        [](float32x4_t x, float32x4_t y) {
+          return vbslq_f32(vreinterpretq_u32_f32(vdupq_n_f32(-0.0f)), y, x);
+        },
+        size, sign);
   }
   static Vector low_bits_to_exponent(Vector x) {
     return map(

@@ -1,4 +1,4 @@
-// softmax_kl of one row, written once for every instruction set.
+// softmax_kl of one row or a part of it, written once for every instruction set.
 //
 // A kernel file defines `V`, a vector of V::width floats, and instantiates these templates. Static
 // for the reason given in float_types.h.
@@ -7,13 +7,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
+#include <type_traits>
 
-#include "softmax_kl/softmax_kl.h"
+#include "softmax_kl/sums.h"
 
 namespace trine {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Elements that are summed in fp32 before the sums go on in double. 64 additions a lane lose little
 // (the terms of a small divergence cancel), what happens once a block costs little beside them, and
@@ -21,54 +21,60 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 template <class V>
 constexpr int64_t kBlock = 64 * V::width;
 
-// exp(x) = 2^i * exp(r) with i = round(x / ln 2) and |r| <= ln(2) / 2.
-constexpr float kLog2E = 0x1.715476p+0f;
-// ln 2 in two parts. The first has 16 bits, so that i * kLn2High is exact without FMA too.
-constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-// Adding 1.5 * 2^23 rounds to an integer, which then lies in the low bits; 127 is the exponent
-// bias.
+// 2^x = 2^i * 2^f with i = round(x) and |f| <= 1/2. Adding 1.5 * 2^23 rounds to an integer, which
+// then lies in the low bits; 127 is the exponent bias.
 constexpr float kRound = 0x1.8p+23f + 127.0f;
-// Here i is -127, the biased exponent 0, and so 2^i becomes 0.
-constexpr float kExpIsZero = -88.0f;
-// exp gives 0 below it: i is rounded to -127 from here on.
-constexpr float kSmallestExponent = -87.6831f;  // -126.5 ln 2
-// expm1(r) = r + r^2 * P(r): minimax in the relative error (1.3e-8), computed with Remez'
-// algorithm in 40 digits and rounded to fp32.
-constexpr float kP0 = 0x1.fffffep-2f, kP1 = 0x1.5554bp-3f, kP2 = 0x1.555674p-5f,
-                kP3 = 0x1.122776p-7f, kP4 = 0x1.6bec06p-10f;
+// Here the biased exponent is 0, and so 2^i becomes 0.
+constexpr float kPowerIsZero = -127.0f;
+// 2^f - 1 = f * P(f): minimax in the relative error (1.1e-8), computed with Remez' algorithm in 40
+// digits and rounded to fp32.
+constexpr float kP0 = 0x1.62e430p-1f, kP1 = 0x1.ebfbdep-3f, kP2 = 0x1.c6af6ep-5f,
+                kP3 = 0x1.3b2ba0p-7f, kP4 = 0x1.5f07b4p-10f, kP5 = 0x1.4308fap-13f;
 
-// exp(x) as 2^i and expm1(r).
+// 2^x as 2^i and 2^f - 1.
 template <class V>
-struct Parts {
-  V power, expm1;
+struct Power {
+  V whole, fraction_minus_1;
+
+  V value() const { return V::mul_add(whole, fraction_minus_1, whole); }
+  // Relative to the result for every x: where 2^i is 1 the difference is exactly 0.
+  V minus_1() const { return V::mul_add(whole, fraction_minus_1, whole - V(1.0f)); }
 };
 
-// For x <= 0, or above it by rounding; NaN stays NaN.
+// From i + kRound and f.
 template <class V>
-Parts<V> reduce(V x) {
-  x = V::max(V(kExpIsZero), x);
-  const V shifted = V::mul_add(x, V(kLog2E), V(kRound));
-  const V i = shifted - V(kRound);
-  const V r = V::mul_add(i, V(-kLn2Low), V::mul_add(i, V(-kLn2High), x));
-  V p = V::mul_add(V(kP4), r, V(kP3));
-  p = V::mul_add(p, r, V(kP2));
-  p = V::mul_add(p, r, V(kP1));
-  p = V::mul_add(p, r, V(kP0));
-  return {V::low_bits_to_exponent(shifted), V::mul_add(p, r * r, r)};
+Power<V> power(V shifted, V f) {
+  V p = V::mul_add(V(kP5), f, V(kP4));
+  p = V::mul_add(p, f, V(kP3));
+  p = V::mul_add(p, f, V(kP2));
+  p = V::mul_add(p, f, V(kP1));
+  p = V::mul_add(p, f, V(kP0));
+  return {V::low_bits_to_exponent(shifted), p * f};
 }
 
+// 2^x - 1 for x <= 0; NaN counts as -inf.
 template <class V>
-V exp(V x) {
-  const Parts<V> parts = reduce(x);
-  return V::mul_add(parts.power, parts.expm1, parts.power);
+V power_minus_1(V x) {
+  x = V::max(x, V(kPowerIsZero));
+  const V shifted = x + V(kRound);
+  return power(shifted, x - (shifted - V(kRound))).minus_1();
 }
 
-// Relative to the result for every x: where 2^i is 1 the difference is exactly 0.
+// exp(d / T) for d <= 0; NaN stays NaN.
 template <class V>
-V expm1(V x) {
-  const Parts<V> parts = reduce(x);
-  return V::mul_add(parts.power, parts.expm1, parts.power - V(1.0f));
-}
+struct Exponential {
+  V rate, lowest;
+
+  explicit Exponential(float rate)
+      : rate(rate), lowest(std::max(kPowerIsZero / rate, -std::numeric_limits<float>::max())) {}
+
+  // The product is not rounded before its fraction is taken.
+  V operator()(V d) const {
+    d = V::max(lowest, d);
+    const V shifted = V::mul_add(d, rate, V(kRound));
+    return power(shifted, V::fused_mul_add(d, rate, V(kRound) - shifted)).value();
+  }
+};
 
 // Calls body(first, count) for whole vectors and then for the rest of fewer than V::width.
 template <class V, class Body>
@@ -77,214 +83,197 @@ void for_each_vector(int64_t count, const Body& body) {
   for (; i + V::width <= count; i += V::width) body(i, std::integral_constant<int, V::width>());
   if (i < count) body(i, static_cast<int>(count - i));
 }
+template <class Count>
+constexpr bool is_whole = !std::is_same_v<Count, int>;
 
-// `count` values from `begin` on as fp32: the row itself, or a copy in `block`.
-template <class V>
-const float* as_float(LogitRow row, int64_t begin, int64_t count, float* block) {
-  const auto widen_into_block = [&](const auto* values) {
-    for_each_vector<V>(count,
-                       [&](int64_t i, auto n) { V::load(values + i, n).store(block + i, n); });
-    return block;
-  };
-  switch (row.type) {
-    case FloatType::bfloat16:
-      return widen_into_block(static_cast<const bfloat16*>(row.data) + begin);
-    case FloatType::float16:
-      return widen_into_block(static_cast<const float16*>(row.data) + begin);
-    default:
-      return static_cast<const float*>(row.data) + begin;
-  }
+// Fetches what lies one block ahead: the arithmetic of one block and the memory traffic of the
+// next then go on at the same time.
+template <class V, class T>
+[[gnu::always_inline]] inline void prefetch_next_block(const T* here) {
+  __builtin_prefetch(reinterpret_cast<const char*>(here) + kBlock<V> * sizeof(T));
 }
 
-// The sums over the part of a row seen so far, relative to the maxima of that part.
-struct RunningSums {
-  float max_student = -kInfinity, max_teacher = -kInfinity;
-  float impossible_teacher = -kInfinity;  // the largest t_j where s_j is -inf
-  double sum_student = 0, sum_teacher = 0;
-  double weighted = 0;  // sum of exp(y_j) * (y_j - x_j), x and y being (s - max) / T, (t - max) / T
-
-  // What is subtracted: no maximum yet counts as 0, so that -inf stays -inf.
-  float origin_student() const { return max_student == -kInfinity ? 0.0f : max_student; }
-  float origin_teacher() const { return max_teacher == -kInfinity ? 0.0f : max_teacher; }
-
-  void raise_maxima(float student, float teacher, double inverse_temperature) {
-    if (student <= max_student && teacher <= max_teacher) return;
-    const double up_student = step(&max_student, student) * inverse_temperature;
-    const double up_teacher = step(&max_teacher, teacher) * inverse_temperature;
-    const double shrink = std::exp(-up_teacher);
-    sum_student *= std::exp(-up_student);
-    weighted = (weighted + sum_teacher * (up_student - up_teacher)) * shrink;
-    sum_teacher *= shrink;
-  }
-
-  SoftmaxKlRow finish(float inverse_temperature) const {
-    const double log_sum_teacher = std::log(sum_teacher);
-    const double log_ratio = std::log(sum_student) - log_sum_teacher;
-    SoftmaxKlRow row{max_student, max_teacher, float(log_sum_teacher), float(log_ratio), 0};
-    if (std::isnan(log_ratio) || max_student == -kInfinity || max_teacher == -kInfinity)
-      row.log_ratio = row.kl = std::numeric_limits<float>::quiet_NaN();
-    else if ((impossible_teacher - max_teacher) * inverse_temperature > kSmallestExponent)
-      row.kl = kInfinity;
-    else  // rounding may leave a hair below 0, which a divergence cannot be
-      row.kl = std::max(0.0f, float(weighted / sum_teacher + log_ratio));
-    return row;
-  }
-
- private:
-  // 0 from -inf: nothing has been summed relative to it.
-  static double step(float* maximum, float candidate) {
-    const float before = *maximum;
-    *maximum = std::max(before, candidate);
-    return before == -kInfinity ? 0.0 : double(*maximum) - before;
-  }
+template <class V>
+struct BlockSums {
+  V student = V(0.0f), teacher = V(0.0f), weighted = V(0.0f);
+  V impossible_teacher = V(-kInfinity);
 };
 
-template <class V>
-void add_block(const float* student, const float* teacher, int64_t count, float inverse_temperature,
-               RunningSums* sums) {
-  const V infinite(-kInfinity);  // fills up the last vector: it contributes nothing
-  V max_student = infinite, max_teacher = infinite, impossible = infinite;
+// `careful` is right for every input. Without it `weighted` is not finite where s_j or t_j is -inf.
+template <bool careful, class V, class S, class T>
+BlockSums<V> sum_block(const S* student, const T* teacher, int64_t count, float rate,
+                       const SoftmaxKlSums& so_far) {
+  // What is subtracted: no maximum yet counts as 0, so that -inf stays -inf.
+  const auto origin = [](float max) { return V(max == -kInfinity ? 0.0f : max); };
+  const V origin_s = origin(so_far.max_student), origin_t = origin(so_far.max_teacher);
+  const V infinite(-kInfinity), zero(0.0f);
+  const Exponential<V> exp(rate);
+  BlockSums<V> sums;
   for_each_vector<V>(count, [&](int64_t i, auto n) {
-    const V s = V::load(student + i, n, infinite), t = V::load(teacher + i, n, infinite);
-    max_student = V::max(s, max_student);  // in this order NaN is passed over; it shows in the sums
-    max_teacher = V::max(t, max_teacher);
-    impossible = V::max(V::select(V::greater(s, infinite), infinite, t), impossible);
+    V s = V::load(student + i, n), t = V::load(teacher + i, n);
+    if constexpr (is_whole<decltype(n)>) {
+      prefetch_next_block<V>(student + i);
+      prefetch_next_block<V>(teacher + i);
+    } else {
+      s = V::first(n, s, infinite);
+      t = V::first(n, t, infinite);
+    }
+    const V x = s - origin_s, y = t - origin_t, q = exp(y);
+    sums.student = sums.student + exp(x);
+    sums.teacher = sums.teacher + q;
+    if constexpr (careful || !is_whole<decltype(n)>) {
+      const auto possible = V::greater(s, infinite);
+      const V term = V::select(possible, q * (y - x), zero);
+      sums.weighted = sums.weighted + V::select(V::greater(q, zero), term, zero);
+      sums.impossible_teacher = V::max(V::select(possible, infinite, t), sums.impossible_teacher);
+    } else {
+      sums.weighted = V::mul_add(q, y - x, sums.weighted);
+    }
   });
-  sums->raise_maxima(max_student.reduce_max(), max_teacher.reduce_max(), inverse_temperature);
-  sums->impossible_teacher = std::max(sums->impossible_teacher, impossible.reduce_max());
-
-  const V origin_s(sums->origin_student()), origin_t(sums->origin_teacher());
-  const V inverse(inverse_temperature), zero(0.0f);
-  V sum_student = zero, sum_teacher = zero, weighted = zero;
-  for_each_vector<V>(count, [&](int64_t i, auto n) {
-    const V s = V::load(student + i, n, infinite), t = V::load(teacher + i, n, infinite);
-    const V x = (s - origin_s) * inverse, y = (t - origin_t) * inverse;
-    const V q = exp(y);
-    sum_student = sum_student + exp(x);
-    sum_teacher = sum_teacher + q;
-    const V term = V::select(V::greater(s, infinite), q * (y - x), zero);
-    weighted = weighted + V::select(V::greater(q, zero), term, zero);
-  });
-  sums->sum_student += sum_student.reduce_add();
-  sums->sum_teacher += sum_teacher.reduce_add();
-  sums->weighted += weighted.reduce_add();
+  return sums;
 }
 
-template <class V>
-SoftmaxKlRow forward_row(LogitRow student, LogitRow teacher, int64_t n, float inverse_temperature) {
-  alignas(64) float student_block[kBlock<V>], teacher_block[kBlock<V>];
-  RunningSums sums;
+template <class V, class S, class T>
+SoftmaxKlSums forward_part(const S* student, const T* teacher, int64_t n, float rate) {
+  SoftmaxKlSums sums = kEmptySums;
+  bool careful = false;
   for (int64_t begin = 0; begin < n; begin += kBlock<V>) {
     const int64_t count = std::min(kBlock<V>, n - begin);
-    add_block<V>(as_float<V>(student, begin, count, student_block),
-                 as_float<V>(teacher, begin, count, teacher_block), count, inverse_temperature,
-                 &sums);
+    const S* s = student + begin;
+    const T* t = teacher + begin;
+    const V infinite(-kInfinity);
+    V max_student = infinite, max_teacher = infinite;
+    for_each_vector<V>(count, [&](int64_t i, auto n) {
+      V at_s = V::load(s + i, n), at_t = V::load(t + i, n);
+      if constexpr (!is_whole<decltype(n)>) {
+        at_s = V::first(n, at_s, infinite);
+        at_t = V::first(n, at_t, infinite);
+      }
+      max_student = V::max(at_s, max_student);  // in this order NaN is passed over; it shows in
+      max_teacher = V::max(at_t, max_teacher);  // the sums
+    });
+    raise_maxima(&sums, max_student.reduce_max(), max_teacher.reduce_max(), rate);
+
+    const auto add = [&](const BlockSums<V>& block) {
+      sums.impossible_teacher =
+          std::max(sums.impossible_teacher, block.impossible_teacher.reduce_max());
+      sums.student += block.student.reduce_add();
+      sums.teacher += block.teacher.reduce_add();
+      sums.weighted += block.weighted.reduce_add();
+    };
+    if (!careful) {
+      const BlockSums<V> block = sum_block<false, V>(s, t, count, rate, sums);
+      careful = !std::isfinite(block.weighted.reduce_add());
+      if (!careful) add(block);
+    }
+    // From the first infinite logit on, for a row that has one mostly has more.
+    if (careful) add(sum_block<true, V>(s, t, count, rate, sums));
   }
-  return sums.finish(inverse_temperature);
+  return sums;
 }
 
 // d loss / d s, over T: exp(a) - exp(b) = sign(delta) * exp(max(a, b)) * (1 - exp(-|delta|)) with
 // delta = a - b, which neither cancels nor multiplies 0 by infinity.
 template <class V>
 struct StudentGradient {
-  V max_student, max_teacher, log_sum_student, log_sum_teacher, log_ratio, inverse, scale;
+  Exponential<V> exp;
+  V max_student, max_teacher, log2_ratio, student_scale, teacher_scale;
 
-  StudentGradient(const SoftmaxKlRow& row, float inverse_temperature, float scale)
-      : max_student(row.max_student),
+  StudentGradient(const SoftmaxKlRow& row, float rate, float scale)
+      : exp(rate),
+        max_student(row.max_student),
         max_teacher(row.max_teacher),
-        log_sum_student(row.log_sum_teacher + row.log_ratio),
-        log_sum_teacher(row.log_sum_teacher),
-        log_ratio(row.log_ratio),
-        inverse(inverse_temperature),
-        scale(scale) {}
+        log2_ratio(row.log2_ratio),
+        student_scale(-scale * row.inverse_sum_student),
+        teacher_scale(scale * row.inverse_sum_teacher) {}
 
   V operator()(V s, V t) const {
-    const V x = s - max_student, y = t - max_teacher, zero(0.0f);
-    const V a = V::mul_add(x, inverse, zero - log_sum_student);
-    const V b = V::mul_add(y, inverse, zero - log_sum_teacher);
-    const V delta = V::mul_add(x - y, inverse, zero - log_ratio);
-    const auto student_larger = V::greater(delta, zero);
-    const V larger = exp(V::max(a, b));
-    const V magnitude = larger * expm1(V::select(student_larger, zero - delta, delta));
-    const V difference = V::select(student_larger, zero - magnitude, magnitude);
-    return V::select(V::greater(larger, zero), difference, zero) * scale;
+    const V x = s - max_student, y = t - max_teacher;
+    const V bits = V::mul_add(x - y, exp.rate, V(0.0f) - log2_ratio);  // delta / ln 2
+    const auto student_larger = V::greater(bits, V(0.0f));
+    const V larger = exp(V::select(student_larger, x, y));
+    const V scale = V::select(student_larger, student_scale, teacher_scale);
+    return larger * power_minus_1(V::copy_sign(bits, V(-1.0f))) * scale;
   }
 };
 
-// d loss / d t, over T.
+// d loss / d t, over T: exp(b) * (b - a - kl), where the log-sums of b - a and of kl cancel.
 template <class V>
 struct TeacherGradient {
-  V max_student, max_teacher, log_sum_teacher, log_ratio, kl, inverse, scale;
+  Exponential<V> exp;
+  V max_student, max_teacher, mean_difference, scale;
 
-  TeacherGradient(const SoftmaxKlRow& row, float inverse_temperature, float scale)
-      : max_student(row.max_student),
+  TeacherGradient(const SoftmaxKlRow& row, float rate, float scale)
+      : exp(rate),
+        max_student(row.max_student),
         max_teacher(row.max_teacher),
-        log_sum_teacher(row.log_sum_teacher),
-        log_ratio(row.log_ratio),
-        kl(row.kl),
-        inverse(inverse_temperature),
-        scale(scale) {}
+        mean_difference(row.mean_difference),
+        scale(float(scale * row.inverse_sum_teacher * (rate * std::numbers::ln2))) {}
 
   V operator()(V s, V t) const {
-    const V x = s - max_student, y = t - max_teacher, zero(0.0f);
-    const V q = exp(V::mul_add(y, inverse, zero - log_sum_teacher));
-    const V surplus = V::mul_add(y - x, inverse, log_ratio) - kl;
-    return V::select(V::greater(q, zero), q * surplus, zero) * scale;
+    const V x = s - max_student, y = t - max_teacher, q = exp(y), zero(0.0f);
+    return V::select(V::greater(q, zero), q * ((y - x) - mean_difference), zero) * scale;
   }
 };
 
-template <class V>
-void write_block(const float* values, int64_t count, FloatType type, int64_t begin, void* out) {
-  const auto narrow_all = [&](auto* to) {
-    for_each_vector<V>(count, [&](int64_t i, auto n) { V::load(values + i, n).store(to + i, n); });
-  };
-  switch (type) {
-    case FloatType::bfloat16:
-      return narrow_all(static_cast<bfloat16*>(out) + begin);
-    case FloatType::float16:
-      return narrow_all(static_cast<float16*>(out) + begin);
-    default:
-      return;  // already written in place
-  }
+template <class V, class Gradient, class S, class T, class Out>
+void gradient_part(const S* student, const T* teacher, int64_t n, const Gradient& gradient,
+                   Out* out) {
+  for_each_vector<V>(n, [&](int64_t i, auto n) {
+    if constexpr (is_whole<decltype(n)>) {
+      prefetch_next_block<V>(student + i);
+      prefetch_next_block<V>(teacher + i);
+    }
+    gradient(V::load(student + i, n), V::load(teacher + i, n)).store(out + i, n);
+  });
 }
 
-template <class V, template <class> class Gradient>
-void gradient_row(LogitRow student, LogitRow teacher, int64_t n, float inverse_temperature,
-                  const SoftmaxKlRow& row, float scale, FloatType type, void* out) {
-  alignas(64) float student_block[kBlock<V>], teacher_block[kBlock<V>], result_block[kBlock<V>];
-  // NaN, where the row has no loss, goes with the scale into every element.
-  const Gradient<V> gradient(row, inverse_temperature,
-                             std::isnan(row.log_ratio) ? row.log_ratio : scale);
-  for (int64_t begin = 0; begin < n; begin += kBlock<V>) {
-    const int64_t count = std::min(kBlock<V>, n - begin);
-    const float* s = as_float<V>(student, begin, count, student_block);
-    const float* t = as_float<V>(teacher, begin, count, teacher_block);
-    float* result = type == FloatType::float32 ? static_cast<float*>(out) + begin : result_block;
-    for_each_vector<V>(count, [&](int64_t i, auto n) {
-      gradient(V::load(s + i, n), V::load(t + i, n)).store(result + i, n);
-    });
-    write_block<V>(result, count, type, begin, out);
-  }
+// Calls body with pointers to the elements in their types.
+template <class Body>
+auto with_types(LogitRow student, LogitRow teacher, const Body& body) {
+  const auto typed = [](LogitRow row, const auto& next) {
+    switch (row.type) {
+      case FloatType::bfloat16:
+        return next(static_cast<const bfloat16*>(row.data));
+      case FloatType::float16:
+        return next(static_cast<const float16*>(row.data));
+      default:
+        return next(static_cast<const float*>(row.data));
+    }
+  };
+  return typed(student, [&](const auto* s) {
+    return typed(teacher, [&](const auto* t) { return body(s, t); });
+  });
+}
+
+// NaN, where the row has no loss, goes with the scale into every element.
+inline float scale_or_nan(const SoftmaxKlRow& row, float scale) {
+  return std::isnan(row.log2_ratio) ? row.log2_ratio : scale;
 }
 
 }  // namespace
 }  // namespace trine
 
 // Defines the three functions of a kernel file, e.g. with suffix avx2, on its vector type V.
-#define TRINE_SOFTMAX_KL_KERNELS(suffix, V)                                                     \
-  void softmax_kl_##suffix(LogitRow student, LogitRow teacher, int64_t n,                       \
-                           float inverse_temperature, SoftmaxKlRow* result) {                   \
-    *result = forward_row<V>(student, teacher, n, inverse_temperature);                         \
-  }                                                                                             \
-  void softmax_kl_student_gradient_##suffix(LogitRow student, LogitRow teacher, int64_t n,      \
-                                            float inverse_temperature, const SoftmaxKlRow& row, \
-                                            float scale, void* gradient) {                      \
-    gradient_row<V, StudentGradient>(student, teacher, n, inverse_temperature, row, scale,      \
-                                     student.type, gradient);                                   \
-  }                                                                                             \
-  void softmax_kl_teacher_gradient_##suffix(LogitRow student, LogitRow teacher, int64_t n,      \
-                                            float inverse_temperature, const SoftmaxKlRow& row, \
-                                            float scale, void* gradient) {                      \
-    gradient_row<V, TeacherGradient>(student, teacher, n, inverse_temperature, row, scale,      \
-                                     teacher.type, gradient);                                   \
+#define TRINE_SOFTMAX_KL_KERNELS(suffix, V)                                                      \
+  SoftmaxKlSums softmax_kl_##suffix(LogitRow student, LogitRow teacher, int64_t n, float rate) { \
+    return with_types(student, teacher, [&](const auto* s, const auto* t) {                      \
+      return forward_part<V>(s, t, n, rate);                                                     \
+    });                                                                                          \
+  }                                                                                              \
+  void softmax_kl_student_gradient_##suffix(LogitRow student, LogitRow teacher, int64_t n,       \
+                                            float rate, const SoftmaxKlRow& row, float scale,    \
+                                            void* out) {                                         \
+    const StudentGradient<V> gradient(row, rate, scale_or_nan(row, scale));                      \
+    with_types(student, teacher, [&]<class S>(const S* s, const auto* t) {                       \
+      gradient_part<V>(s, t, n, gradient, static_cast<S*>(out));                                 \
+    });                                                                                          \
+  }                                                                                              \
+  void softmax_kl_teacher_gradient_##suffix(LogitRow student, LogitRow teacher, int64_t n,       \
+                                            float rate, const SoftmaxKlRow& row, float scale,    \
+                                            void* out) {                                         \
+    const TeacherGradient<V> gradient(row, rate, scale_or_nan(row, scale));                      \
+    with_types(student, teacher, [&]<class T>(const auto* s, const T* t) {                       \
+      gradient_part<V>(s, t, n, gradient, static_cast<T*>(out));                                 \
+    });                                                                                          \
   }

@@ -14,19 +14,25 @@ struct Scalar {
   static Scalar load(const T* from, int) {
     return Scalar(widen(*from));
   }
-  static Scalar load(const float* from, int, Scalar) { return Scalar(*from); }
   template <class T>
   void store(T* to, int) const {
     narrow(v, to);
   }
+  static Scalar first(int, Scalar a, Scalar) { return a; }
 
   friend Scalar operator+(Scalar a, Scalar b) { return Scalar(a.v + b.v); }
   friend Scalar operator-(Scalar a, Scalar b) { return Scalar(a.v - b.v); }
   friend Scalar operator*(Scalar a, Scalar b) { return Scalar(a.v * b.v); }
   static Scalar mul_add(Scalar a, Scalar b, Scalar c) { return Scalar(a.v * b.v + c.v); }
+  static Scalar fused_mul_add(Scalar a, Scalar b, Scalar c) {
+    return Scalar(float(double(a.v) * b.v + c.v));
+  }
   static Scalar max(Scalar a, Scalar b) { return a.v > b.v ? a : b; }  // b where one is NaN
   static bool greater(Scalar a, Scalar b) { return a.v > b.v; }
   static Scalar select(bool condition, Scalar a, Scalar b) { return condition ? a : b; }
+  static Scalar copy_sign(Scalar size, Scalar sign) {
+    return Scalar(std::copysign(size.v, sign.v));
+  }
   static Scalar low_bits_to_exponent(Scalar x) { return Scalar(from_bits(to_bits(x.v) << 23)); }
   float reduce_add() const { return v; }
   float reduce_max() const { return v; }

@@ -1,0 +1,60 @@
+// What forward knows of a row, or of a part of one: sums relative to the maxima seen so far.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numbers>
+
+#include "softmax_kl/softmax_kl.h"
+
+namespace trine {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Exponents of 2 at and below it give 0, for they are rounded to the integer -127.
+constexpr double kSmallestExponent = -126.5;
+
+// 0 from -inf: nothing has been summed relative to it.
+[[maybe_unused]] inline double raise(float* maximum, float candidate) {
+  const float before = *maximum;
+  *maximum = std::max(before, candidate);
+  return before == -kInfinity ? 0.0 : double(*maximum) - before;
+}
+
+[[maybe_unused]] inline void raise_maxima(SoftmaxKlSums* sums, float student, float teacher,
+                                          double rate) {
+  if (student <= sums->max_student && teacher <= sums->max_teacher) return;
+  const double up_student = raise(&sums->max_student, student);
+  const double up_teacher = raise(&sums->max_teacher, teacher);
+  const double shrink = std::exp2(-up_teacher * rate);
+  sums->student *= std::exp2(-up_student * rate);
+  sums->weighted = (sums->weighted + sums->teacher * (up_student - up_teacher)) * shrink;
+  sums->teacher *= shrink;
+}
+
+[[maybe_unused]] inline void merge(SoftmaxKlSums* sums, SoftmaxKlSums other, double rate) {
+  raise_maxima(sums, other.max_student, other.max_teacher, rate);
+  raise_maxima(&other, sums->max_student, sums->max_teacher, rate);
+  sums->impossible_teacher = std::max(sums->impossible_teacher, other.impossible_teacher);
+  sums->student += other.student;
+  sums->teacher += other.teacher;
+  sums->weighted += other.weighted;
+}
+
+[[maybe_unused]] inline SoftmaxKlRow finish(const SoftmaxKlSums& sums, double rate) {
+  const double log2_ratio = std::log2(sums.student / sums.teacher);
+  const double mean_difference = sums.weighted / sums.teacher;
+  const double kl = std::numbers::ln2 * (mean_difference * rate + log2_ratio);
+  SoftmaxKlRow row{sums.max_student,         sums.max_teacher,  float(1 / sums.student),
+                   float(1 / sums.teacher),  float(log2_ratio), float(mean_difference),
+                   std::max(0.0f, float(kl))};  // rounding may leave a hair below 0
+  if (std::isnan(log2_ratio) || sums.max_student == -kInfinity || sums.max_teacher == -kInfinity)
+    row.log2_ratio = row.kl = std::numeric_limits<float>::quiet_NaN();
+  else if ((double(sums.impossible_teacher) - sums.max_teacher) * rate > kSmallestExponent)
+    row.mean_difference = row.kl = kInfinity;
+  return row;
+}
+
+}  // namespace
+}  // namespace trine
