@@ -19,6 +19,14 @@ trine::Isa isa_of(const std::string& name) {
                         "'; trine.backends.cpu_isas() lists those that run here");
 }
 
+std::vector<std::string> supported_isas(bool for_tests) {
+  std::vector<std::string> names;
+  for (trine::Isa isa : trine::all_isas())
+    if (trine::isa_supported(isa) && trine::isa_for_tests(isa) == for_tests)
+      names.emplace_back(trine::isa_name(isa));
+  return names;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -28,23 +36,22 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_build") = TRINE_CUDA_BUILD;
   m.attr("cuda_kernels") = TRINE_CUDA_KERNELS;
 
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (trine::Isa isa : trine::all_isas())
-      if (trine::isa_supported(isa)) names.emplace_back(trine::isa_name(isa));
-    return names;
-  });
+  m.def("isas", [] { return supported_isas(false); });
+  m.def("test_isas", [] { return supported_isas(true); });
   m.def("enabled_isa", [] { return std::string(trine::isa_name(trine::highest_isa())); });
   m.def("lower_isa", [](const std::string& name) { return trine::lower_isa(isa_of(name)); });
   m.def("restore_isas", &trine::restore_isas);
 
   m.def("poison_scratch", [](bool poison) { trine::poison_scratch = poison; });
 
-  // Op name to the instruction sets it has kernels for, fastest first.
+  // Op name to the instruction sets it has kernels for, fastest first. Those for tests are among
+  // them only while they are in force.
   m.def("kernels", [] {
     std::map<std::string, std::vector<std::string>> table;
     for (const auto& [op, isas] : trine::announced_kernels())
-      for (trine::Isa isa : isas) table[op].emplace_back(trine::isa_name(isa));
+      for (trine::Isa isa : isas)
+        if (!trine::isa_for_tests(isa) || trine::isa_enabled(isa))
+          table[op].emplace_back(trine::isa_name(isa));
     return table;
   });
   m.def("kernel_in_force", [](const std::string& op) {

@@ -24,11 +24,26 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=backends.cpu_isas())
+@pytest.fixture
 def isa(request) -> str:
-    """Each instruction set of this machine, forced."""
+    """Each instruction set of this machine, forced; for an op's tests, each it has kernels for."""
     with backends.cpu_isa(request.param):
         yield request.param
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        op = metafunc.module.__name__.removeprefix("test_")
+        metafunc.parametrize("isa", isas_to_test(op), indirect=True)
+
+
+def isas_to_test(op: str) -> list[str]:
+    isas = backends.cpu_isas()
+    if "avx2vnni" not in isas:
+        isas += _C.test_isas()
+    tables = [table for name, table in _C.kernels().items() if name.split(" ")[0] == op]
+    kernels = {isa for table in tables for isa in table}
+    return [isa for isa in isas if not kernels or isa.removesuffix("_evex") in kernels]
 
 
 @pytest.fixture

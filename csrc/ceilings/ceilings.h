@@ -38,6 +38,7 @@ inline constexpr int kAddAccumulators = 6;
 
 ReadFn read_scalar, read_avx2, read_avx512;
 ComputeFn dot_int8_scalar, dot_int8_avx2, dot_int8_avx512, dot_int8_avx512vnni;
+ComputeFn dot_int8_avx2vnni, dot_int8_avx2vnni_evex;
 ComputeFn fma_fp32_scalar, fma_fp32_avx2, fma_fp32_avx512;
 
 TRINE_API const CeilingKernel& ceiling_kernel();

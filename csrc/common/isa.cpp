@@ -28,6 +28,8 @@ constexpr Features kAvx512vbmi = 1 << 9;
 constexpr Features kNeon = 1 << 16;
 constexpr Features kDotprod = 1 << 17;
 constexpr Features kI8mm = 1 << 18;
+// No feature of any processor: lower_isa alone gives it, to instruction sets that are for tests.
+constexpr Features kOnRequest = 1u << 31;
 
 // What several sets share.
 constexpr Features kHaswell = kAvx2 | kFma | kF16c;
@@ -44,6 +46,8 @@ constexpr Row kIsas[] = {
     {Isa::scalar, "scalar", 0},
     {Isa::avx2, "avx2", kHaswell},
     {Isa::avx2vnni, "avx2vnni", kHaswell | kAvxVnni},
+    {Isa::avx2vnni_evex, "avx2vnni_evex",
+     kHaswell | kAvx512f | kAvx512vl | kAvx512vnni | kOnRequest},
     {Isa::avx512, "avx512", kSkylake},
     {Isa::avx512vnni, "avx512vnni", kSkylake | kAvx512vnni},
     {Isa::avx512vbmi, "avx512vbmi", kSkylake | kAvx512vnni | kAvx512vbmi},
@@ -101,9 +105,7 @@ std::atomic<Features>& enabled() {
   return features;
 }
 
-bool includes(Features features, Isa isa) {
-  return (row(isa).features & features) == row(isa).features;
-}
+bool includes(Features features, Isa isa) { return (row(isa).features & ~features) == 0; }
 
 }  // namespace
 
@@ -117,7 +119,8 @@ const std::vector<Isa>& all_isas() {
 }
 
 const char* isa_name(Isa isa) { return row(isa).name; }
-bool isa_supported(Isa isa) { return includes(supported(), isa); }
+bool isa_for_tests(Isa isa) { return row(isa).features & kOnRequest; }
+bool isa_supported(Isa isa) { return includes(supported() | kOnRequest, isa); }
 bool isa_enabled(Isa isa) { return includes(enabled().load(std::memory_order_relaxed), isa); }
 
 Isa highest_isa() {
@@ -134,6 +137,6 @@ uint32_t lower_isa(Isa isa) {
   return enabled().exchange(row(isa).features);
 }
 
-void restore_isas(uint32_t before) { enabled() = before & supported(); }
+void restore_isas(uint32_t before) { enabled() = before & (supported() | kOnRequest); }
 
 }  // namespace trine

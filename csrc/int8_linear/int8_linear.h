@@ -35,7 +35,7 @@ struct Int8LinearKernel {
   Int8LinearFn* run;
 };
 
-Int8LinearFn int8_linear_scalar, int8_linear_avx2, int8_linear_avx512vnni, int8_linear_dotprod,
-    int8_linear_i8mm;
+Int8LinearFn int8_linear_scalar, int8_linear_avx2, int8_linear_avx2vnni, int8_linear_avx2vnni_evex,
+    int8_linear_avx512vnni, int8_linear_dotprod, int8_linear_i8mm;
 
 }  // namespace trine

@@ -11,6 +11,8 @@ constexpr const char* kOp = "int8_linear";
 constexpr Int8LinearKernel kKernels[] = {
 #ifdef TRINE_X86
     {Isa::avx512vnni, int8_linear_avx512vnni},
+    {Isa::avx2vnni, int8_linear_avx2vnni},
+    {Isa::avx2vnni_evex, int8_linear_avx2vnni_evex},
     {Isa::avx2, int8_linear_avx2},
 #elif defined(TRINE_ARM64)
     {Isa::i8mm, int8_linear_i8mm},

@@ -98,7 +98,8 @@ Sparse24WidenFn sparse24_widen_scalar, sparse24_widen_avx2, sparse24_widen_avx51
     sparse24_widen_neon;
 Sparse24FloatFn sparse24_float_scalar, sparse24_float_avx2, sparse24_float_avx512,
     sparse24_float_neon;
-Sparse24Int8Fn sparse24_int8_scalar, sparse24_int8_avx2, sparse24_int8_avx512vnni,
-    sparse24_int8_avx512vbmi, sparse24_int8_dotprod, sparse24_int8_i8mm;
+Sparse24Int8Fn sparse24_int8_scalar, sparse24_int8_avx2, sparse24_int8_avx2vnni,
+    sparse24_int8_avx2vnni_evex, sparse24_int8_avx512vnni, sparse24_int8_avx512vbmi,
+    sparse24_int8_dotprod, sparse24_int8_i8mm;
 
 }  // namespace trine

@@ -20,6 +20,8 @@ constexpr Sparse24Int8Kernel kInt8Kernels[] = {
 #ifdef TRINE_X86
     {Isa::avx512vbmi, sparse24_int8_avx512vbmi},
     {Isa::avx512vnni, sparse24_int8_avx512vnni},
+    {Isa::avx2vnni, sparse24_int8_avx2vnni},
+    {Isa::avx2vnni_evex, sparse24_int8_avx2vnni_evex},
     {Isa::avx2, sparse24_int8_avx2},
 #elif defined(TRINE_ARM64)
     {Isa::i8mm, sparse24_int8_i8mm},

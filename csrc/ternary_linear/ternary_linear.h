@@ -47,7 +47,8 @@ struct TernaryLinearKernel {
   TernaryLinearFn* run;
 };
 
-TernaryLinearFn ternary_linear_scalar, ternary_linear_avx2, ternary_linear_avx512vnni,
-    ternary_linear_dotprod, ternary_linear_i8mm;
+TernaryLinearFn ternary_linear_scalar, ternary_linear_avx2, ternary_linear_avx2vnni,
+    ternary_linear_avx2vnni_evex, ternary_linear_avx512vnni, ternary_linear_dotprod,
+    ternary_linear_i8mm;
 
 }  // namespace trine

@@ -9,6 +9,8 @@ constexpr const char* kOp = "ternary_linear";
 constexpr TernaryLinearKernel kKernels[] = {
 #ifdef TRINE_X86
     {Isa::avx512vnni, true, ternary_linear_avx512vnni},
+    {Isa::avx2vnni, true, ternary_linear_avx2vnni},
+    {Isa::avx2vnni_evex, true, ternary_linear_avx2vnni_evex},
     {Isa::avx2, true, ternary_linear_avx2},
 #elif defined(TRINE_ARM64)
     {Isa::i8mm, false, ternary_linear_i8mm},
