@@ -9,6 +9,7 @@ from torch import Tensor
 from trine.ops.int8_linear import reference as int8_reference
 
 from benchmarks.case import (
+    Bind,
     Comparison,
     Contestant,
     WrongResult,
@@ -22,7 +23,7 @@ from benchmarks.case import (
 )
 from benchmarks.ceilings import Work
 from benchmarks.measure import Call
-from benchmarks.peers.linear import PEERS, Peer
+from benchmarks.peers import PEERS, Peer
 
 # (N, K): the attention projections and the feed-forward layer of BitNet b1.58 2B, and a 4k square.
 LAYERS = ((2560, 2560), (4096, 4096), (6912, 2560))
@@ -67,83 +68,80 @@ class LinearOp:
 
 
 def comparisons(
-    ops: Sequence[LinearOp], layers: Sequence[tuple[int, int]], rows: Sequence[int], threads: int
-) -> Iterator[Comparison]:
-    """Every op and every peer that one of them is judged by, at each shape, hot and cold."""
-    groups = {group for op in ops for group in op.rivals} | {"fp32"}
-    peers = [peer for peer in PEERS if peer.group in groups]
-    for n, k in layers:
-        yield from _layer(ops, peers, n, k, rows, threads)
-
-
-def _layer(
     ops: Sequence[LinearOp],
-    peers: Sequence[Peer],
-    n: int,
-    k: int,
+    layers: Sequence[tuple[int, int]],
     rows: Sequence[int],
     threads: int,
+    quick: bool,
 ) -> Iterator[Comparison]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(max(rows), k, generator=generator)
-    weight = torch.randn(n, k, generator=generator) / k**0.5
+    """Every op and every peer that one of them is judged by, at each shape, hot and cold."""
+    for n, k in layers:
+        layer = Layer(ops, n, k, max(rows), threads, quick)
+        for m in rows:
+            yield from layer.comparisons(m)
 
-    packed = {op: op.pack(weight) for op in ops}
-    ours = {op: [partial(_run, op, args) for args in copies(packed[op].arguments)] for op in ops}
-    theirs, failures = {}, {}
-    for peer in peers:
-        count = copies_to_rotate(round(n * k * peer.bits_per_weight / 8))
-        try:
-            theirs[peer] = peer.make(weight, count, threads)
-        except Exception as error:  # a peer's trouble of any kind is a row of the table
-            failures[peer.name] = sentence(error)
-    for m in rows:
-        contestants = {"hot": [], "cold": []}
-        failed, wrong = dict(failures), {}
-        for op in ops:
-            calls = [bind(x[:m].to(op.dtype)) for bind in ours[op]]
+
+class Layer:
+    """One weight in every format, as often as it takes to fill ROTATED_BYTES."""
+
+    def __init__(
+        self, ops: Sequence[LinearOp], n: int, k: int, rows: int, threads: int, quick: bool
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.n, self.k = n, k
+        self.x = torch.randn(rows, k, generator=generator)
+        self.weight = torch.randn(n, k, generator=generator) / k**0.5
+        self.packed = {op: op.pack(self.weight) for op in ops}
+        self.ours = {op: copies(packed.arguments) for op, packed in self.packed.items()}
+        groups = {group for op in ops for group in op.rivals} | {"fp32"}
+        self.peers: dict[Peer, list[Bind]] = {}
+        self.failures: dict[str, str] = {}
+        for peer in (peer for peer in PEERS if peer.group in groups):
+            if peer.compiles and quick:
+                self.failures[peer.name] = "left out: compiling it takes too long for --quick"
+                continue
             try:
-                error = check(op, packed[op], x[:m].to(op.dtype), calls[0]())
+                count = copies_to_rotate(peer.work(0, n, k).bytes_moved)
+                self.peers[peer] = peer.make(self.weight, count, threads)
+            except Exception as error:  # a peer's trouble of any kind is a row of the table
+                self.failures[peer.name] = sentence(error)
+
+    @torch.inference_mode()
+    def comparisons(self, m: int) -> list[Comparison]:
+        """Hot and cold, of all whose result at `m` rows is right."""
+        contestants: dict[str, list[Contestant]] = {"hot": [], "cold": []}
+        failures, wrong = dict(self.failures), {}
+
+        def enter(name: str, calls: Sequence[Call], work: Work, error: float, **about) -> None:
+            for weights, timed in (("hot", hot(calls)), ("cold", cold(calls, work.bytes_moved))):
+                contestants[weights].append(Contestant(name, timed, work, error, **about))
+
+        for op, packed in self.packed.items():
+            x = self.x[:m].to(op.dtype)
+            calls = [partial(op.run, x, *arguments) for arguments in self.ours[op]]
+            try:
+                error = check(op, packed, x, calls[0]())
             except WrongResult as reason:
                 wrong[op.name] = str(reason)
                 continue
-            rivals = tuple(p.name for p in peers if p.group in op.rivals)
-            about = dict(
-                op=op.op,
-                kernel=kernel_of(op.op, "float" if packed[op].scale is None else "int8"),
-                rivals=rivals,
-            )
-            _enter(contestants, op, calls, m, n, k, error, **about, baseline=op.baseline)
-        for peer, binds in theirs.items():
+            kernel = kernel_of(op.op, "float" if packed.scale is None else "int8")
+            rivals = tuple(peer.name for peer in self.peers if peer.group in op.rivals)
+            about = dict(op=op.op, kernel=kernel, rivals=rivals, baseline=op.baseline)
+            enter(op.name, calls, op.work(m, self.n, self.k), error, **about)
+        for peer, binds in self.peers.items():
             try:
-                calls = [bind(x[:m]) for bind in binds]
-                expected = x[:m].double() @ peer.stands_for(weight).double().T
+                calls = [bind(self.x[:m]) for bind in binds]
+                expected = self.x[:m].double() @ peer.stands_for(self.weight).double().T
                 error = relative_error(calls[0](), expected)
             except Exception as reason:
-                failed[peer.name] = sentence(reason)
+                failures[peer.name] = sentence(reason)
                 continue
-            _enter(contestants, peer, calls, m, n, k, error)
-        for weights, entered in contestants.items():
-            yield Comparison({"M": m, "N": n, "K": k}, weights, entered, failed, wrong)
-
-
-def _run(op: LinearOp, arguments: tuple[Tensor, ...], x: Tensor) -> Call:
-    return partial(op.run, x, *arguments)
-
-
-def _enter(
-    contestants: dict[str, list[Contestant]],
-    who: LinearOp | Peer,
-    calls: Sequence[Call],
-    m: int,
-    n: int,
-    k: int,
-    error: float,
-    **about,
-) -> None:
-    size = round(n * k * who.bits_per_weight / 8)
-    for weights, timed in (("hot", hot(calls)), ("cold", cold(calls, size))):
-        contestants[weights].append(Contestant(who.name, timed, who.work(m, n, k), error, **about))
+            enter(peer.name, calls, peer.work(m, self.n, self.k), error)
+        shape = {"M": m, "N": self.n, "K": self.k}
+        return [
+            Comparison(shape, weights, entered, failures, wrong)
+            for weights, entered in contestants.items()
+        ]
 
 
 def check(op: LinearOp, packed: Packed, x: Tensor, actual: Tensor) -> float:
@@ -184,7 +182,7 @@ def run_under_pytest(benchmark, case: PytestCase) -> None:
     """The body of every pytest-benchmark test: cold weights; a wrong kernel is never timed."""
     packed = case.op.pack(torch.randn(case.n, case.k) / case.k**0.5)
     x = torch.randn(case.m, case.k).to(case.op.dtype)
-    calls = [_run(case.op, args, x) for args in copies(packed.arguments)]
+    calls = [partial(case.op.run, x, *args) for args in copies(packed.arguments)]
     check(case.op, packed, x, calls[0]())
     size = round(case.n * case.k * case.op.bits_per_weight / 8)
     with torch.inference_mode():

@@ -38,7 +38,7 @@ def comparisons(op: str, threads: int, arguments: argparse.Namespace) -> Iterato
 def linear(ops: Sequence[str], threads: int, arguments: argparse.Namespace) -> Iterator[Comparison]:
     chosen = [o for op in ops for o in import_module(f"benchmarks.bench_{op}").OPS]
     layers = LAYERS[:2] if arguments.quick else LAYERS
-    return linear_comparisons(chosen, layers, arguments.rows or ROWS, threads)
+    return linear_comparisons(chosen, layers, arguments.rows or ROWS, threads, arguments.quick)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,41 +1,16 @@
-"""Linear layers that pip can install: float, INT8 with dynamic activations, sparse.
-
-Each function takes a dense weight, float32 [N, K], and gives `copies` layers that hold equal
-weights in memory of their own (fewer, where a copy costs seconds to make), each a function of an
-input that returns the call to time.
-"""
+"""Linear layers of eager PyTorch: float, INT8 with dynamic activations, sparse."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from trine.quantize.weights import sparse24 as keep_two_of_four
 
 from benchmarks.case import Bind
-from benchmarks.ceilings import Work
-
-Make = Callable[[Tensor, int, int], list[Bind]]  # of weight, copies, threads
 
 
-@dataclass(frozen=True)
-class Peer:
-    name: str
-    group: str  # fp32, bf16, int8, sparse: an op names the groups that it is judged by
-    make: Make
-    bits_per_weight: float
-
-    def work(self, m: int, n: int, k: int) -> Work:
-        ops = 2 * m * n * k
-        integer = self.group == "int8"
-        read = round(n * k * self.bits_per_weight / 8)
-        return Work(read, int8_ops=ops) if integer else Work(read, fp32_ops=ops)
-
-    def stands_for(self, weight: Tensor) -> Tensor:
-        return weight
-
-
-def _dense(weight: Tensor) -> nn.Linear:
+def dense_layer(weight: Tensor) -> nn.Linear:
     n, k = weight.shape
     layer = nn.Linear(k, n, bias=False)
     layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -47,33 +22,28 @@ def _bind(layer: Callable[[Tensor], Tensor]) -> Bind:
 
 
 def linear_fp32(weight: Tensor, copies: int, threads: int) -> list[Bind]:
-    return [_bind(_dense(weight)) for _ in range(copies)]
+    return [_bind(dense_layer(weight)) for _ in range(copies)]
 
 
 def linear_bf16(weight: Tensor, copies: int, threads: int) -> list[Bind]:
     def bind(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         return partial(layer, x.bfloat16())
 
-    return [partial(bind, _dense(weight).bfloat16()) for _ in range(copies)]
+    return [partial(bind, dense_layer(weight).bfloat16()) for _ in range(copies)]
 
 
-def torch_dynamic(engine: str) -> Make:
+def torch_dynamic(engine: str, weight: Tensor, copies: int, threads: int) -> list[Bind]:
     """torch.ao.quantization.quantize_dynamic as its tutorial calls it, on one of its engines."""
+    from torch.ao.quantization import quantize_dynamic
 
-    def make(weight: Tensor, copies: int, threads: int) -> list[Bind]:
-        from torch.ao.quantization import quantize_dynamic
-
-        before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = engine
-        try:
-            model = nn.Sequential(_dense(weight))
-            return [
-                _bind(quantize_dynamic(model, {nn.Linear}, torch.qint8)[0]) for _ in range(copies)
-            ]
-        finally:
-            torch.backends.quantized.engine = before
-
-    return make
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        model = nn.Sequential(dense_layer(weight))
+        layers = [quantize_dynamic(model, {nn.Linear}, torch.qint8)[0] for _ in range(copies)]
+    finally:
+        torch.backends.quantized.engine = before
+    return [_bind(layer) for layer in layers]
 
 
 def int_mm(weight: Tensor, copies: int, threads: int) -> list[Bind]:
@@ -89,23 +59,23 @@ def int_mm(weight: Tensor, copies: int, threads: int) -> list[Bind]:
     return [_bind(partial(run, codes.clone())) for _ in range(copies)]
 
 
-def torchao_int8(weight: Tensor, copies: int, threads: int) -> list[Bind]:
+def torchao_layer(weight: Tensor) -> nn.Module:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    def make() -> nn.Module:
-        model = nn.Sequential(_dense(weight))
-        quantize_(model, Int8DynamicActivationInt8WeightConfig())
-        return model[0]
-
-    return [_bind(make()) for _ in range(copies)]
+    model = nn.Sequential(dense_layer(weight))
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model[0]
 
 
-PEERS = [
-    Peer("nn.Linear fp32", "fp32", linear_fp32, 32),
-    Peer("nn.Linear bf16", "bf16", linear_bf16, 16),
-    Peer("torch dynamic x86", "int8", torch_dynamic("x86"), 8),
-    Peer("torch dynamic onednn", "int8", torch_dynamic("onednn"), 8),
-    Peer("torch dynamic fbgemm", "int8", torch_dynamic("fbgemm"), 8),
-    Peer("torch._int_mm", "int8", int_mm, 8),
-    Peer("torchao INT8", "int8", torchao_int8, 8),
-]
+def torchao_int8(weight: Tensor, copies: int, threads: int) -> list[Bind]:
+    return [_bind(torchao_layer(weight)) for _ in range(copies)]
+
+
+def csr(weight: Tensor, copies: int, threads: int) -> list[Bind]:
+    """torch.sparse: the product as its documentation writes it, weight first."""
+    sparse = keep_two_of_four(weight)[0].to_sparse_csr()
+
+    def run(sparse: Tensor, x: Tensor) -> Tensor:
+        return (sparse @ x.T).T
+
+    return [_bind(partial(run, sparse.clone())) for _ in range(copies)]
