@@ -83,7 +83,8 @@ def _comparison(rows: int, classes: int, kind: str, dtype: torch.dtype) -> Compa
             enter(name, loss, _error(loss, student, teacher) if competes else None)
         except Exception as reason:  # a peer's trouble of any kind is a row of the table
             failures[f"{name} {kind}"] = sentence(reason)
-    return Comparison({"rows": rows, "classes": classes}, "", contestants, failures, wrong)
+    shape = {"rows": rows, "classes": classes}
+    return Comparison(shape, "", contestants, failures=failures, wrong=wrong)
 
 
 @pytest.mark.parametrize("kind", DTYPES)

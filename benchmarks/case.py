@@ -1,6 +1,7 @@
 """What is compared: contestants for one piece of work, ours and others', checked before timing."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -41,6 +42,7 @@ class Comparison:
     shape: dict[str, int]
     weights: str  # "hot": the same each call; "cold": from memory
     contestants: Sequence[Contestant]
+    mode: Callable[[], AbstractContextManager] = torch.inference_mode
     failures: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)  # our kernels that were refused
 
@@ -56,7 +58,7 @@ def copies(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
 
 
 def hot(calls: Sequence[Call]) -> Timed:
-    """The same weights each time: a first call, untimed, brings them back into the caches."""
+    """The same weights each time; the first call, untimed, brings them back into the caches."""
     return Timed(calls[0], before=calls[0])
 
 
@@ -65,7 +67,7 @@ def cold(calls: Sequence[Call], size: int) -> Timed:
     is read before every call instead."""
     if len(calls) >= copies_to_rotate(size):
         turns: Iterator[Call] = cycle(calls)
-        return Timed(lambda: next(turns)(), before=lambda: None)
+        return Timed(lambda: next(turns)(), before=lambda: next(turns)())
     return Timed(calls[0], before=_empty_caches, repeatable=False)
 
 

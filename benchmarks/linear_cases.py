@@ -60,11 +60,15 @@ class LinearOp:
     def name(self) -> str:
         return f"{self.op} {self.variant}".strip()
 
+    @property
+    def values(self) -> str:
+        """The kind of weight values, as an op with a kernel table for each names them."""
+        return "int8" if "int8" in self.rivals else "float"
+
     def work(self, m: int, n: int, k: int) -> Work:
         ops = round(2 * m * n * k * self.products)
         read = round(n * k * self.bits_per_weight / 8)
-        integer = "int8" in self.rivals
-        return Work(read, int8_ops=ops) if integer else Work(read, fp32_ops=ops)
+        return Work(read, int8_ops=ops) if self.values == "int8" else Work(read, fp32_ops=ops)
 
 
 def comparisons(
@@ -124,7 +128,7 @@ class Layer:
             except WrongResult as reason:
                 wrong[op.name] = str(reason)
                 continue
-            kernel = kernel_of(op.op, "float" if packed.scale is None else "int8")
+            kernel = kernel_of(op.op, op.values)
             rivals = tuple(peer.name for peer in self.peers if peer.group in op.rivals)
             about = dict(op=op.op, kernel=kernel, rivals=rivals, baseline=op.baseline)
             enter(op.name, calls, op.work(m, self.n, self.k), error, **about)
@@ -139,7 +143,7 @@ class Layer:
             enter(peer.name, calls, peer.work(m, self.n, self.k), error)
         shape = {"M": m, "N": self.n, "K": self.k}
         return [
-            Comparison(shape, weights, entered, failures, wrong)
+            Comparison(shape, weights, entered, failures=failures, wrong=wrong)
             for weights, entered in contestants.items()
         ]
 

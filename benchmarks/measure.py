@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,6 +17,8 @@ LEAST_ROUNDS = 5
 # a processor, for more than this share of it. A wake-up takes a few microseconds: not counted.
 DISTURBED_SHARE = 0.02
 WAKE_UP_SECONDS = 20e-6
+# Idle threads of another library's pool spin for about this long before they sleep.
+SETTLE_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,18 @@ class Timing:
     disturbed: int
 
 
-def in_turns(calls: Mapping[str, Timed], *, rounds: int, budget: float) -> dict[str, Timing]:
+def in_turns(
+    calls: Mapping[str, Timed],
+    rounds: int,
+    budget: float,
+    mode: Callable[[], AbstractContextManager] = torch.inference_mode,
+) -> dict[str, Timing]:
     """Time each of `calls` by name, one sample of each in a round, every second round backwards.
 
     Rounds end early, but not before LEAST_ROUNDS, when `budget` seconds are over; disturbed ones
-    are made up for by at most as many more.
+    are made up for by at most as many more. `mode`: what PyTorch runs them in.
     """
-    with torch.inference_mode():
+    with mode():
         repeats = {name: _repeats(timed) for name, timed in calls.items()}
         clean: dict[str, list[float]] = {name: [] for name in calls}
         disturbed: dict[str, list[float]] = {name: [] for name in calls}
@@ -81,6 +89,7 @@ def _repeats(timed: Timed) -> int:
 
 def _sample(timed: Timed, repeats: int) -> tuple[float, float]:
     """Seconds that `repeats` calls in a row take, and how long others kept us from a processor."""
+    time.sleep(SETTLE_SECONDS)
     timed.before()
     call = timed.call
     waited = _seconds_waited()

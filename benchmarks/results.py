@@ -16,15 +16,19 @@ from benchmarks.measure import Timing
 FOLDER = Path(__file__).with_name("results")
 
 Row = dict[str, object]
+Failure = dict[str, object]
 
 
-def rows_of(comparison: Comparison, timings: Mapping[str, Timing], ceilings: Ceilings) -> list[Row]:
+def rows_of(
+    suite: str, comparison: Comparison, timings: Mapping[str, Timing], ceilings: Ceilings
+) -> list[Row]:
     """One row for each contestant. Ours also say how they stand against peers and ceilings."""
     rows = []
     for who in comparison.contestants:
         timing = timings[who.name]
         us, work = timing.seconds * 1e6, who.work
         row: Row = {
+            "suite": suite,
             "op": who.op,
             "name": who.name,
             **comparison.shape,
@@ -42,9 +46,20 @@ def rows_of(comparison: Comparison, timings: Mapping[str, Timing], ceilings: Cei
         if who.op:
             row |= _standing(who, timings)
             floor, bound = ceilings.seconds(work, cold=comparison.weights == "cold")
-            row |= {"kernel": who.kernel, "bound": bound, "share": round(floor * 1e6 / us, 3)}
+            row["kernel"] = who.kernel
+            if floor:
+                row |= {"bound": bound, "share": round(floor * 1e6 / us, 3)}
         rows.append(row)
     return rows
+
+
+def failures_of(comparison: Comparison, threads: int) -> list[Failure]:
+    """Who did not take part, and why; `wrong`: a kernel of ours that was refused."""
+    return [
+        {"name": name, **comparison.shape, "threads": threads, "reason": reason, "wrong": wrong}
+        for reasons, wrong in ((comparison.failures, False), (comparison.wrong, True))
+        for name, reason in reasons.items()
+    ]
 
 
 def _standing(who, timings: Mapping[str, Timing]) -> Row:
@@ -91,11 +106,15 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
+def read(path: Path) -> dict[str, list]:
+    return json.loads(path.read_text())
+
+
 def write(
     facts: Mapping[str, object],
     ceilings: Sequence[Ceilings],
     rows: Sequence[Row],
-    failures: Sequence[Row],
+    failures: Sequence[Failure],
     folder: Path = FOLDER,
 ) -> Path:
     """Write a whole run beside its final place, then rename it there. One line for each row."""

@@ -9,18 +9,25 @@ makes the exit status 1.
     python -m benchmarks.run cpu --quick
     python -m benchmarks.run cpu --op ternary_linear --op int8_linear --threads 1
     python -m benchmarks.run cpu --op int8_linear --isa avx2 --rows 1 --quick
+    python -m benchmarks.run instructions
+
+The first one, some 20 minutes, writes benchmarks/results/<processor>.json and .png; the others
+print. `instructions` counts what the inner loops execute under valgrind: a figure that repeats on a
+noisy machine.
 """
 
 import argparse
+import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 
 import torch
 import trine
 from rich.console import Console
 
-from benchmarks import results, table
+from benchmarks import instructions, results, roofline, table
 from benchmarks.case import Comparison
 from benchmarks.ceilings import Ceilings, best_of, measure
 from benchmarks.linear_cases import LAYERS, ROWS
@@ -28,17 +35,90 @@ from benchmarks.linear_cases import comparisons as linear_comparisons
 from benchmarks.measure import in_turns
 
 LINEAR = ("ternary_linear", "int8_linear", "sparse24_linear")
-OTHER = ("quantize_rows", "softmax_kl")
+OTHER = ("quantize_rows", "softmax_kl", "small_shapes", "call_overhead", "minilm")
 
 
-def comparisons(op: str, threads: int, arguments: argparse.Namespace) -> Iterator[Comparison]:
-    return import_module(f"benchmarks.bench_{op}").comparisons(threads, arguments.quick)
+@dataclass
+class Measured:
+    """What a run has found so far."""
+
+    ceilings: list[Ceilings] = field(default_factory=list)
+    rows: list[results.Row] = field(default_factory=list)
+    failures: list[results.Failure] = field(default_factory=list)
+
+    def __add__(self, other: "Measured") -> "Measured":
+        return Measured(
+            self.ceilings + other.ceilings,
+            self.rows + other.rows,
+            self.failures + other.failures,
+        )
 
 
-def linear(ops: Sequence[str], threads: int, arguments: argparse.Namespace) -> Iterator[Comparison]:
+def measure_all(arguments: argparse.Namespace, threads: int) -> Measured:
+    """Everything with this number of threads, in a process that has never had another one."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    console = Console(stderr=True)
+    found = Measured()
+    ops = arguments.op or OTHER + LINEAR
+    with trine.backends.cpu_isa(arguments.isa or trine.backends.cpu_isas()[-1]):
+        found.ceilings.append(measure(threads))
+        for op in (op for op in OTHER if op in ops):
+            work = import_module(f"benchmarks.bench_{op}").comparisons(threads, arguments.quick)
+            _time(op, work, found, arguments.quick, console)
+        if chosen := [op for op in LINEAR if op in ops]:
+            work = _linear(chosen, threads, arguments)
+            _time("linear", work, found, arguments.quick, console)
+    return found
+
+
+def _linear(
+    ops: Sequence[str], threads: int, arguments: argparse.Namespace
+) -> Iterator[Comparison]:
+    """The linear ops together, because their peers are the same."""
     chosen = [o for op in ops for o in import_module(f"benchmarks.bench_{op}").OPS]
     layers = LAYERS[:2] if arguments.quick else LAYERS
     return linear_comparisons(chosen, layers, arguments.rows or ROWS, threads, arguments.quick)
+
+
+def _time(
+    suite: str, work: Iterator[Comparison], found: Measured, quick: bool, console: Console
+) -> None:
+    """Between two measurements of the ceilings, the better of which judges the rows."""
+    rounds, budget = (7, 1.5) if quick else (15, 10.0)  # seconds, for each comparison
+    threads = found.ceilings[-1].threads
+    timed = []
+    with console.status(f"{threads} threads") as status:
+        for comparison in work:
+            shape = " ".join(f"{key} {value}" for key, value in comparison.shape.items())
+            status.update(f"{threads} threads: {suite} {shape} {comparison.weights}")
+            calls = {who.name: who.timed for who in comparison.contestants}
+            timed.append((comparison, in_turns(calls, rounds, budget, comparison.mode)))
+            found.failures += results.failures_of(comparison, threads)
+        status.update(f"{threads} threads: ceilings")
+        found.ceilings.append(measure(threads))
+    nearby = best_of(found.ceilings[-2:])
+    for comparison, timings in timed:
+        found.rows += results.rows_of(suite, comparison, timings, nearby)
+
+
+def cpu(arguments: argparse.Namespace) -> int:
+    isa = arguments.isa or trine.backends.cpu_isas()[-1]
+    with trine.backends.cpu_isa(isa):
+        facts = results.machine_facts("python -m benchmarks.run cpu")
+    found = Measured()
+    # A process for each: thread pools of several libraries cannot be resized, and spin when idle.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for threads in arguments.threads or sorted({1, torch.get_num_threads()}):
+            found += pool.apply(measure_all, (arguments, threads))
+    # Piped into a file the tables keep their columns.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    for shown in table.tables(found.rows, found.ceilings, found.failures):
+        console.print(shown)
+    if arguments == parse_arguments(["cpu"]):  # a whole run
+        path = results.write(facts, found.ceilings, found.rows, found.failures)
+        console.print(f"written: {path}, {roofline.draw(results.read(path), path)}")
+    return 1 if any(failure["wrong"] for failure in found.failures) else 0
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,90 +130,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    cpu = commands.add_parser("cpu", help="time the CPU kernels")
-    cpu.add_argument(
-        "--op", action="append", choices=LINEAR + OTHER, help="only this op (repeatable)"
+    timed = commands.add_parser("cpu", help="time the CPU kernels")
+    timed.add_argument(
+        "--op", action="append", choices=LINEAR + OTHER, help="only this one (repeatable)"
     )
-    cpu.add_argument("--threads", type=int, nargs="+", help="default: 1 and all cores")
-    cpu.add_argument("--rows", type=int, nargs="+", help="of linear ops; default: 1 8 32 128 512")
-    cpu.add_argument("--quick", action="store_true", help="fewer shapes and samples, some 3 min")
-    cpu.add_argument("--isa", choices=trine.backends.cpu_isas(), help="force CPU kernels")
+    timed.add_argument("--threads", type=int, nargs="+", help="default: 1 and all cores")
+    timed.add_argument("--rows", type=int, nargs="+", help="of linear ops; default: 1 8 32 128 512")
+    timed.add_argument("--quick", action="store_true", help="fewer shapes and samples: 3 minutes")
+    timed.add_argument("--isa", choices=trine.backends.cpu_isas(), help="force CPU kernels")
+    commands.add_parser("instructions", help="count the inner loops' instructions under valgrind")
     return parser.parse_args(arguments)
 
 
-class Run:
-    """What a run has measured so far."""
-
-    def __init__(self, console: Console, quick: bool) -> None:
-        self.console, self.quick = console, quick
-        self.ceilings: list[Ceilings] = []
-        self.rows: list[results.Row] = []
-        self.failures: list[results.Row] = []
-        self.wrong = False
-
-    def time(self, work: Iterator[Comparison], threads: int) -> None:
-        """Between two measurements of the ceilings, the better of which judges the rows."""
-        if not self.ceilings or self.ceilings[-1].threads != threads:
-            self.ceilings.append(measure(threads))
-        timed = []
-        for comparison in work:
-            shape = " ".join(f"{key}={value}" for key, value in comparison.shape.items())
-            with self.console.status(f"{threads} threads, {shape}, {comparison.weights}"):
-                timed.append((comparison, self._time(comparison)))
-            self._note_failures(comparison, threads)
-        self.ceilings.append(measure(threads))
-        nearby = best_of(self.ceilings[-2:])
-        for comparison, timings in timed:
-            self.rows += results.rows_of(comparison, timings, nearby)
-
-    def _time(self, comparison: Comparison):
-        calls = {who.name: who.timed for who in comparison.contestants}
-        rounds, budget = (7, 2.0) if self.quick else (15, 10.0)
-        return in_turns(calls, rounds=rounds, budget=budget)
-
-    def _note_failures(self, comparison: Comparison, threads: int) -> None:
-        for name, reason in comparison.failures.items():
-            self.failures.append(
-                {"name": name, **comparison.shape, "threads": threads, "reason": reason}
-            )
-        for name, reason in comparison.wrong.items():
-            self.wrong = True
-            self.failures.append(
-                {"name": name, **comparison.shape, "threads": threads, "reason": f"WRONG: {reason}"}
-            )
-
-
-def cpu(arguments: argparse.Namespace) -> int:
-    thread_counts = arguments.threads or sorted({1, torch.get_num_threads()})
-    ops = arguments.op or LINEAR + OTHER
-    # Piped into a file the tables keep their columns.
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    run = Run(console, arguments.quick)
-    isa = arguments.isa or trine.backends.cpu_isas()[-1]
-    with trine.backends.cpu_isa(isa):
-        for threads in thread_counts:
-            torch.set_num_threads(threads)
-            for op in (op for op in OTHER if op in ops):
-                run.time(comparisons(op, threads, arguments), threads)
-            if chosen := [op for op in LINEAR if op in ops]:
-                run.time(linear(chosen, threads, arguments), threads)
-        facts = results.machine_facts("python -m benchmarks.run cpu")
-    for op in ops:
-        console.print(table.op_table(op, run.rows))
-    console.print(table.peer_table(run.rows))
-    for c in run.ceilings:
-        console.print(
-            f"ceilings, {c.threads} threads: DRAM {c.dram_gb_s:.1f}, L3 {c.l3_gb_s:.1f}, "
-            f"L2 {c.l2_gb_s:.1f} GB/s, int8 {c.int8_gop_s:.0f} GOP/s, fp32 {c.fp32_gflop_s:.0f}"
-        )
-    for failure in run.failures:
-        console.print(failure)
-    if not (
-        arguments.op or arguments.isa or arguments.threads or arguments.quick or arguments.rows
-    ):
-        console.print(f"written: {results.write(facts, run.ceilings, run.rows, run.failures)}")
-    return 1 if run.wrong else 0
-
-
 if __name__ == "__main__":
-    sys.exit(cpu(parse_arguments()))
+    parsed = parse_arguments()
+    sys.exit(cpu(parsed) if parsed.command == "cpu" else instructions.main())

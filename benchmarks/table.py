@@ -1,73 +1,133 @@
-"""The result as tables: one for each op, and who could not run."""
+"""The result as tables: how each op stands, every contestant's time, who could not run and why."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from benchmarks.results import Row
+from benchmarks.ceilings import Ceilings
+from benchmarks.results import Failure, Row
+
+SHAPE = ("M", "N", "K", "rows", "classes", "tokens")
+NO_CLIFF = 1 / 1.5  # an odd shape may take 1.5 times as long as the next aligned one
 
 
-def op_table(op: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=op, title_justify="left")
-    for name in ("", "shape", "thr", "weights", "kernel"):
-        table.add_column(name, no_wrap=True)
-    columns = (
-        "us",
-        "GB/s",
-        "GOP/s",
-        "ceiling",
-        "x fp32",
-        "x best",
-        "best peer",
-        "error",
-        "left out",
+def tables(
+    rows: Sequence[Row], ceilings: Sequence[Ceilings], failures: Sequence[Failure]
+) -> Iterator[Table]:
+    suites = list(dict.fromkeys(row["suite"] for row in rows))
+    for suite in suites:
+        of_suite = [row for row in rows if row["suite"] == suite]
+        for op in dict.fromkeys(row["op"] for row in of_suite if row["op"]):
+            yield standing([row for row in of_suite if row["op"] == op], str(op))
+        if suite != "small_shapes":
+            yield from everybody(of_suite, str(suite))
+    if failures:
+        yield absent(failures)
+    yield limits(ceilings)
+
+
+def standing(rows: Sequence[Row], op: str) -> Table:
+    """Ours against the ceilings, the baseline and the best peer."""
+    table = _table(
+        f"{op}: ours",
+        ("", "shape", "thr", "weights", "kernel"),
+        ("us", "GB/s", "GOP/s", "of ceiling", "x base", "x best", "error", "left out"),
+        ("best peer",),
     )
-    for name in columns:
-        table.add_column(name, justify="left" if name == "best peer" else "right", no_wrap=True)
-    for row in (row for row in rows if row["op"] == op):
+    for row in rows:
+        cliff = op == "small_shapes" and row["x_baseline"] < NO_CLIFF
         table.add_row(
             str(row["name"]).removeprefix(op).strip(),
-            " ".join(str(row[key]) for key in ("M", "N", "K", "rows", "classes") if key in row),
+            shape_of(row),
             str(row["threads"]),
             str(row["weights"]),
-            str(row.get("kernel", "")),
+            str(row["kernel"]),
             number(row["us"]),
             number(row.get("gb_s")),
             number(row.get("gop_s")),
-            f"{row['share']:.0%} {row['bound']}" if row.get("share") else "",
-            number(row.get("x_baseline"), 2),
+            f"{row['share']:.0%} {row['bound']}" if "share" in row else "",
+            number(row.get("x_baseline"), 2) + (" cliff!" if cliff else ""),
             number(row.get("x_best"), 2),
+            "" if row["error"] is None else f"{row['error']:.1e}",
+            left_out(row),
             str(row.get("best_peer", "")),
-            "" if row["error"] is None else f"{row['error']:.1e}",
-            left_out(row),
         )
     return table
 
 
-def peer_table(rows: Sequence[Row]) -> Table:
-    """Every peer's time and error, so that nobody has to take "best" on trust."""
-    table = Table(title="peers", title_justify="left")
-    for name in ("peer", "shape", "thr", "weights"):
-        table.add_column(name, no_wrap=True)
-    for name in ("us", "GB/s", "GOP/s", "error", "left out"):
+def everybody(rows: Sequence[Row], suite: str) -> Iterator[Table]:
+    """Times of all contestants, so that nobody has to take "best" on trust: a column for each row
+    count where there are several, one table for each number of threads, hot and cold."""
+
+    def kind(row: Row) -> tuple:
+        rest = tuple(row[key] for key in SHAPE[1:] if key in row)
+        return row["threads"], row["weights"], rest
+
+    for threads, weights, rest in dict.fromkeys(map(kind, rows)):
+        chosen = [row for row in rows if kind(row) == (threads, weights, rest)]
+        columns = list(dict.fromkeys(row.get("M") for row in chosen))
+        title = f"{suite} {' x '.join(map(str, rest))} {weights}, {threads} threads: us"
+        heads = ["us" if m is None else f"M={m}" for m in columns]
+        table = _table(title, ("",), (*heads, "error", "left out"))
+        for name in dict.fromkeys(row["name"] for row in chosen):
+            by_m = {row.get("M"): row for row in chosen if row["name"] == name}
+            errors = [row["error"] for row in by_m.values() if row["error"] is not None]
+            disturbed = sum(row["disturbed"] for row in by_m.values())
+            samples = sum(row["samples"] for row in by_m.values())
+            table.add_row(
+                str(name),
+                *(number(by_m[m]["us"]) if m in by_m else "-" for m in columns),
+                f"{max(errors):.1e}" if errors else "",
+                f"{disturbed} of {samples}" if disturbed else "",
+                style="bold" if any(row["op"] for row in by_m.values()) else None,
+            )
+        yield table
+
+
+def absent(failures: Sequence[Failure]) -> Table:
+    table = _table("not timed", ("", "reason"), ("times",))
+    reasons: dict[tuple, int] = {}
+    for failure in failures:
+        reason = ("WRONG: " if failure["wrong"] else "") + str(failure["reason"])
+        key = str(failure["name"]), reason
+        reasons[key] = reasons.get(key, 0) + 1
+    for (name, reason), times in reasons.items():
+        table.add_row(name, reason, str(times))
+    return table
+
+
+def limits(ceilings: Sequence[Ceilings]) -> Table:
+    """In the order of measurement: a clock that drifts shows."""
+    table = _table(
+        "ceilings",
+        ("thr",),
+        ("DRAM GB/s", "L3 GB/s", "L2 GB/s", "int8 GOP/s", "fp32 GFLOP/s"),
+    )
+    for c in ceilings:
+        values = (c.dram_gb_s, c.l3_gb_s, c.l2_gb_s, c.int8_gop_s, c.fp32_gflop_s)
+        table.add_row(str(c.threads), *map(number, values))
+    return table
+
+
+def _table(
+    title: str, left: Sequence[str], right: Sequence[str], last: Sequence[str] = ()
+) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="dim")
+    for name in left:
+        table.add_column(name)
+    for name in right:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in (row for row in rows if not row["op"]):
-        table.add_row(
-            str(row["name"]),
-            " ".join(str(row[key]) for key in ("M", "N", "K", "rows", "classes") if key in row),
-            str(row["threads"]),
-            str(row["weights"]),
-            number(row["us"]),
-            number(row.get("gb_s")),
-            number(row.get("gop_s")),
-            "" if row["error"] is None else f"{row['error']:.1e}",
-            left_out(row),
-        )
+    for name in last:
+        table.add_column(name)
     return table
+
+
+def shape_of(row: Row) -> str:
+    return " ".join(str(row[key]) for key in SHAPE if key in row)
 
 
 def left_out(row: Row) -> str:
-    """How many samples were disturbed and left out; "all" where none was clean, so all count."""
+    """How many samples were disturbed and left out; where none was clean, all count."""
     if not row["disturbed"]:
         return ""
     if row["disturbed"] == row["samples"]:

@@ -16,7 +16,7 @@ from benchmarks.case import Comparison, Contestant, WrongResult
 from benchmarks.ceilings import Ceilings, Work, best_of
 from benchmarks.linear_cases import check
 from benchmarks.measure import Timed, Timing, in_turns
-from benchmarks.table import op_table
+from benchmarks.table import standing
 
 CEILINGS = Ceilings(1, dram_gb_s=20, l3_gb_s=60, l2_gb_s=100, int8_gop_s=400, fp32_gflop_s=100)
 LINEAR_OPS = [*INT8_OPS, *TERNARY_OPS, *SPARSE_OPS]
@@ -45,12 +45,12 @@ def _call(clock, *seconds, waits=()):
 def test_disturbed_samples_are_left_out_counted_and_made_up_for(clock):
     # two calls find the number of repeats, then samples 1 9 1 9 1 1 1, of which the 9s had to wait
     timed = _call(clock, 1.0, 1.0, 1.0, 9.0, 1.0, 9.0, 1.0, waits=(3, 5))
-    assert in_turns({"a": timed}, rounds=5, budget=1e6) == {"a": Timing(1.0, 7, 2)}
+    assert in_turns({"a": timed}, 5, 1e6) == {"a": Timing(1.0, 7, 2)}
 
 
 def test_where_every_sample_is_disturbed_all_count_and_the_table_says_so(clock):
     timed = _call(clock, 2.0, waits=range(100))
-    timing = in_turns({"a": timed}, rounds=5, budget=1e6)["a"]
+    timing = in_turns({"a": timed}, 5, 1e6)["a"]
     assert timing == Timing(2.0, 10, 10)
     assert "all" in _printed(_rows({"ours": timing, "peer": timing}))
 
@@ -88,12 +88,12 @@ def _rows(timings):
     )
     peer = Contestant("peer", None, work, 0.02)
     comparison = Comparison({"M": 1, "N": 2, "K": 3}, "cold", [ours, peer])
-    return results.rows_of(comparison, timings, CEILINGS)
+    return results.rows_of("linear", comparison, timings, CEILINGS)
 
 
 def _printed(rows):
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(op_table("some_op", rows))
+    console.print(standing([row for row in rows if row["op"]], "some_op"))
     return console.export_text()
 
 

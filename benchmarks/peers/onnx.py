@@ -2,11 +2,13 @@
 
 import logging
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.case import Bind
 from benchmarks.measure import Call
@@ -38,6 +40,8 @@ def _session(model: bytes, threads: int):
 
 _pool_size: list[int] = []
 
+Encoder = Callable[..., SimpleNamespace]  # of tokens by name: has last_hidden_state
+
 
 def _bind(session, n: int, x: Tensor) -> Call:
     """Input and output stay where they are: nothing is copied but what the layer itself copies."""
@@ -57,7 +61,6 @@ def _quantised(weight: Tensor, weight_type: str) -> bytes:
     """y = x @ weight.T through onnxruntime's own quantiser."""
     import onnx
     from onnx import TensorProto, helper
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     n, k = weight.shape
     graph = helper.make_graph(
@@ -68,8 +71,29 @@ def _quantised(weight: Tensor, weight_type: str) -> bytes:
         [onnx.numpy_helper.from_array(weight.T.contiguous().numpy(), "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return _quantise_dynamic(model, weight_type)
+
+
+def _quantise_dynamic(model, weight_type: str) -> bytes:
+    """`model`: what onnxruntime's quantiser takes, a path or a loaded model."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
     logging.getLogger().setLevel(logging.ERROR)  # it recommends what changes nothing here
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "linear.onnx"
+        path = Path(folder) / "quantised.onnx"
         quantize_dynamic(model, path, per_channel=True, weight_type=getattr(QuantType, weight_type))
         return path.read_bytes()
+
+
+def onnx_encoder(model: nn.Module, tokens: dict[str, Tensor], threads: int) -> Encoder:
+    """A transformer through torch.onnx and the quantiser, called like the model itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "encoder.onnx")
+        torch.onnx.export(model, kwargs=tokens, f=path, dynamo=True, verbose=False)
+        session = _session(_quantise_dynamic(path, "QInt8"), threads)
+
+    def run(**tokens: Tensor) -> SimpleNamespace:
+        states = session.run(None, {name: ids.numpy() for name, ids in tokens.items()})[0]
+        return SimpleNamespace(last_hidden_state=torch.from_numpy(states))
+
+    return run
