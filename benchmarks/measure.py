@@ -92,15 +92,15 @@ def _sample(timed: Timed, repeats: int) -> tuple[float, float]:
     time.sleep(SETTLE_SECONDS)
     timed.before()
     call = timed.call
-    waited = _seconds_waited()
+    waited = seconds_waited()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     seconds = time.perf_counter() - start
-    return seconds, _seconds_waited() - waited
+    return seconds, seconds_waited() - waited
 
 
-def _seconds_waited() -> float:
+def seconds_waited() -> float:
     """How long this process's threads have waited for a processor, and the machine for its host.
 
     Linux accounts for the first exactly (schedstat: nanoseconds on a processor, nanoseconds waiting
