@@ -44,7 +44,7 @@ def rows_of(
         if work.int8_ops or work.fp32_ops:
             row["gop_s"] = round((work.int8_ops + work.fp32_ops) / us / 1e3, 2)
         if who.op:
-            row |= _standing(who, timings)
+            row |= {**asdict(work), "rivals": list(who.rivals), **_standing(who, timings)}
             floor, bound = ceilings.seconds(work, cold=comparison.weights == "cold")
             row["kernel"] = who.kernel
             if floor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import measure, results
+from benchmarks import instructions, measure, results, roofline
 from benchmarks.bench_int8_linear import OPS as INT8_OPS
 from benchmarks.bench_sparse24_linear import OPS as SPARSE_OPS
 from benchmarks.bench_ternary_linear import OPS as TERNARY_OPS
@@ -139,3 +139,30 @@ def test_a_run_is_written_whole_or_not_at_all(tmp_path):
         results.write(facts, [CEILINGS], [{"not": object()}], [], tmp_path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_picture_is_written_beside_the_results(tmp_path):
+    rows = []
+    for m in (1, 8):
+        for weights in ("hot", "cold"):
+            work = Work(bytes_moved=65536, int8_ops=2 * m * 65536)
+            about = dict(op="int8_linear", rivals=("torchao",), baseline="torchao")
+            ours = Contestant("int8_linear", None, work, 0.01, **about)
+            comparison = Comparison(
+                {"M": m, "N": 256, "K": 256}, weights, [ours, Contestant("torchao", None, work, 0)]
+            )
+            timings = {"int8_linear": Timing(1e-5, 5, 0), "torchao": Timing(2e-5, 5, 0)}
+            rows += results.rows_of("linear", comparison, timings, CEILINGS)
+    facts = {"slug": "some-cpu", "processor": "Some CPU", "isa": "avx2", "torch": "2.13"}
+    path = results.write(facts, [CEILINGS], rows, [], tmp_path)
+    picture = roofline.draw(results.read(path), path)
+    assert picture == tmp_path / "some-cpu.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(tmp_path.iterdir()) == [path, picture]
+
+
+def test_the_count_is_read_from_what_callgrind_prints():
+    report = (
+        "==7== Events    : Ir\n==7== Collected : 20774770\n==7== \n==7== I   refs:      20,774,770"
+    )
+    assert instructions.collected(report) == 20774770
