@@ -26,8 +26,8 @@ namespace {
 // Weight rows per tile. With six activation rows that makes 24 sums, more than enough independent
 // ones to hide the latency of a dot product, and leaves eight zmm registers for operands.
 inline constexpr int64_t kTileColumns = 4;
-// Six rows of this much k are 24 KiB: they stay in a 32 KiB L1 while weight rows pass by.
-inline constexpr int64_t kSliceK = 4096;
+// Eight rows of this much k are 20 KiB: they stay in a 32 KiB L1 beside a tile's weight rows.
+inline constexpr int64_t kSliceK = 2560;
 // A block of weight rows takes half of a 1 MiB L2, beside activations and output.
 inline constexpr int64_t kBlockBytes = 1 << 19;
 inline constexpr int64_t kMaxBlockColumns = 256;
@@ -51,6 +51,8 @@ template <int kCount, class Body>
 struct TileRows {
   const int8_t* q;
   int64_t stride;
+  // Which weight rows this tile fetches ahead: the first two, the last two.
+  bool prefetch_first = true, prefetch_last = true;
 };
 
 // A part of k; both ends are multiples of 64.
@@ -75,6 +77,18 @@ struct RowScaling {
   const float* bias;
 };
 
+// visit(first, count) for pieces of [0, total) of at most `most`, shared out evenly: with 6 at most
+// 8 are 4 + 4, not 6 + 2. Each piece begins at a multiple of `step`.
+template <class Visit>
+void for_even_pieces(int64_t total, int64_t most, int64_t step, const Visit& visit) {
+  for (int64_t first = 0; first < total;) {
+    const int64_t left = total - first, pieces = (left + most - 1) / most;
+    const int64_t count = std::min(round_up((left + pieces - 1) / pieces, step), left);
+    visit(first, count);
+    first += count;
+  }
+}
+
 template <int kRows, class Weight>
 void accumulate_rows(int64_t rows, const Weight& weight, const TileRows& x, int64_t n,
                      int64_t last_n, const Slice& k, int32_t* sums) {
@@ -82,19 +96,34 @@ void accumulate_rows(int64_t rows, const Weight& weight, const TileRows& x, int6
   if constexpr (kRows > 1) accumulate_rows<kRows - 1>(rows, weight, x, n, last_n, k, sums);
 }
 
+template <class Weight>
+constexpr int64_t row_step() {
+  if constexpr (requires { Weight::kRowStep; })
+    return Weight::kRowStep;
+  else
+    return 1;
+}
+
 // Row i of the sums starts at sums + i * kMaxBlockColumns. The offset is still in them, and up to
-// kTileColumns - 1 meaningless sums follow the last column.
+// kTileColumns - 1 meaningless sums follow the last column. Where there are more rows than a tile
+// takes, the tiles share the weight rows while these lie in L1, and the fetching of the next ones,
+// so that memory is read at an even pace.
 template <class Weight>
 void accumulate_block(int64_t rows, const Weight& weight, const TileRows& x, int64_t n_begin,
-                      int64_t n_end, int64_t k, int32_t* sums) {
+                      int64_t n_end, int64_t k, int32_t* sums, int64_t most_k = kSliceK) {
   for (int64_t i = 0; i < rows; ++i)
     std::fill_n(sums + i * kMaxBlockColumns, round_up(n_end - n_begin, kTileColumns), 0);
-  for (int64_t begin = 0; begin < k; begin += kSliceK) {
-    const Slice slice{begin, round_up(std::min(begin + kSliceK, k), 64)};
+  for_even_pieces(round_up(k, 64), most_k, 64, [&](int64_t begin, int64_t count) {
     for (int64_t n = n_begin; n < n_end; n += kTileColumns)
-      accumulate_rows<Weight::kMaxTileRows>(rows, weight, x, n, n_end - 1, slice,
-                                            sums + (n - n_begin));
-  }
+      for_even_pieces(
+          rows, Weight::kMaxTileRows, row_step<Weight>(), [&](int64_t first, int64_t tile_rows) {
+            const TileRows part{x.q + first * x.stride, x.stride, first == 0,
+                                first + tile_rows == rows};
+            accumulate_rows<Weight::kMaxTileRows>(tile_rows, weight, part, n, n_end - 1,
+                                                  {begin, begin + count},
+                                                  sums + first * kMaxBlockColumns + (n - n_begin));
+          });
+  });
 }
 
 // Products wrap modulo 2^32, as the sums do; the difference is the true sum again.
@@ -131,40 +160,64 @@ void finish_rows(const QuantizedRows& x, const Weight& weight, const int32_t* su
   }
 }
 
-// visit(first, count) for pieces of [0, total) of at most `most`, shared out evenly: with 6 at most
-// 8 are 4 + 4, not 6 + 2. Each piece begins at a multiple of `step`.
-template <class Visit>
-void for_even_pieces(int64_t total, int64_t most, int64_t step, const Visit& visit) {
-  for (int64_t first = 0; first < total;) {
-    const int64_t left = total - first, pieces = (left + most - 1) / most;
-    const int64_t count = std::min(round_up((left + pieces - 1) / pieces, step), left);
-    visit(first, count);
-    first += count;
-  }
-}
-
-template <class Weight>
-constexpr int64_t row_step() {
-  if constexpr (requires { Weight::kRowStep; })
-    return Weight::kRowStep;
-  else
-    return 1;
-}
-
 // The outputs of one block of weight rows; column_minus stands at its first.
 template <class Weight>
 void few_rows_block(const QuantizedRows& x, const Weight& weight, int64_t k,
                     const int32_t* column_minus, const Scaling& scaling, const LinearOutput& out,
                     const Tile& block) {
-  alignas(64) int32_t sums[Weight::kMaxTileRows * kMaxBlockColumns];
-  for_even_pieces(block.m_end - block.m_begin, Weight::kMaxTileRows, row_step<Weight>(),
-                  [&](int64_t first, int64_t rows) {
+  // Up to eight rows pass together, so that the weight is fetched from memory at an even pace.
+  constexpr int64_t kTogether = std::max<int64_t>(8, Weight::kMaxTileRows);
+  alignas(64) int32_t sums[kTogether * kMaxBlockColumns];
+  const int64_t rows = block.m_end - block.m_begin;
+  for_even_pieces(rows, rows <= kTogether ? kTogether : Weight::kMaxTileRows, row_step<Weight>(),
+                  [&](int64_t first, int64_t count) {
                     const int64_t m = block.m_begin + first;
-                    accumulate_block(rows, weight, {x.q + m * x.stride, x.stride}, block.n_begin,
+                    accumulate_block(count, weight, {x.q + m * x.stride, x.stride}, block.n_begin,
                                      block.n_end, k, sums);
                     finish_rows(x, weight, sums, kMaxBlockColumns, Weight::kOffset, column_minus,
-                                scaling, out, {m, m + rows, block.n_begin, block.n_end});
+                                scaling, out, {m, m + count, block.n_begin, block.n_end});
                   });
+}
+
+// The weight's rows from `first` on in another order: n, n + 1, n + 2 and n + 3 are `quarter` rows
+// apart. Four rows that follow one another in memory are many short pieces to the processor's
+// prefetchers; so they are four long streams, and nothing has to be prefetched.
+template <class Weight>
+struct FourStreams : Weight {
+  int64_t first, quarter;
+
+  auto row(int64_t n) const { return Weight::row(first + n % 4 * quarter + n / 4); }
+  void prefetch() const;  // hides that of Weight, so that it is not called
+};
+
+// A stream is cut into slices of this much k: long ones, and as many ternary sums as int32 holds.
+inline constexpr int64_t kStreamK = 4096;
+
+// One activation row: bound by the reading of the weight, which no cache has to keep.
+template <class Weight>
+void one_row_linear(const QuantizedRows& x, const Weight& weight, int64_t k, const Scaling& scaling,
+                    const LinearOutput& out, const Tile& tile) {
+  static_assert(kTileColumns == 4);
+  const int64_t m = tile.m_begin, quarter = (tile.n_end - tile.n_begin) / 4;
+  const FourStreams<Weight> streams{weight, tile.n_begin, quarter};
+  const auto minus = [&](int64_t n) {
+    return scaling.column_minus == nullptr ? nullptr : scaling.column_minus + (n - tile.n_begin);
+  };
+  alignas(64) int32_t sums[kMaxBlockColumns], ordered[kMaxBlockColumns / 4];
+  for (int64_t i = 0; i < quarter; i += kMaxBlockColumns / 4) {
+    const int64_t count = std::min(kMaxBlockColumns / 4, quarter - i);
+    accumulate_block(1, streams, {x.q + m * x.stride, x.stride}, 4 * i, 4 * (i + count), k, sums,
+                     kStreamK);
+    for (int64_t stream = 0; stream < 4; ++stream) {
+      for (int64_t j = 0; j < count; ++j) ordered[j] = sums[4 * j + stream];
+      const int64_t n = tile.n_begin + stream * quarter + i;
+      finish_rows(x, weight, ordered, 0, Weight::kOffset, minus(n), scaling, out,
+                  {m, m + 1, n, n + count});
+    }
+  }
+  const int64_t n = tile.n_begin + 4 * quarter;
+  if (n < tile.n_end)
+    few_rows_block(x, weight, k, minus(n), scaling, out, {m, m + 1, n, tile.n_end});
 }
 
 template <class Weight>

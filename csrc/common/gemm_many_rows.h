@@ -34,6 +34,8 @@ namespace {
 
 // Weight rows of a tile: with three vectors of activations that makes 24 sums on 11 loads.
 inline constexpr int64_t kManyColumns = 8;
+// Three vectors of sixteen rows of this much k are 192 KiB: they stay in L2 beside the weight.
+inline constexpr int64_t kManySliceK = 4096;
 // From the sums of one activation row to those of the next. A multiple of 1 KiB would put all of
 // them into the same few sets of the L1.
 inline constexpr int64_t kManySums = kMaxBlockColumns + 16;
@@ -151,7 +153,7 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
     activations.for_tiles([&](int64_t first, int64_t count) {
       for (int64_t i = 0; i < count * Vectors::kLanes; ++i)
         std::fill_n(sums + i * kManySums, round_up(n_end - n, kManyColumns), 0);
-      constexpr int64_t kSliceGroups = kSliceK / Vectors::kGroup;
+      constexpr int64_t kSliceGroups = kManySliceK / Vectors::kGroup;
       for (int64_t begin = 0; begin < activations.groups(); begin += kSliceGroups) {
         const int64_t groups = std::min(kSliceGroups, activations.groups() - begin);
         for (int64_t j = n; j < n_end; j += kManyColumns) {

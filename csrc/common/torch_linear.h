@@ -132,7 +132,7 @@ struct StaticInput {
 class QuantizedInput {
  public:
   QuantizedInput(const Matrix& x, int64_t k_multiple, std::optional<StaticInput> fixed = {})
-      : stride_(std::max(round_up(x.k, k_multiple), k_multiple)),
+      : stride_(row_stride(std::max(round_up(x.k, k_multiple), k_multiple), k_multiple)),
         storage_(x.m * (stride_ + int64_t(sizeof(float) + sizeof(int32_t)))) {
     int8_t* q = storage_.data<int8_t>();
     float* scale = reinterpret_cast<float*>(q + x.m * stride_);
@@ -158,6 +158,12 @@ class QuantizedInput {
   int8_t* row(int64_t i) { return storage_.data<int8_t>() + i * stride_; }
 
  private:
+  // Rows a multiple of 512 bytes apart would share few sets of the L1, with each other and with the
+  // weight rows, which are apart as far: 8 rows of K = 4096 ran at 0.8 of their speed.
+  static int64_t row_stride(int64_t bytes, int64_t k_multiple) {
+    return bytes % 512 == 0 ? bytes + k_multiple : bytes;
+  }
+
   int64_t stride_;
   Scratch storage_;
   QuantizedRows rows_;

@@ -37,8 +37,8 @@ struct TernaryCodes {
     if ((k & 255) == 0) _mm_prefetch(row + ahead + (k >> 2), _MM_HINT_T0);
   }
 
-  // No sum overflows before: kSliceK codes of up to 3 << 6 are at most 192 * 127 * 4096 < 2^31.
-  static_assert(kSliceK <= 4096);
+  // No sum overflows before: 4096 codes of up to 3 << 6 are at most 192 * 127 * 4096 < 2^31.
+  static_assert(kStreamK <= 4096 && kSliceK <= 4096);
   static __m512i unscaled(__m512i sums) {
     return _mm512_srav_epi32(sums,
                              _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0));

@@ -44,8 +44,8 @@ struct TernaryCodes {
     return vreinterpretq_s8_u8(codes);
   }
 
-  // No sum overflows: kSliceK codes of up to 3 << 4 are at most 48 * 127 * 4096 < 2^31.
-  static_assert(kSliceK <= 4096);
+  // No sum overflows: 4096 codes of up to 3 << 4 are at most 48 * 127 * 4096 < 2^31.
+  static_assert(kStreamK <= 4096 && kSliceK <= 4096);
   static constexpr int kShift[4] = {0, 2, 4, 0};
   template <int i>
   static int8x16_t in_place(int8x16_t packed) {
