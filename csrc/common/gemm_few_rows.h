@@ -179,14 +179,14 @@ void few_rows_block(const QuantizedRows& x, const Weight& weight, int64_t k,
                   });
 }
 
-// The weight's rows from `first` on in another order: n, n + 1, n + 2 and n + 3 are `quarter` rows
+// The weight's rows from `first` on in another order: n, n + 1, n + 2 and n + 3 are `stream_rows`
 // apart. Four rows that follow one another in memory are many short pieces to the processor's
 // prefetchers; so they are four long streams, and nothing has to be prefetched.
 template <class Weight>
 struct FourStreams : Weight {
-  int64_t first, quarter;
+  int64_t first_row, stream_rows;
 
-  auto row(int64_t n) const { return Weight::row(first + n % 4 * quarter + n / 4); }
+  auto row(int64_t n) const { return Weight::row(first_row + n % 4 * stream_rows + n / 4); }
   void prefetch() const;  // hides that of Weight, so that it is not called
 };
 
@@ -198,24 +198,24 @@ template <class Weight>
 void one_row_linear(const QuantizedRows& x, const Weight& weight, int64_t k, const Scaling& scaling,
                     const LinearOutput& out, const Tile& tile) {
   static_assert(kTileColumns == 4);
-  const int64_t m = tile.m_begin, quarter = (tile.n_end - tile.n_begin) / 4;
-  const FourStreams<Weight> streams{weight, tile.n_begin, quarter};
+  const int64_t m = tile.m_begin, stream_rows = (tile.n_end - tile.n_begin) / 4;
+  const FourStreams<Weight> streams{weight, tile.n_begin, stream_rows};
   const auto minus = [&](int64_t n) {
     return scaling.column_minus == nullptr ? nullptr : scaling.column_minus + (n - tile.n_begin);
   };
   alignas(64) int32_t sums[kMaxBlockColumns], ordered[kMaxBlockColumns / 4];
-  for (int64_t i = 0; i < quarter; i += kMaxBlockColumns / 4) {
-    const int64_t count = std::min(kMaxBlockColumns / 4, quarter - i);
+  for (int64_t i = 0; i < stream_rows; i += kMaxBlockColumns / 4) {
+    const int64_t count = std::min(kMaxBlockColumns / 4, stream_rows - i);
     accumulate_block(1, streams, {x.q + m * x.stride, x.stride}, 4 * i, 4 * (i + count), k, sums,
                      kStreamK);
     for (int64_t stream = 0; stream < 4; ++stream) {
       for (int64_t j = 0; j < count; ++j) ordered[j] = sums[4 * j + stream];
-      const int64_t n = tile.n_begin + stream * quarter + i;
+      const int64_t n = tile.n_begin + stream * stream_rows + i;
       finish_rows(x, weight, ordered, 0, Weight::kOffset, minus(n), scaling, out,
                   {m, m + 1, n, n + count});
     }
   }
-  const int64_t n = tile.n_begin + 4 * quarter;
+  const int64_t n = tile.n_begin + 4 * stream_rows;
   if (n < tile.n_end)
     few_rows_block(x, weight, k, minus(n), scaling, out, {m, m + 1, n, tile.n_end});
 }

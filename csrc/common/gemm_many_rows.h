@@ -5,7 +5,7 @@
 //
 //   for a block of weight rows (they stay in L2; decoded here, where they must be)
 //     for up to kMaxVectors vectors of activation rows
-//       for a slice of k, for kManyColumns weight rows: accumulate  -> int32 sums
+//       for a slice of k, for kColumns weight rows: accumulate  -> int32 sums
 //       finish_row                                                  -> y
 //
 // A Weight takes part by naming `ManyRows`, the traits of its instruction set, and kManyRows, from
@@ -15,6 +15,7 @@
 // from a panel into which each block is decoded. ManyRows has
 //   Value                        of the weight, signed
 //   kLanes, kGroup, kMaxVectors  as above; a group fills a lane of 32 bits
+//   kColumns, kSliceK            weight rows and k of a tile
 //   kOffset                      what interleaved activations carry above the true ones
 //   interleave(q, stride, rows, groups, to, to_stride)
 //                                writes a vector for each group of `rows` rows; other lanes may
@@ -22,7 +23,7 @@
 //   accumulate<vectors>(w, ahead, x, groups, sums)
 //                                sums[i * kManySums + j] += row i of x . row j of w; may prefetch
 //                                the weight `ahead` values further on
-//   sum_rows(w, groups, sums)    sums[j] += the sum of row j of w
+//   sum_rows(w, groups, sums)    sums[j] += the sum of row j of w; only where kOffset is not 0
 #pragma once
 
 #include <optional>
@@ -32,10 +33,6 @@
 namespace trine {
 namespace {
 
-// Weight rows of a tile: with three vectors of activations that makes 24 sums on 11 loads.
-inline constexpr int64_t kManyColumns = 8;
-// Three vectors of sixteen rows of this much k are 192 KiB: they stay in L2 beside the weight.
-inline constexpr int64_t kManySliceK = 4096;
 // From the sums of one activation row to those of the next. A multiple of 1 KiB would put all of
 // them into the same few sets of the L1.
 inline constexpr int64_t kManySums = kMaxBlockColumns + 16;
@@ -92,6 +89,10 @@ template <class Weight>
 class DenseRows {
  public:
   using Value = typename Weight::ManyRows::Value;
+  static constexpr bool kDecoded =
+      requires(const Weight& weight, Value* dense) { weight.decode_row(int64_t{0}, dense); };
+  // Of L2 for each value: where it is decoded, what it is decoded from passes through as well.
+  static constexpr int64_t kBytes = int64_t(sizeof(Value)) + kDecoded;
 
   DenseRows(const Weight& weight, int64_t k, int64_t columns) : weight_(weight) {
     if constexpr (kDecoded) {
@@ -119,9 +120,6 @@ class DenseRows {
   int64_t stride() const { return stride_; }  // values from row to row
 
  private:
-  static constexpr bool kDecoded =
-      requires(const Weight& weight, Value* dense) { weight.decode_row(int64_t{0}, dense); };
-
   Value* decoded(int64_t n) const { return panel_->data<Value>() + (n - first_n_) * stride_; }
 
   const Weight& weight_;
@@ -139,7 +137,7 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
   const int64_t m_many = last > Weight::kMaxTileRows ? tile.m_end : tile.m_end - last;
   const InterleavedRows<Vectors> activations(x, tile.m_begin, m_many, k);
 
-  const int64_t columns = block_columns(k * int64_t(sizeof(Value)));
+  const int64_t columns = block_columns(k * DenseRows<Weight>::kBytes);
   DenseRows<Weight> dense(weight, k, columns);
   alignas(64) int32_t sums[Vectors::kMaxVectors * Vectors::kLanes * kManySums];
   alignas(64) int32_t weight_sums[kMaxBlockColumns];
@@ -152,17 +150,19 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
     std::fill_n(weight_sums, kMaxBlockColumns, 0);
     activations.for_tiles([&](int64_t first, int64_t count) {
       for (int64_t i = 0; i < count * Vectors::kLanes; ++i)
-        std::fill_n(sums + i * kManySums, round_up(n_end - n, kManyColumns), 0);
-      constexpr int64_t kSliceGroups = kManySliceK / Vectors::kGroup;
+        std::fill_n(sums + i * kManySums, round_up(n_end - n, Vectors::kColumns), 0);
+      constexpr int64_t kSliceGroups = Vectors::kSliceK / Vectors::kGroup;
       for (int64_t begin = 0; begin < activations.groups(); begin += kSliceGroups) {
         const int64_t groups = std::min(kSliceGroups, activations.groups() - begin);
-        for (int64_t j = n; j < n_end; j += kManyColumns) {
-          const Value* w[kManyColumns];
-          for (int64_t c = 0; c < kManyColumns; ++c)  // beyond the last: that again, never read
+        for (int64_t j = n; j < n_end; j += Vectors::kColumns) {
+          const Value* w[Vectors::kColumns];
+          for (int64_t c = 0; c < Vectors::kColumns;
+               ++c)  // beyond the last: that again, never read
             w[c] = dense.row(std::min(j + c, n_end - 1)) + begin * Vectors::kGroup;
-          if (kSumWeight && first == 0) Vectors::sum_rows(w, groups, weight_sums + (j - n));
+          if constexpr (kSumWeight)
+            if (first == 0) Vectors::sum_rows(w, groups, weight_sums + (j - n));
           with_count<Vectors::kMaxVectors>(count, [&](auto vectors) {
-            Vectors::template accumulate<vectors>(w, kManyColumns * dense.stride(),
+            Vectors::template accumulate<vectors>(w, Vectors::kColumns * dense.stride(),
                                                   activations.tile(first, count, begin), groups,
                                                   sums + (j - n));
           });

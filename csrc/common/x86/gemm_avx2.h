@@ -34,11 +34,15 @@
 //   For groups along k, or several weights in one output, take accumulate_block (int32 sums of up
 //   to kMaxTileRows rows and kMaxBlockColumns columns) and do your own scaling.
 //
-// What bounds it: with many rows, the vector instructions: four per 32 products (sign, multiply,
-// widen, add), two for codes. With one row, the reading of the weight.
+// What bounds it: the vector instructions: four per 32 products, of few rows (sign, multiply,
+// widen, add) as of many (two of multiply, add, see RowVectors); two for codes. Zen 4 starts two
+// multiplications a cycle: INT8 could reach 236 GOP/s and does 140 (few rows) and 170 (many). With
+// one row, the reading of the weight.
 #pragma once
 
 #include <immintrin.h>
+
+#include <cstring>
 
 #include "common/gemm_blocking.h"
 #include "common/x86/gemm_finish_avx2.h"
@@ -71,35 +75,6 @@ struct PanelWeight {
   __m256i load_tail(Row row, int64_t k) const { return load(row, k); }
 };
 
-// Packed INT8 rows, int8 [n][stride], as they lie. A packed row is whole 16-byte chunks, so the
-// last load of a row may be a half: the row may end at the end of the memory. The next tile is
-// prefetched, and one activation row reads four streams, for the reasons given in
-// gemm_avx512vnni.h.
-struct PackedInt8Weight {
-  static constexpr bool kCodes = false;
-  static constexpr int32_t kOffset = 0;
-  static constexpr int64_t kMaxTileRows = kTileRows<false>;
-  using Row = const int8_t*;
-
-  Row data;
-  int64_t stride;
-  int64_t whole_k = stride / 32 * 32;
-
-  Row row(int64_t n) const { return data + n * stride; }
-  static __m256i load(Row row, int64_t k) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + k));
-  }
-  __m256i load_tail(Row row, int64_t k) const {
-    return k >= stride
-               ? _mm256_setzero_si256()
-               : _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k)));
-  }
-  // Inlined by force: gcc 12 drops a call whose only effect is a prefetch.
-  [[gnu::always_inline]] void prefetch(Row row, int64_t k) const {
-    _mm_prefetch(row + 2 * kTileColumns * stride + k, _MM_HINT_T1);
-  }
-};
-
 // Eight 32-bit sums, or sixteen of 16 bits for codes. Unsigned: those of a damaged weight, which
 // holds the code 3, may wrap. Not __m256i, which has 64-bit lanes: gcc 12 spills sums whose type
 // changes at each instruction.
@@ -121,6 +96,125 @@ template <bool codes>
 inline __m256i widened(Sums<codes> sum) {
   return codes ? _mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)) : (__m256i)sum;
 }
+
+// Eight activation rows to a vector, for gemm_many_rows.h. Everything is widened to int16 first, so
+// that vpmaddwd adds up pairs of products: two instructions for 16 products, both exact. With signs
+// taken apart (multiply_add above) it is four for 32, of which three compete for two ports.
+struct RowVectors {
+  using Value = int16_t;
+  static constexpr int64_t kLanes = 8;
+  static constexpr int64_t kGroup = 2;
+  static constexpr int kMaxVectors = 2;
+  static constexpr int64_t kColumns = 4;
+  // The activations of a slice, 16 KiB, stay in L1.
+  static constexpr int64_t kSliceK = 512;
+  static constexpr int32_t kOffset = 0;
+
+  static void interleave(const int8_t* q, int64_t stride, int64_t rows, int64_t groups, char* to,
+                         int64_t to_stride) {
+    const int8_t* row[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) row[i] = q + std::min(i, rows - 1) * stride;
+    for (int64_t group = 0; group < groups; group += 4) {
+      // Four groups of rows i and i + 4; then half h of column j holds group j of rows 4h .. 4h
+      // + 3.
+      const auto two_rows = [&](int64_t i) {
+        const auto widened = [&](int64_t r) {
+          return _mm_cvtepi8_epi16(_mm_loadu_si64(row[r] + group * kGroup));
+        };
+        return _mm256_setr_m128i(widened(i), widened(i + 4));
+      };
+      const Halves columns = transposed(two_rows(0), two_rows(1), two_rows(2), two_rows(3));
+      const int64_t count = std::min<int64_t>(4, groups - group);
+      for (int64_t j = 0; j < count; ++j, to += to_stride)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to), columns.v[j]);
+    }
+  }
+
+  // Flattened: gcc keeps sums in registers only where everything is inlined when it first looks.
+  template <int kVectors>
+  [[gnu::flatten]] static void accumulate(const int16_t* const (&w)[kColumns], int64_t,
+                                          const char* x, int64_t groups, int32_t* sums) {
+    Sums<false> acc[kVectors][kColumns];
+    unrolled<kVectors>(
+        [&](auto i) { acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = Sums<false>{}; });
+    for (int64_t group = 0; group < groups; ++group) {
+      __m256i q[kVectors];
+      unrolled<kVectors>([&](auto i) {
+        q[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + (group * kVectors + i) * 32));
+      });
+      unrolled<kColumns>([&](auto j) {
+        int32_t pair;
+        std::memcpy(&pair, w[j] + group * kGroup, sizeof(pair));
+        __m256i weight = _mm256_set1_epi32(pair);
+        asm("" : "+x"(weight));  // gcc would load it once for each vector
+        unrolled<kVectors>(
+            [&](auto i) { acc[i][j] += (Sums<false>)_mm256_madd_epi16(q[i], weight); });
+      });
+    }
+    unrolled<kVectors>([&](auto i) {
+      const Halves rows = transposed((__m256i)acc[i][0], (__m256i)acc[i][1], (__m256i)acc[i][2],
+                                     (__m256i)acc[i][3]);
+      unrolled<4>([&](auto r) {
+        const auto add = [&](int64_t row, __m128i sum) {
+          auto* to = reinterpret_cast<__m128i*>(sums + (kLanes * i + row) * kManySums);
+          _mm_store_si128(to, _mm_add_epi32(_mm_load_si128(to), sum));
+        };
+        add(r, _mm256_castsi256_si128(rows.v[r]));
+        add(r + 4, _mm256_extracti128_si256(rows.v[r], 1));
+      });
+    });
+  }
+
+ private:
+  struct Halves {
+    __m256i v[4];
+  };
+
+  // Each half by itself: word j of its four words in a, b, c, d becomes v[j].
+  static Halves transposed(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+    const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+    return {{_mm256_unpacklo_epi64(ab_low, cd_low), _mm256_unpackhi_epi64(ab_low, cd_low),
+             _mm256_unpacklo_epi64(ab_high, cd_high), _mm256_unpackhi_epi64(ab_high, cd_high)}};
+  }
+};
+
+// Packed INT8 rows, int8 [n][stride], as they lie. A packed row is whole 16-byte chunks, so the
+// last load of a row may be a half: the row may end at the end of the memory. The next tile is
+// prefetched, and one activation row reads four streams, for the reasons given in
+// gemm_avx512vnni.h.
+struct PackedInt8Weight {
+  static constexpr bool kCodes = false;
+  static constexpr int32_t kOffset = 0;
+  static constexpr int64_t kMaxTileRows = kTileRows<false>;
+  using ManyRows = RowVectors;
+  static constexpr int64_t kManyRows = 16;
+  using Row = const int8_t*;
+
+  Row data;
+  int64_t stride;
+  int64_t whole_k = stride / 32 * 32;
+
+  Row row(int64_t n) const { return data + n * stride; }
+  static __m256i load(Row row, int64_t k) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + k));
+  }
+  __m256i load_tail(Row row, int64_t k) const {
+    return k >= stride
+               ? _mm256_setzero_si256()
+               : _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k)));
+  }
+  void decode_row(int64_t n, int16_t* dense) const {
+    for (int64_t k = 0; k < stride; k += 16) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row(n) + k));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(dense + k), _mm256_cvtepi8_epi16(bytes));
+    }
+  }
+  // Inlined by force: gcc 12 drops a call whose only effect is a prefetch.
+  [[gnu::always_inline]] void prefetch(Row row, int64_t k) const {
+    _mm_prefetch(row + 2 * kTileColumns * stride + k, _MM_HINT_T1);
+  }
+};
 
 template <int kRows, class Weight>
 void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t last_n,
