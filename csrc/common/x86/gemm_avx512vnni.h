@@ -35,10 +35,14 @@
 //   For groups along k, or several weights in one output, take accumulate_block (int32 sums of up
 //   to 6 rows and kMaxBlockColumns columns) and do your own scaling.
 //
-// What bounds it: with many rows, the vpdpbusd of the core (two a cycle, one on Zen 4). A step of
-// a tile of many rows is 24 of them on 11 loads and nothing else: 95% of the peak on Zen 4, and 81
-// to 89% with quantising, sums of the weight (one more row) and scaling, at 2560 x 2560 and 4096 x
-// 4096 from 128 rows on. With one row, the reading of the weight.
+// What bounds it, and INT8 on Zen 4 at 2560 x 2560 and 4096 x 4096, quantising and scaling
+// included:
+// - many rows: the vpdpbusd of the core (two a cycle, one on Zen 4). A step of a tile is 24 of them
+//   on 11 loads and nothing else. From 128 rows on 85 to 89% of that peak, at 32 rows 76 to 87%:
+//   the rest goes to the sums of the weight (one more row) and to fetching it.
+// - one row: reading the weight, at 98 to 101% of what memory gives.
+// - eight rows: from the caches the products, 80 to 85%. From memory both bounds meet, and overlap
+//   in part only: 74 and 53% of the higher one.
 #pragma once
 
 #include <immintrin.h>
@@ -197,9 +201,9 @@ struct PanelWeight {
 // Packed INT8 rows, int8 [n][stride], made unsigned by flipping the sign bit (w + 128). A packed
 // row is whole 16-byte chunks, so the last load of a row is masked: it may end at the end of the
 // memory. Four rows that follow one another are too short for the processor's own prefetchers, so
-// each line is asked for two tiles ahead, into L2 (8 rows of 2560 x 2560 from memory on Zen 4: 26
-// GB/s of 29, without it 10; into L1 it is no better than without); beyond the memory that is
-// harmless. One activation row reads four long streams instead.
+// each line is asked for two tiles ahead, into L2 (8 rows of 2560 x 2560 from memory on Zen 4: 22
+// GB/s, without it or into L1 10); beyond the memory that is harmless. One activation row reads
+// four long streams instead.
 struct PackedInt8Weight {
   static constexpr int32_t kOffset = 128;
   static constexpr int64_t kMaxTileRows = 6;
