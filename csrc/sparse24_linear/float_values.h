@@ -20,7 +20,8 @@
 //   kTileRows, kTileColumns               rows of x and of the weight in registers, few rows
 //   kManyRows                             from how many on rows of x are many
 //   kMaxVectors                           of rows of x in a block, many rows
-// load_floats, store_floats and transpose8x8 come from the headers of common/x86.
+//   settle(pointer)                       optional: makes gcc compute it, and address from there
+// load_floats, store_floats and transpose8x8 come from the headers of common/x86 or common/arm.
 #pragma once
 
 #include <algorithm>
@@ -183,6 +184,7 @@ void add_slice(const float* x, const float* values, const uint8_t* indices, int6
 #pragma GCC unroll 16
     for (int i = 0; i < kSparse24Values; ++i) {
       const float* column = x + (i / 2 * 4 + (positions >> (2 * i) & 3)) * kBlock;
+      if constexpr (requires { Simd::settle(column); }) Simd::settle(column);
       const auto value = Simd::broadcast(values[i]);
       for (int v = 0; v < kVectors; ++v)
         acc[i % kTurns][v] =

@@ -6,9 +6,9 @@
 // of the group's pair among the 32 values, and a second look-up takes the value: three instructions
 // for 16 columns, besides three that make nibbles of 8 bytes.
 //
-// What bounds it, counted: with few rows, those 15 instructions for 64 columns; a Neoverse N1 runs
-// them and four sdot in ten cycles, 40 bytes of weight. With many, the dense products, which cannot
-// skip the zeros.
+// What bounds it, counted and not timed: with one row, the 15 instructions that decode 64 columns
+// beside their four sdot; a Neoverse N1 runs them in ten cycles, 40 bytes of weight. With more
+// rows, which share a panel of decoded bytes, the dense products: they cannot skip the zeros.
 #pragma once
 
 #include "common/arm/gemm_dotprod.h"
@@ -33,8 +33,8 @@ inline constexpr PlaceTable kPlaceTables[4] = {place_table(0), place_table(1), p
 
 struct SparseWeight {
   static constexpr int32_t kOffset = 0;
-  static constexpr int64_t kMaxTileRows = 2;  // 8 sums, 12 registers of weight, 5 of tables
-  static constexpr int64_t kPanelRows = 3;
+  static constexpr int64_t kMaxTileRows = 1;
+  static constexpr int64_t kPanelRows = 2;  // as many instructions as decoding for each row anew
   struct Row {
     const int8_t* values;
     const uint8_t* indices;

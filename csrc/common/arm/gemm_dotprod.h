@@ -80,14 +80,16 @@ struct PackedInt8Weight : ByteRows<0> {
   void prefetch(Row row, int64_t k) const { __builtin_prefetch(row + kTileColumns * stride + k); }
 };
 
-// One row of x leaves registers free: each quarter then has sums of its own, which hides the
-// latency of sdot, and lets the bytes of quarters be 2^kShift times too large.
-template <int kRows>
-inline constexpr int kParts = kRows == 1 ? 4 : 1;
+// A single row of x leaves registers for a sum of each quarter, whose bytes may then be too large.
+template <int kRows, class Weight>
+inline constexpr int kParts = 1;
+template <class Weight>
+  requires requires { Weight::kShift; }
+inline constexpr int kParts<1, Weight> = 4;
 
 template <int kRows, int i, class Weight, class Fetched>
 [[gnu::always_inline]] inline int8x16_t quarter_for_rows(const Fetched& fetched) {
-  if constexpr (kRows == 1 && requires { Weight::kShift; })
+  if constexpr (kParts<kRows, Weight> == 4)
     return Weight::template in_place<i>(fetched);
   else
     return Weight::template quarter<i>(fetched);
@@ -96,12 +98,10 @@ template <int kRows, int i, class Weight, class Fetched>
 template <int kRows, class Weight>
 [[gnu::always_inline]] inline int32x4_t sum_parts(const int32x4_t* parts) {
   int32x4_t sum = parts[0];
-  unrolled<kParts<kRows> - 1>([&](auto i) {
-    int32x4_t part = parts[i + 1];
-    if constexpr (requires { Weight::kShift; })
-      part = vshlq_s32(part, vdupq_n_s32(-Weight::kShift[i + 1]));
-    sum = vaddq_s32(sum, part);
-  });
+  if constexpr (kParts<kRows, Weight> == 4)
+    unrolled<3>([&](auto i) {
+      sum = vaddq_s32(sum, vshlq_s32(parts[i + 1], vdupq_n_s32(-Weight::kShift[i + 1])));
+    });
   return sum;
 }
 
@@ -114,41 +114,62 @@ template <int kRows, class Weight>
 void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t last_n,
                      const Slice& k, int32_t* sums) {
   // Columns beyond the last repeat it; their sums are never read.
-  const auto row0 = weight.row(n);
-  const auto row1 = weight.row(std::min(n + 1, last_n));
-  const auto row2 = weight.row(std::min(n + 2, last_n));
-  const auto row3 = weight.row(std::min(n + 3, last_n));
+  const typename Weight::Row rows[kTileColumns] = {
+      weight.row(n), weight.row(std::min(n + 1, last_n)), weight.row(std::min(n + 2, last_n)),
+      weight.row(std::min(n + 3, last_n))};
 
-  int32x4_t acc[kRows][kTileColumns][kParts<kRows>] = {};
-  const auto step = [&](int64_t at, const auto& w0, const auto& w1, const auto& w2, const auto& w3)
-                        __attribute__((always_inline)) {
-                          unrolled<4>([&](auto i) __attribute__((always_inline)) {
-                            const int8x16_t b0 = quarter_for_rows<kRows, i, Weight>(w0);
-                            const int8x16_t b1 = quarter_for_rows<kRows, i, Weight>(w1);
-                            const int8x16_t b2 = quarter_for_rows<kRows, i, Weight>(w2);
-                            const int8x16_t b3 = quarter_for_rows<kRows, i, Weight>(w3);
-                            constexpr int part = i % kParts<kRows>;
-                            unrolled<kRows>([&](auto m) __attribute__((always_inline)) {
-                              const int8x16_t q = vld1q_s8(x.q + m * x.stride + at + 16 * i);
-                              acc[m][0][part] = vdotq_s32(acc[m][0][part], b0, q);
-                              acc[m][1][part] = vdotq_s32(acc[m][1][part], b1, q);
-                              acc[m][2][part] = vdotq_s32(acc[m][2][part], b2, q);
-                              acc[m][3][part] = vdotq_s32(acc[m][3][part], b3, q);
-                            });
-                          });
-                        };
+  int32x4_t acc[kRows][kTileColumns][kParts<kRows, Weight>] = {};
+  // fetched(column) gives what the weight's quarters are made of.
+  const auto step = [&](int64_t at, const auto& fetched) __attribute__((always_inline)) {
+    if constexpr (kRows <= 2) {  // registers hold the activations
+      int8x16_t q[kRows][4];
+      unrolled<kRows>([&](auto m) __attribute__((always_inline)) {
+        unrolled<4>([&](auto i) __attribute__((always_inline)) {
+          q[m][i] = vld1q_s8(x.q + m * x.stride + at + 16 * i);
+        });
+      });
+      unrolled<kTileColumns>([&](auto column) __attribute__((always_inline)) {
+        const auto w = fetched(column);
+        unrolled<4>([&](auto i) __attribute__((always_inline)) {
+          const int8x16_t bytes = quarter_for_rows<kRows, i, Weight>(w);
+          unrolled<kRows>([&](auto m) __attribute__((always_inline)) {
+            int32x4_t& sum = acc[m][column][i % kParts<kRows, Weight>];
+            sum = vdotq_s32(sum, bytes, q[m][i]);
+          });
+        });
+      });
+    } else {  // registers hold the weight
+      const auto w0 = fetched(std::integral_constant<int, 0>());
+      const auto w1 = fetched(std::integral_constant<int, 1>());
+      const auto w2 = fetched(std::integral_constant<int, 2>());
+      const auto w3 = fetched(std::integral_constant<int, 3>());
+      unrolled<4>([&](auto i) __attribute__((always_inline)) {
+        const int8x16_t b0 = Weight::template quarter<i>(w0);
+        const int8x16_t b1 = Weight::template quarter<i>(w1);
+        const int8x16_t b2 = Weight::template quarter<i>(w2);
+        const int8x16_t b3 = Weight::template quarter<i>(w3);
+        unrolled<kRows>([&](auto m) __attribute__((always_inline)) {
+          const int8x16_t q = vld1q_s8(x.q + m * x.stride + at + 16 * i);
+          acc[m][0][0] = vdotq_s32(acc[m][0][0], b0, q);
+          acc[m][1][0] = vdotq_s32(acc[m][1][0], b1, q);
+          acc[m][2][0] = vdotq_s32(acc[m][2][0], b2, q);
+          acc[m][3][0] = vdotq_s32(acc[m][3][0], b3, q);
+        });
+      });
+    }
+  };
 
   const int64_t whole_end = std::min(k.end, weight.whole_k);
   int64_t at = k.begin;
   for (; at < whole_end; at += 64) {
-    if constexpr (requires { weight.prefetch(row0, at); })
-      for (const auto row : {row0, row1, row2, row3}) weight.prefetch(row, at);
-    step(at, weight.fetch(row0, at), weight.fetch(row1, at), weight.fetch(row2, at),
-         weight.fetch(row3, at));
+    if constexpr (requires { weight.prefetch(rows[0], at); })
+      for (const auto row : rows) weight.prefetch(row, at);
+    step(at, [&](auto column)
+                 __attribute__((always_inline)) { return weight.fetch(rows[column], at); });
   }
   if (at < k.end)
-    step(at, weight.fetch_tail(row0, at), weight.fetch_tail(row1, at), weight.fetch_tail(row2, at),
-         weight.fetch_tail(row3, at));
+    step(at, [&](auto column)
+                 __attribute__((always_inline)) { return weight.fetch_tail(rows[column], at); });
 
   unrolled<kRows>([&](auto m) {
     int32_t* row = sums + m * kMaxBlockColumns;

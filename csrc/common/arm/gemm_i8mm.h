@@ -160,6 +160,15 @@ void interleave_rows(const int8_t* q, int64_t stride, int64_t rows, int8_t* to) 
     }
 }
 
+// A weight that goes through a panel for two rows already takes many registers to decode.
+template <class Weight>
+constexpr bool decoding_is_dear() {
+  if constexpr (requires { Weight::kPanelRows; })
+    return Weight::kPanelRows <= 2;
+  else
+    return false;
+}
+
 template <class Weight>
 void i8mm_linear(const QuantizedRows& x, const Weight& weight, int64_t k, const Scaling& scaling,
                  const LinearOutput& out, const Tile& tile) {
@@ -171,8 +180,9 @@ void i8mm_linear(const QuantizedRows& x, const Weight& weight, int64_t k, const 
   interleave_rows<Weight>(x.q + tile.m_begin * x.stride, x.stride, rows, x_pairs);
   const TileCall call = with_activations(x_pairs, x, out, tile);
   const Pairs<Weight> weight_pairs{weight};
-  if (rows <= Pairs<Weight>::kMaxTileRows)
-    return integer_linear(call.x, weight_pairs, k, scaling, call.out, call.tile);
+  if constexpr (!decoding_is_dear<Weight>())
+    if (rows <= Pairs<Weight>::kMaxTileRows)
+      return integer_linear(call.x, weight_pairs, k, scaling, call.out, call.tile);
 
   const int64_t stride = round_up(k, 64);
   const Scratch storage(block_columns(stride) * stride);
