@@ -43,7 +43,7 @@ def comparisons(threads: int, quick: bool) -> Iterator[Comparison]:
             contestants = []
             for name, function in functions.items():
                 calls = [partial(function, *args) for args in copies((x,))]
-                timed = hot(calls) if inputs == "hot" else cold(calls, 4 * m * k)
+                timed = hot(calls) if inputs == "hot" else cold(calls)
                 ours = function is quantize_rows
                 about = dict(
                     op=name,

@@ -62,10 +62,10 @@ def hot(calls: Sequence[Call]) -> Timed:
     return Timed(calls[0], before=calls[0])
 
 
-def cold(calls: Sequence[Call], size: int) -> Timed:
-    """The weights of each of `calls` in turn; where those do not fill ROTATED_BYTES, other memory
-    is read before every call instead."""
-    if len(calls) >= copies_to_rotate(size):
+def cold(calls: Sequence[Call]) -> Timed:
+    """The weights of each of `calls` in turn; where there is but one, other memory is read before
+    each time instead."""
+    if len(calls) > 1:
         turns: Iterator[Call] = cycle(calls)
         return Timed(lambda: next(turns)(), before=lambda: next(turns)())
     return Timed(calls[0], before=_empty_caches, repeatable=False)

@@ -32,13 +32,15 @@ PEER_STYLES = {
     "torch CSR": ("#555555", ":"),
 }
 
+# The legend's first entries: those of every panel.
+OF_ALL = [f"{what}, {state} weights" for what in ("ours", "ceiling") for state in ("cold", "hot")]
+
 
 def draw(result: Mapping[str, object], path: Path) -> Path:
     """Write the picture beside `path`; returns where.
 
-    One row of panels for each number of threads, one column for each op, for the layer that most
-    rows were measured at. A point is cold weights, a ring hot ones; both at one place mean that
-    the weights' way from memory costs nothing.
+    One row of panels for each number of threads, one column for each op, for the largest square
+    layer. Peers have cold weights.
     """
     rows = [row for row in result["rows"] if row["suite"] == "linear"]
     n, k = _layer(rows)
@@ -74,9 +76,9 @@ def draw(result: Mapping[str, object], path: Path) -> Path:
             f"N = {n}, K = {k} on {machine['processor']} ({machine['slug']}), "
             f"{machine['isa']}, torch {machine['torch']}"
         )
-        figure.legend(
-            lines.values(), lines.keys(), loc="outside lower center", ncols=6, frameon=False
-        )
+        shown = [*OF_ALL, *(peer for peer in PEER_STYLES if peer in lines)]
+        handles = [lines[name] for name in shown]
+        figure.legend(handles, shown, loc="outside lower center", ncols=6, frameon=False)
         picture = path.with_suffix(".png")
         beside = path.with_suffix(".png.tmp")
         figure.savefig(beside, format="png", dpi=110)
@@ -106,7 +108,7 @@ def _panel(axes: Axes, name: str, rows: Sequence[Row], ceilings: Ceilings) -> di
         (lines[f"ours, {weights} weights"],) = axes.plot(
             x, y, marker, color=OURS, linestyle="-", linewidth=width, markerfacecolor=face, zorder=4
         )
-    _roof(axes, ours, ceilings)
+    lines |= _roof(axes, ours, ceilings)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     m = sorted({row["M"] for row in ours})
@@ -125,9 +127,10 @@ def _series(rows: Sequence[Row], name: str, weights: str) -> tuple[list[int], li
     return [m for m, _ in points], [gops for _, gops in points]
 
 
-def _roof(axes: Axes, ours: Sequence[Row], ceilings: Ceilings) -> None:
-    """What the ceilings allow the op, had it to come from memory, and from a cache."""
-    for weights, dashes, label in (("cold", "-", "memory"), ("hot", (0, (4, 3)), "cache")):
+def _roof(axes: Axes, ours: Sequence[Row], ceilings: Ceilings) -> dict[str, object]:
+    """What the ceilings allow the op, its weights coming from memory or from a cache."""
+    lines = {}
+    for weights, dashes in (("cold", "-"), ("hot", (0, (4, 3)))):
         points = []
         for row in ours:
             if row["weights"] == weights:
@@ -135,5 +138,6 @@ def _roof(axes: Axes, ours: Sequence[Row], ceilings: Ceilings) -> None:
                 seconds, _ = ceilings.seconds(work, cold=weights == "cold")
                 points.append((row["M"], 2e-9 * row["M"] * row["N"] * row["K"] / seconds))
         x, y = zip(*sorted(points), strict=True)
-        axes.plot(x, y, color="black", linestyle=dashes, linewidth=1.3, zorder=3)
-        axes.annotate(label, (x[0], y[0]), xytext=(3, 4), textcoords="offset points", fontsize=8)
+        (line,) = axes.plot(x, y, color="black", linestyle=dashes, linewidth=1.3, zorder=3)
+        lines[f"ceiling, {weights} weights"] = line
+    return lines

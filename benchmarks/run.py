@@ -17,8 +17,10 @@ noisy machine.
 """
 
 import argparse
+import logging
 import multiprocessing
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -58,6 +60,9 @@ def measure_all(arguments: argparse.Namespace, threads: int) -> Measured:
     """Everything with this number of threads, in a process that has never had another one."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    # Advice of the peers to their users would break the line that shows the progress.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     console = Console(stderr=True)
     found = Measured()
     ops = arguments.op or OTHER + LINEAR

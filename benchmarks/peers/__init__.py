@@ -25,7 +25,7 @@ class Peer:
     group: str  # an op names the groups that it is judged by
     make: Callable[[Tensor, int, int], list[Bind]]  # of weight, copies, threads
     bits_per_weight: float
-    stands_for: Callable[[Tensor], Tensor] = lambda weight: weight  # what it multiplies by
+    stands_for: Callable[[Tensor], Tensor] = Tensor.contiguous  # what it multiplies by
     compiles: bool = False  # for seconds, at each shape
 
     def work(self, m: int, n: int, k: int) -> Work:

@@ -1,6 +1,5 @@
 """ONNX Runtime's dynamic INT8, as its quantiser writes it: uint8 activations, a scale a tensor."""
 
-import logging
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -78,7 +77,6 @@ def _quantise_dynamic(model, weight_type: str) -> bytes:
     """`model`: what onnxruntime's quantiser takes, a path or a loaded model."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    logging.getLogger().setLevel(logging.ERROR)  # it recommends what changes nothing here
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantised.onnx"
         quantize_dynamic(model, path, per_channel=True, weight_type=getattr(QuantType, weight_type))
