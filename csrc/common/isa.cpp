@@ -74,15 +74,15 @@ Features detect() {
   __builtin_cpu_init();  // reads XCR0 too: a feature counts only if the system saves its registers
   add(kAvx2, __builtin_cpu_supports("avx2"));
   add(kFma, __builtin_cpu_supports("fma"));
-  add(kF16c, __builtin_cpu_supports("f16c"));
   add(kAvx512f, __builtin_cpu_supports("avx512f"));
   add(kAvx512bw, __builtin_cpu_supports("avx512bw"));
   add(kAvx512dq, __builtin_cpu_supports("avx512dq"));
   add(kAvx512vl, __builtin_cpu_supports("avx512vl"));
   add(kAvx512vnni, __builtin_cpu_supports("avx512vnni"));
   add(kAvx512vbmi, __builtin_cpu_supports("avx512vbmi"));
-  // clang knows no name for this one. It has the registers of AVX2.
-  unsigned eax = 0, ebx, ecx, edx;
+  // clang knows no names for these. They have the registers of AVX2.
+  unsigned eax = 0, ebx, ecx = 0, edx;
+  if ((found & kAvx2) && __get_cpuid(1, &eax, &ebx, &ecx, &edx)) add(kF16c, ecx & (1u << 29));
   if ((found & kAvx2) && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx))
     add(kAvxVnni, eax & (1u << 4));
 #elif defined(TRINE_ARM64)

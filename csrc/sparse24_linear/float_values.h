@@ -262,8 +262,8 @@ void large_vectors(int64_t vectors, const float* x, int64_t first_m, const Weigh
 template <class Simd>
 void sparse24_float_tile(const FloatBlocks& x, const Sparse24FloatWeight& weight,
                          const LinearOutput& out, const Tile& tile) {
-  with_type(weight.values, weight.type, [&](const auto* values) {
-    const WeightRows rows{values, weight.indices, x.columns / kSparse24Columns};
+  with_type(weight.values, weight.type, [&]<class T>(const T* values) {
+    const WeightRows<T> rows{values, weight.indices, x.columns / kSparse24Columns};
     if (x.block == 1) return few_rows<Simd>(x.data, rows, out, tile);
     for (int64_t m = tile.m_begin / x.block * x.block; m < tile.m_end; m += x.block)
       large_vectors<Simd, Simd::kMaxVectors>(x.block / Simd::kLanes, x.data + m * x.columns, m,

@@ -23,7 +23,7 @@ foreach(object IN LISTS OBJECTS)
   if(isa STREQUAL "avx2vnni")
     execute_process(COMMAND ${OBJDUMP} --disassemble ${object} OUTPUT_VARIABLE code
                     COMMAND_ERROR_IS_FATAL ANY)
-    string(REGEX MATCH "[^\n]*(\tvpdpbusd|%zmm|%[xy]mm(1[6-9]|2[0-9]|3[01])|%k[0-7])[^\n]*" avx512 "${code}")
+    string(REGEX MATCH "[^\n]*([0-9a-f][ \t]+vpdpbusd|%zmm|%[xy]mm(1[6-9]|2[0-9]|3[01])|%k[0-7])[^\n]*" avx512 "${code}")
     if(avx512 OR NOT code MATCHES "{vex}[ \t]*vpdpbusd")
       message(FATAL_ERROR "${object} is not AVX-VNNI code: ${avx512}")
     endif()

@@ -25,8 +25,9 @@ endfunction()
 
 set(AVX2 -mavx2 -mfma -mf16c)
 # gcc 12 warns about uninitialised values inside its own AVX-512 headers.
-set(AVX512 ${AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -Wno-maybe-uninitialized
-           -Wno-uninitialized)
+set(AVX512 ${AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
+           $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>
+           $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized>)
 compile_for(X86 avx2 ${AVX2})
 compile_for(X86 avx2vnni ${AVX2} -mavxvnni)
 compile_for(X86 avx2vnni_evex ${AVX2} -mavx512f -mavx512vl -mavx512vnni)
