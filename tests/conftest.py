@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from instruction_sets import isas_to_test
 from trine import _C, backends
 
 
@@ -35,15 +36,6 @@ def pytest_generate_tests(metafunc) -> None:
     if "isa" in metafunc.fixturenames:
         op = metafunc.module.__name__.removeprefix("test_")
         metafunc.parametrize("isa", isas_to_test(op), indirect=True)
-
-
-def isas_to_test(op: str) -> list[str]:
-    isas = backends.cpu_isas()
-    if "avx2vnni" not in isas:
-        isas += _C.test_isas()
-    tables = [table for name, table in _C.kernels().items() if name.split(" ")[0] == op]
-    kernels = {isa for table in tables for isa in table}
-    return [isa for isa in isas if not kernels or isa.removesuffix("_evex") in kernels]
 
 
 @pytest.fixture

@@ -18,6 +18,16 @@ def test_the_fastest_kernel_that_this_processor_runs_is_in_force():
         assert _C.kernel_in_force(op) == next(isa for isa in isas if isa in backends.cpu_isas())
 
 
+def test_what_is_for_tests_is_used_only_when_named():
+    assert not {*in_force().values()} & {*_C.test_isas()}
+    for name in backends.cpu_isas():
+        with backends.cpu_isa(name):
+            assert not {*in_force().values()} & {*_C.test_isas()}
+    for name in _C.test_isas():
+        with backends.cpu_isa(name):
+            assert _C.kernel_in_force("int8_linear") == name
+
+
 def test_lowering_nests():
     before = in_force()
     for outer in backends.cpu_isas():
