@@ -12,7 +12,8 @@ import torch
 Call = Callable[[], object]
 
 SAMPLE_SECONDS = 1e-3  # many times the clock's cost; one timer tick of the system is seen in it
-LEAST_ROUNDS = 5
+LONG_SECONDS = 50e-3  # a call that lasts this long the first time is no short one later
+LEAST_ROUNDS = 3
 # A sample counts as disturbed where the threads of this process stood ready to run, but waited for
 # a processor, for more than this share of it. A wake-up takes a few microseconds: not counted.
 DISTURBED_SHARE = 0.02
@@ -45,22 +46,22 @@ def in_turns(
 ) -> dict[str, Timing]:
     """Time each of `calls` by name, one sample of each in a round, every second round backwards.
 
-    Rounds end early, but not before LEAST_ROUNDS, when `budget` seconds are over; disturbed ones
-    are made up for by at most as many more. `mode`: what PyTorch runs them in.
+    A call is through after `rounds` undisturbed samples, or twice as many in all; or, but not
+    before LEAST_ROUNDS, when its samples have taken `budget` seconds. `mode`: what PyTorch runs
+    them in.
     """
     with mode():
         repeats = {name: _repeats(timed) for name, timed in calls.items()}
         clean: dict[str, list[float]] = {name: [] for name in calls}
         disturbed: dict[str, list[float]] = {name: [] for name in calls}
-        end = time.perf_counter() + budget
+        spent = dict.fromkeys(calls, 0.0)
         order = list(calls)
         for done in range(2 * rounds):
-            fewest = min(map(len, clean.values()))
-            late = done >= LEAST_ROUNDS and time.perf_counter() > end
-            if fewest >= rounds or late:
-                break
             for name in order:
+                if len(clean[name]) == rounds or (done >= LEAST_ROUNDS and spent[name] > budget):
+                    continue
                 seconds, waited = _sample(calls[name], repeats[name])
+                spent[name] += seconds
                 kept = disturbed if is_disturbed(seconds, waited) else clean
                 kept[name].append(seconds / repeats[name])
             order.reverse()
@@ -80,10 +81,11 @@ def is_disturbed(seconds: float, waited: float) -> bool:
 
 def _repeats(timed: Timed) -> int:
     """How often the call must run to last SAMPLE_SECONDS; running it to find out warms it up."""
-    _sample(timed, 1)
+    first, _ = _sample(timed, 1)
     repeats = 1
-    while timed.repeatable and _sample(timed, repeats)[0] < SAMPLE_SECONDS:
-        repeats *= 2
+    if first < LONG_SECONDS and timed.repeatable:
+        while _sample(timed, repeats)[0] < SAMPLE_SECONDS:
+            repeats *= 2
     return repeats
 
 

@@ -90,7 +90,7 @@ def _time(
     suite: str, work: Iterator[Comparison], found: Measured, quick: bool, console: Console
 ) -> None:
     """Between two measurements of the ceilings, the better of which judges the rows."""
-    rounds, budget = (7, 1.5) if quick else (15, 10.0)  # seconds, for each comparison
+    rounds, budget = (7, 0.2) if quick else (15, 1.0)  # seconds, for each contestant
     threads = found.ceilings[-1].threads
     timed = []
     with console.status(f"{threads} threads") as status:

@@ -44,9 +44,14 @@ def _call(clock, *seconds, waits=()):
 
 
 def test_disturbed_samples_are_left_out_counted_and_made_up_for(clock):
-    # two calls find the number of repeats, then samples 1 9 1 9 1 1 1, of which the 9s had to wait
-    timed = _call(clock, 1.0, 1.0, 1.0, 9.0, 1.0, 9.0, 1.0, waits=(3, 5))
+    # the first call is the warm-up, then samples 1 9 1 9 1 1 1, of which the 9s had to wait
+    timed = _call(clock, 1.0, 1.0, 9.0, 1.0, 9.0, 1.0, waits=(2, 4))
     assert in_turns({"a": timed}, 5, 1e6) == {"a": Timing(1.0, 7, 2)}
+
+
+def test_a_slow_call_ends_early_and_a_fast_one_goes_on(clock):
+    calls = {"slow": _call(clock, 10.0), "fast": _call(clock, 0.5)}
+    assert in_turns(calls, 7, 20.0) == {"slow": Timing(10.0, 3, 0), "fast": Timing(0.5, 7, 0)}
 
 
 def test_where_every_sample_is_disturbed_all_count_and_the_table_says_so(clock):
