@@ -55,6 +55,15 @@ def test_every_number_of_rows(isa, groups):
         assert_same_bits(ternary_linear(args[0][:m], *args[1:]), expected[:m])
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "groups"), [(5, 261, 8192, 0), (13, 35, 8256, 0), (3, 35, 8256, 129)]
+)
+def test_more_than_one_block(isa, m, n, k, groups):
+    """More columns, and more k, than a kernel takes at a time."""
+    scale_shape = (n, groups) if groups else (n,)
+    assert_matches_reference(*reference.example_inputs(m, n, k, scale_shape=scale_shape))
+
+
 def test_every_number_of_columns(isa):
     x, packed_weight, scale, bias = reference.example_inputs(7, 70, 130)
     expected = reference.ternary_linear(x, packed_weight, scale, bias)
@@ -100,7 +109,7 @@ def test_bias_of_another_dtype(isa, bias_dtype):
     assert_matches_reference(x.bfloat16(), packed_weight, scale, bias.to(bias_dtype))
 
 
-@pytest.mark.parametrize("m", [1, 9])
+@pytest.mark.parametrize("m", [1, 9, 13])
 @pytest.mark.parametrize("scale_shape", [(20,), (20, 2)])
 def test_extreme_values(isa, m, scale_shape):
     """Activations of +-127 against weights all 1, all -1 or of the activation's sign: no partial

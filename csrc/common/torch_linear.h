@@ -155,7 +155,6 @@ class QuantizedInput {
   }
 
   const QuantizedRows& rows() const { return rows_; }
-  int8_t* row(int64_t i) { return storage_.data<int8_t>() + i * stride_; }
 
  private:
   // Rows a multiple of 512 bytes apart would share few sets of the L1, with each other and with the

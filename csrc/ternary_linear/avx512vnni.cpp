@@ -1,60 +1,86 @@
-// Codes are multiplied as they lie, without shifting or unpacking them. 16 bytes of a packed row,
-// 64 codes, are loaded into all four quarters of a register, and quarter i keeps only bits
-// 2i..2i+1 of each byte: code << 2i of k = 16w + 4i + j. The sums of quarter i are then 4^i times
-// too large, which one shift undoes, exactly, when a tile is finished. So 64 codes cost one load
-// and one AND beside the vpdpbusd of each activation row.
-//
-// What bounds it: with one row, reading the weight: the hardware prefetches within a page only, so
-// every tile prefetches the next one (4096 x 4096 from memory: 160 us, without it 310). From the
-// caches the loads, five for 256 products. From four rows on, the two vpdpbusd per cycle.
+// vpdpbusd on 64 codes: see streams.h and lanes.h.
 #include "common/x86/gemm_avx512vnni.h"
-#include "ternary_linear/grouped.h"
-#include "ternary_linear/ternary_linear.h"
+#include "ternary_linear/lanes.h"
+#include "ternary_linear/streams.h"
 
 namespace trine {
 namespace {
 
-struct TernaryCodes {
-  static constexpr int32_t kOffset = 1;
-  static constexpr int64_t kMaxTileRows = 6;
-  using Row = const uint8_t*;
+struct Simd {
+  static constexpr int64_t kLanes = 16;
+  // Sixteen sums: measured as fast as 20, which also fit beside words, codes and activations.
+  static constexpr int kTileRows = 8;
+  static constexpr int kStreamRows = 4;
+  static constexpr int64_t kFewRows = 12;
+  // No scaled sum overflows: kTernaryMaxK / 64 products of up to 3 << 6 are below 2^31.
+  static constexpr bool kScalesPlanes = true;
+  static constexpr int64_t kDotsPerSum = 0;
+  using Words = uint32_t __attribute__((vector_size(64)));
+  using Int32 = Int32x16;
+  using Sums = Int32;
+  using Floats = float __attribute__((vector_size(64)));
 
-  Row data;
-  int64_t stride;
-  int64_t ahead = kTileColumns * stride;       // bytes to the line to prefetch: the next tile
-  int64_t whole_k = stride * kTernaryPerByte;  // packed rows are whole: none has a tail
-
-  Row row(int64_t n) const { return data + n * stride; }
-  static __m512i load(Row row, int64_t k) {
-    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + (k >> 2)));
-    const __m512i bits = _mm512_set_epi64(kBits << 6, kBits << 6, kBits << 4, kBits << 4,
-                                          kBits << 2, kBits << 2, kBits, kBits);
-    return _mm512_and_si512(_mm512_broadcast_i32x4(words), bits);
+  static Words load(const void* from) {
+    auto words = (Words)_mm512_loadu_si512(from);
+    asm("" : "+v"(words));  // gcc would load it again at each use
+    return words;
   }
-  static __m512i load_tail(Row row, int64_t k) { return load(row, k); }
-  // Inlined by force: gcc 12 drops a call whose only effect is a prefetch.
-  [[gnu::always_inline]] void prefetch(Row row, int64_t k) const {
-    if ((k & 255) == 0) _mm_prefetch(row + ahead + (k >> 2), _MM_HINT_T0);
+  static Words load_first(const void* from, int64_t count) {
+    return (Words)_mm512_maskz_loadu_epi32(first_lanes(count), from);
+  }
+  static void store(Words words, void* to) { _mm512_store_si512(to, (__m512i)words); }
+  static Words broadcast(const int8_t* q) {
+    int32_t four;
+    std::memcpy(&four, q, 4);
+    auto words = (Words)_mm512_set1_epi32(four);
+    asm("" : "+v"(words));
+    return words;
+  }
+  static Sums dot(Sums sum, Words codes, Words q) {
+    return (Sums)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)q);
+  }
+  static Int32 widened(Sums sum) { return sum; }
+  static void sum_lanes(const Int32 (&sums)[4], int32_t* to) {
+    const __m512i quarters =
+        sum_within_quarters((__m512i)sums[0], (__m512i)sums[1], (__m512i)sums[2], (__m512i)sums[3]);
+    _mm_store_si128(reinterpret_cast<__m128i*>(to), sum_quarters(quarters));
   }
 
-  // No sum overflows before: 4096 codes of up to 3 << 6 are at most 192 * 127 * 4096 < 2^31.
-  static_assert(kStreamK <= 4096 && kSliceK <= 4096);
-  static __m512i unscaled(__m512i sums) {
-    return _mm512_srav_epi32(sums,
-                             _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0));
+  // 16 x 16 dwords.
+  static void transpose(Words (&lines)[16]) {
+    __m512i pairs[16], fours[16];
+    unrolled<8>([&](auto i) __attribute__((always_inline)) {
+      pairs[2 * i] = _mm512_unpacklo_epi32((__m512i)lines[2 * i], (__m512i)lines[2 * i + 1]);
+      pairs[2 * i + 1] = _mm512_unpackhi_epi32((__m512i)lines[2 * i], (__m512i)lines[2 * i + 1]);
+    });
+    // fours[4i + j]: quarter c holds word 4c + j of lines 4i to 4i + 3.
+    unrolled<4>([&](auto i) __attribute__((always_inline)) {
+      fours[4 * i] = _mm512_unpacklo_epi64(pairs[4 * i], pairs[4 * i + 2]);
+      fours[4 * i + 1] = _mm512_unpackhi_epi64(pairs[4 * i], pairs[4 * i + 2]);
+      fours[4 * i + 2] = _mm512_unpacklo_epi64(pairs[4 * i + 1], pairs[4 * i + 3]);
+      fours[4 * i + 3] = _mm512_unpackhi_epi64(pairs[4 * i + 1], pairs[4 * i + 3]);
+    });
+    unrolled<4>([&](auto j) __attribute__((always_inline)) {
+      const __m512i even0 = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
+      const __m512i even1 = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
+      const __m512i odd0 = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xdd);
+      const __m512i odd1 = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xdd);
+      lines[j] = (Words)_mm512_shuffle_i32x4(even0, even1, 0x88);
+      lines[8 + j] = (Words)_mm512_shuffle_i32x4(even0, even1, 0xdd);
+      lines[4 + j] = (Words)_mm512_shuffle_i32x4(odd0, odd1, 0x88);
+      lines[12 + j] = (Words)_mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+    });
   }
-
- private:
-  static constexpr int64_t kBits = 0x0303030303030303;
 };
 
 }  // namespace
 
 void ternary_linear_avx512vnni(const QuantizedRows& x, const TernaryWeight& weight,
                                const LinearOutput& out, const Tile& tile) {
-  if (weight.group_size != 0) return grouped_linear<TernaryCodes>(x, weight, out, tile);
-  integer_linear(x, TernaryCodes{weight.packed, weight.stride}, weight.k,
-                 {weight.scale, weight.per_tensor}, out, tile);
+  if (weight.group_size == 0 && tile.m_end - tile.m_begin <= Simd::kFewRows)
+    linear_by_streams<Simd>(x, weight, out, tile);
+  else
+    linear_by_lanes<Simd>(x, weight, out, tile);
 }
 
 }  // namespace trine

@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "common/gemm_blocking.h"
-#include "ternary_linear/ternary_linear.h"
+#include "ternary_linear/groups.h"
 
 namespace trine {
 namespace {
@@ -20,26 +20,6 @@ inline constexpr int64_t kGroupColumns = 16;
 // Groups whose sums are taken before any is scaled: as many as accumulate_block has room for. Sums
 // are written four at a time and read 16 at a time, which must not follow on each other at once.
 inline constexpr int64_t kGroupsAtATime = kMaxBlockColumns / kGroupColumns;
-
-// sums[m - m_begin][g] = the sum of row m of x over group g.
-[[maybe_unused]] inline void sum_groups(const QuantizedRows& x, int64_t group_size, int64_t groups,
-                                        const Tile& tile, int32_t* sums) {
-  for (int64_t m = tile.m_begin; m < tile.m_end; ++m)
-    for (int64_t g = 0; g < groups; ++g) {
-      const int8_t* q = x.q + m * x.stride + g * group_size;
-      int32_t sum = 0;
-      for (int64_t k = 0; k < group_size; ++k) sum += q[k];
-      *sums++ = sum;
-    }
-}
-
-template <class T>
-void finish_grouped_row(const float* sums, float x_scale, const float* bias, int64_t count, T* y) {
-  for (int64_t j = 0; j < count; ++j) {
-    const float value = sums[j] * x_scale;
-    narrow(bias == nullptr ? value : value + bias[j], y + j);
-  }
-}
 
 // A Weight is made of its packed rows, their stride, and how far ahead to prefetch.
 template <class Weight>
@@ -80,24 +60,8 @@ void grouped_linear(const QuantizedRows& x, const TernaryWeight& weight, const L
                   static_cast<float>(row_sums[j] - minus[g]) * scale[g * kGroupColumns + j];
         }
       }
-      for (int64_t i = 0; i < rows; ++i) {
-        const float* bias = out.bias == nullptr ? nullptr : out.bias + n;
-        const int64_t at = (m + i) * out.stride + n;
-        switch (out.type) {
-          case FloatType::float32:
-            finish_grouped_row(totals[i], x.scale[m + i], bias, count,
-                               static_cast<float*>(out.y) + at);
-            break;
-          case FloatType::bfloat16:
-            finish_grouped_row(totals[i], x.scale[m + i], bias, count,
-                               static_cast<bfloat16*>(out.y) + at);
-            break;
-          case FloatType::float16:
-            finish_grouped_row(totals[i], x.scale[m + i], bias, count,
-                               static_cast<float16*>(out.y) + at);
-            break;
-        }
-      }
+      for (int64_t i = 0; i < rows; ++i)
+        finish_groups(totals[i], x.scale[m + i], out, m + i, n, count);
     }
   }
 }

@@ -41,9 +41,6 @@ using TernaryLinearFn = void(const QuantizedRows& x, const TernaryWeight& weight
 
 struct TernaryLinearKernel {
   Isa needs;
-  // It reads activations in the order of the packed bits: the 16 dwords of each 64 bytes transposed
-  // as a 4 x 4 matrix, so that dword 4i + w holds k = 16w + 4i and the next three.
-  bool transposed_input;
   TernaryLinearFn* run;
 };
 

@@ -8,32 +8,17 @@ constexpr const char* kOp = "ternary_linear";
 
 constexpr TernaryLinearKernel kKernels[] = {
 #ifdef TRINE_X86
-    {Isa::avx512vnni, true, ternary_linear_avx512vnni},
-    {Isa::avx2vnni, true, ternary_linear_avx2vnni},
-    {Isa::avx2vnni_evex, true, ternary_linear_avx2vnni_evex},
-    {Isa::avx2, true, ternary_linear_avx2},
+    {Isa::avx512vnni, ternary_linear_avx512vnni},
+    {Isa::avx2vnni, ternary_linear_avx2vnni},
+    {Isa::avx2vnni_evex, ternary_linear_avx2vnni_evex},
+    {Isa::avx2, ternary_linear_avx2},
 #elif defined(TRINE_ARM64)
-    {Isa::i8mm, false, ternary_linear_i8mm},
-    {Isa::dotprod, false, ternary_linear_dotprod},
+    {Isa::i8mm, ternary_linear_i8mm},
+    {Isa::dotprod, ternary_linear_dotprod},
 #endif
-    {Isa::scalar, false, ternary_linear_scalar},
+    {Isa::scalar, ternary_linear_scalar},
 };
 [[maybe_unused]] const bool announced = announce(kOp, kKernels);
-
-void transpose_words(QuantizedInput& input, int64_t m) {
-  const int64_t stride = input.rows().stride;
-  // A thread is worth waking for some 32k bytes, as for quantising them.
-  const int64_t grain = std::max<int64_t>(1, 32768 / stride);
-  torch::stable::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) {
-    for (int8_t* block = input.row(begin); block < input.row(end); block += 64) {
-      uint32_t dwords[4][4];
-      std::memcpy(dwords, block, 64);
-      for (int w = 0; w < 4; ++w)
-        for (int i = 0; i < w; ++i) std::swap(dwords[w][i], dwords[i][w]);
-      std::memcpy(block, dwords, 64);
-    }
-  });
-}
 
 Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
                           const std::optional<Tensor>& bias) {
@@ -47,8 +32,7 @@ Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Te
   if (rows.m == 0 || n == 0) return y;
 
   const TernaryLinearKernel& kernel = select(kKernels);
-  QuantizedInput input(rows, kTernaryChunk);
-  if (kernel.transposed_input) transpose_words(input, rows.m);
+  const QuantizedInput input(rows, kTernaryChunk);
   const bool per_tensor = group_size == 0 && scale.numel() == 1;
   const TernaryWeight packed{static_cast<const uint8_t*>(weight.const_data_ptr()),
                              words * int64_t(sizeof(int32_t)),
