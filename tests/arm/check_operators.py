@@ -230,6 +230,8 @@ def calls_of_softmax_kl() -> Iterator[Call]:
         yield softmax_kl_call(student + offset, teacher - offset, 2.0, "none")
         rising = torch.linspace(-1, 1, 3000)
         yield softmax_kl_call(student + offset * rising, teacher + rising, 1.0, "none")
+    # A row in three parts, which the threads share.
+    yield softmax_kl_call(*softmax_kl.example_inputs(1, classes=40000), 2.0, "none", 2)
     yield same_logits_call()
     yield special_rows_call()
 
