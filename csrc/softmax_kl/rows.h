@@ -184,7 +184,7 @@ struct StudentGradient {
         max_student(row.max_student),
         max_teacher(row.max_teacher),
         log2_ratio(row.log2_ratio),
-        student_scale(-scale * row.inverse_sum_student),
+        student_scale(float(-scale * row.inverse_sum_teacher * std::exp2(-double(row.log2_ratio)))),
         teacher_scale(scale * row.inverse_sum_teacher) {}
 
   V operator()(V s, V t) const {

@@ -55,12 +55,11 @@ inline constexpr SoftmaxKlSums kEmptySums = {-std::numeric_limits<float>::infini
 // What forward leaves to backward, as a row of the saved fp32 tensor.
 struct SoftmaxKlRow {
   float max_student, max_teacher;
-  float inverse_sum_student, inverse_sum_teacher;
+  float inverse_sum_teacher;
   // log2(sum_student / sum_teacher), rounded once: the log-sums themselves are known only to 1e-6
   // or so, which would be the error of a - b, and all of it where the student is close.
   float log2_ratio;       // NaN marks a row without a loss
   float mean_difference;  // sum of p_t * (y - x), times T
-  float kl;
 };
 inline constexpr int64_t kSoftmaxKlColumns = sizeof(SoftmaxKlRow) / sizeof(float);
 

@@ -42,18 +42,23 @@ constexpr double kSmallestExponent = -126.5;
   sums->weighted += other.weighted;
 }
 
-[[maybe_unused]] inline SoftmaxKlRow finish(const SoftmaxKlSums& sums, double rate) {
+struct FinishedRow {
+  SoftmaxKlRow row;
+  float kl;
+};
+
+[[maybe_unused]] inline FinishedRow finish(const SoftmaxKlSums& sums, double rate) {
   const double log2_ratio = std::log2(sums.student / sums.teacher);
   const double mean_difference = sums.weighted / sums.teacher;
   const double kl = std::numbers::ln2 * (mean_difference * rate + log2_ratio);
-  SoftmaxKlRow row{sums.max_student,         sums.max_teacher,  float(1 / sums.student),
-                   float(1 / sums.teacher),  float(log2_ratio), float(mean_difference),
-                   std::max(0.0f, float(kl))};  // rounding may leave a hair below 0
+  FinishedRow result{{sums.max_student, sums.max_teacher, float(1 / sums.teacher),
+                      float(log2_ratio), float(mean_difference)},
+                     std::max(0.0f, float(kl))};  // rounding may leave a hair below 0
   if (std::isnan(log2_ratio) || sums.max_student == -kInfinity || sums.max_teacher == -kInfinity)
-    row.log2_ratio = row.kl = std::numeric_limits<float>::quiet_NaN();
+    result.row.log2_ratio = result.kl = std::numeric_limits<float>::quiet_NaN();
   else if ((double(sums.impossible_teacher) - sums.max_teacher) * rate > kSmallestExponent)
-    row.mean_difference = row.kl = kInfinity;
-  return row;
+    result.row.mean_difference = result.kl = kInfinity;
+  return result;
 }
 
 }  // namespace

@@ -135,21 +135,31 @@ std::tuple<Tensor, Tensor> softmax_kl_cpu(const Tensor& student, const Tensor& t
   const int64_t parts = problem.parts();
   const Scratch scratch(parts > 1 ? m * parts * int64_t(sizeof(SoftmaxKlSums)) : 0);
   auto* sums = scratch.data<SoftmaxKlSums>();
+  const Scratch divergences(m * int64_t(sizeof(float)));
+  auto* kl = divergences.data<float>();
+  const auto finish_row = [&](int64_t i, const SoftmaxKlSums& whole) {
+    const FinishedRow finished = finish(whole, problem.rate);
+    rows[i] = finished.row;
+    kl[i] = finished.kl;
+  };
   for_each_part(problem, [&](int64_t i, const Part& part) {
     const SoftmaxKlSums of_part =
         kernel.forward(part.student, part.teacher, part.size, problem.rate);
     if (parts == 1)
-      rows[i] = finish(of_part, problem.rate);
+      finish_row(i, of_part);
     else
       sums[i] = of_part;
   });
-  if (parts == 0) std::fill(rows, rows + m, SoftmaxKlRow{});  // empty sums
+  if (parts == 0) {  // empty sums
+    std::fill(rows, rows + m, SoftmaxKlRow{});
+    std::fill(kl, kl + m, 0.0f);
+  }
   if (parts > 1)
     torch::stable::parallel_for(0, m, 64, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         SoftmaxKlSums row = kEmptySums;
         for (int64_t j = 0; j < parts; ++j) merge(&row, sums[i * parts + j], problem.rate);
-        rows[i] = finish(row, problem.rate);
+        finish_row(i, row);
       }
     });
 
@@ -161,8 +171,8 @@ std::tuple<Tensor, Tensor> softmax_kl_cpu(const Tensor& student, const Tensor& t
   const double squared = temperature * temperature;
   double total = 0;
   for (int64_t i = 0; i < m; ++i) {
-    if (per_row) losses[i] = static_cast<float>(squared * rows[i].kl);
-    total += rows[i].kl;
+    if (per_row) losses[i] = static_cast<float>(squared * kl[i]);
+    total += kl[i];
   }
   if (!per_row) *losses = static_cast<float>(squared * total / divisor);
   return {loss, saved};

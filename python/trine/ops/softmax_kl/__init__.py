@@ -17,7 +17,7 @@ _op = torch.ops.trine.softmax_kl.default
 _backward_op = torch.ops.trine.softmax_kl_backward.default
 explain_missing_kernel("softmax_kl")
 explain_missing_kernel("softmax_kl_backward")
-_SAVED_COLUMNS = 7  # SoftmaxKlRow: what backward needs to know of a row
+_SAVED_COLUMNS = 5  # SoftmaxKlRow: what backward needs to know of a row
 
 
 def softmax_kl(
