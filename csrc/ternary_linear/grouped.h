@@ -1,9 +1,8 @@
 // Groups along k for the vector kernels: the integer tiles run group by group, and their sums are
-// scaled into float sums. Included after the header of an instruction set's tiles (gemm_avx2.h and
-// its like); the loops over kGroupColumns become vector instructions of whichever it is.
+// scaled into float sums. Only Arm's kernels still use it, through codes_arm.h; those of x86 take
+// lanes.h. The loops over kGroupColumns become vector instructions.
 //
-// What bounds it: starting and finishing tiles, once per group. A group of 128 is two steps of a
-// tile on AVX-512 and four on AVX2, so the product runs at about 0.35 of its speed without groups.
+// What bounds it: starting and finishing tiles, once per group.
 #pragma once
 
 #include <algorithm>
