@@ -33,7 +33,7 @@ template <int half>
 template <class Weight>
 struct Pairs {
   static constexpr int32_t kOffset = Weight::kOffset;
-  static constexpr int64_t kMaxTileRows = 8;  // 32 KiB of activations: half of a 64 KiB L1
+  static constexpr int64_t kMaxTileRows = 8;  // 20 KiB of activations stay in an L1 of 64 KiB
   static constexpr int64_t kRowStep = 2;
   struct Pair {
     typename Weight::Row first, second;
