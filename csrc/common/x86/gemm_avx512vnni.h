@@ -13,7 +13,7 @@
 //   1. Describe the weight by a type. `PanelWeight<offset>` takes unsigned bytes in memory:
 //      rows of `stride` bytes, a multiple of 64, 64-byte aligned; row `first_n` at `data`. Bytes
 //      beyond k may hold anything. Decode a block of block_columns(k) rows into a Scratch, then
-//        integer_linear(x, PanelWeight<1>{panel, stride, n}, k, {weight_scale}, out,
+//        integer_linear(x, PanelWeight<128>{panel, stride, n}, k, {weight_scale}, out,
 //                       {tile.m_begin, tile.m_end, n, n + rows});
 //      for each block in turn: the panel stays in L2 while all activation rows pass.
 //      `PackedInt8Weight` reads packed INT8 rows directly. Your own type (for instance one
@@ -25,10 +25,6 @@
 //        static __m512i load(Row row, int64_t k);      // bytes k .. k + 63 of the row, unsigned
 //        __m512i load_tail(Row row, int64_t k) const;  // the same at whole_k, if k goes beyond it
 //        void prefetch(Row row, int64_t k) const;      // optional: called with each load
-//      and may have
-//        static __m512i unscaled(__m512i sums);        // undoes a factor that the bytes of each
-//                                                      // quarter carry; called once per slice of k
-//      With `using ManyRows = RowVectors;` and a kManyRows it takes part in gemm_many_rows.h.
 //   2. Call integer_linear(x, weight, k, scaling, out, tile). x.q is zero from k to a multiple of
 //      64 (QuantizedInput does that). `Scaling` is {weight_scale}, {weight_scale, true} for one
 //      scale per tensor, and can subtract a column term from acc (zero points).
@@ -271,9 +267,8 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
 
   unrolled<kRows>([&](auto i) {
     auto* row = reinterpret_cast<__m128i*>(sums + i * kMaxBlockColumns);
-    __m512i quarters = sum_within_quarters((__m512i)acc[i][0], (__m512i)acc[i][1],
-                                           (__m512i)acc[i][2], (__m512i)acc[i][3]);
-    if constexpr (requires { Weight::unscaled(quarters); }) quarters = Weight::unscaled(quarters);
+    const __m512i quarters = sum_within_quarters((__m512i)acc[i][0], (__m512i)acc[i][1],
+                                                 (__m512i)acc[i][2], (__m512i)acc[i][3]);
     _mm_store_si128(row, _mm_add_epi32(_mm_load_si128(row), sum_quarters(quarters)));
   });
 }
