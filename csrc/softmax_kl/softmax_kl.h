@@ -13,15 +13,15 @@
 // Maxima and sums are kept apart: in one fp32 log-sum-exp of about 1e4 an ulp is 1e-3, and the
 // probabilities would be wrong by as much.
 //
-// What bounds it: memory, where the logits exceed the caches; forward must read both rows, backward
-// again, and write one. 1024 x 32000 in fp32 on two hyperthreads of a busy Zen 4 took 105 ms at
-// best, while plain loops moved the same bytes in 90: 86%. Fresh memory for the gradient adds its
-// page faults. In the caches two exponentials an element in each direction remain: forward takes 23
-// multiplications, FMAs and maxima of a vector, backward 22, and a core starts one of 16 lanes in a
-// cycle. Measured in L2 with AVX-512: 24.4 and 25.3 cycles, 94% and 87% of that (0.41 and 0.43 ns
-// an element at 3.7 GHz; AVX2 0.56 and 0.64). bf16 takes 0.46 and 0.63: rounding to it is eight
-// more instructions. Gradients written past the caches lost where their memory was fresh, and rows
-// taken in reverse, for what L3 still holds of them, lost too.
+// What bounds it: two exponentials an element in each direction, and memory beside them. Forward
+// takes 23 multiplications, FMAs and maxima of a vector, backward 22, and a Zen 4 core starts one
+// of 16 lanes in a cycle. Measured on one in L2 with AVX-512: 24.4 and 25.3 cycles, 94% and 87% of
+// that (0.41 and 0.43 ns an element at 3.7 GHz; AVX2 0.56 and 0.64; bf16 0.46 and 0.63, for
+// rounding to it is eight more instructions). 1024 x 32000 in fp32 on both hyperthreads of that
+// core took 28.5 ms, forward and backward, into memory in use: the multiplications alone are 25.0
+// (88%), the bytes, as plain loops move them, 19. Fresh memory for the gradient adds 5 ms of page
+// faults. Gradients written past the caches lost where their memory was fresh, and rows taken in
+// reverse, for what L3 still holds of them, lost too.
 #pragma once
 
 #include <cstdint>
