@@ -25,6 +25,7 @@
 //        static __m512i load(Row row, int64_t k);      // bytes k .. k + 63 of the row, unsigned
 //        __m512i load_tail(Row row, int64_t k) const;  // the same at whole_k, if k goes beyond it
 //        void prefetch(Row row, int64_t k) const;      // optional: called with each load
+//      With `using ManyRows = RowVectors;` and a kManyRows it takes part in gemm_many_rows.h.
 //   2. Call integer_linear(x, weight, k, scaling, out, tile). x.q is zero from k to a multiple of
 //      64 (QuantizedInput does that). `Scaling` is {weight_scale}, {weight_scale, true} for one
 //      scale per tensor, and can subtract a column term from acc (zero points).
