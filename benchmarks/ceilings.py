@@ -21,7 +21,7 @@ DRAM_BYTES = 192 << 20  # for each thread: beyond the caches
 WAYS = [(streams, ahead) for streams in (1, 2, 4, 8, 16) for ahead in (0, 512, 2048)]
 DOT_REPEATS = 1_000_000  # some 3 ms: beside it, starting the threads (30 us) is little
 SAMPLES = 5
-MOST_SAMPLES = 20  # where other processes disturb: the best counts, so more find a quiet moment
+MOST_TRIES = 3  # for each sample: where other processes disturb, more find a quiet moment
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def cache_bytes(level: int) -> int:
     return COMMON_CACHES[level]
 
 
-def measure(threads: int, ways: Sequence[tuple[int, int]] = WAYS) -> Ceilings:
+def measure(threads: int) -> Ceilings:
     """The best of several samples and ways, all threads working at once."""
     buffers = [torch.ones(DRAM_BYTES, dtype=torch.uint8) for _ in range(threads)]
     dot_ops, fma_ops = _C.ceiling_ops()
@@ -88,7 +88,7 @@ def measure(threads: int, ways: Sequence[tuple[int, int]] = WAYS) -> Ceilings:
                 return time.perf_counter() - start
 
             best, clean = math.inf, 0
-            for _ in range(MOST_SAMPLES):
+            for _ in range(MOST_TRIES * samples):
                 waited = seconds_waited()
                 seconds = sample()
                 best = min(best, seconds)
@@ -108,7 +108,7 @@ def measure(threads: int, ways: Sequence[tuple[int, int]] = WAYS) -> Ceilings:
 
                 return best_seconds(read, samples=3)
 
-            return threads * repeats * size / min(best(way) for way in ways) / 1e9
+            return threads * repeats * size / min(best(way) for way in WAYS) / 1e9
 
         dot = best_seconds(lambda _: _C.dot_int8(DOT_REPEATS))
         fma = best_seconds(lambda _: _C.fma_fp32(DOT_REPEATS))

@@ -73,16 +73,15 @@ class LinearOp:
 
 def comparisons(
     ops: Sequence[LinearOp],
-    layers: Sequence[tuple[int, int]],
+    layer: tuple[int, int],
     rows: Sequence[int],
     threads: int,
     quick: bool,
 ) -> Iterator[Comparison]:
-    """Every op and every peer that one of them is judged by, at each shape, hot and cold."""
-    for n, k in layers:
-        layer = Layer(ops, n, k, max(rows), threads, quick)
-        for m in rows:
-            yield from layer.comparisons(m)
+    """Every op and every peer that one of them is judged by, at each row count, hot and cold."""
+    contestants = Layer(ops, *layer, max(rows), threads, quick)
+    for m in rows:
+        yield from contestants.comparisons(m)
 
 
 class Layer:

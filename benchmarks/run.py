@@ -71,19 +71,14 @@ def measure_all(arguments: argparse.Namespace, threads: int) -> Measured:
         for op in (op for op in OTHER if op in ops):
             work = import_module(f"benchmarks.bench_{op}").comparisons(threads, arguments.quick)
             _time(op, work, found, arguments.quick, console)
-        if chosen := [op for op in LINEAR if op in ops]:
-            work = _linear(chosen, threads, arguments)
+        # The linear ops together, because their peers are the same.
+        linear = [op for op in LINEAR if op in ops]
+        chosen = [o for op in linear for o in import_module(f"benchmarks.bench_{op}").OPS]
+        for layer in (LAYERS[:2] if arguments.quick else LAYERS) if chosen else ():
+            rows = arguments.rows or ROWS
+            work = linear_comparisons(chosen, layer, rows, threads, arguments.quick)
             _time("linear", work, found, arguments.quick, console)
     return found
-
-
-def _linear(
-    ops: Sequence[str], threads: int, arguments: argparse.Namespace
-) -> Iterator[Comparison]:
-    """The linear ops together, because their peers are the same."""
-    chosen = [o for op in ops for o in import_module(f"benchmarks.bench_{op}").OPS]
-    layers = LAYERS[:2] if arguments.quick else LAYERS
-    return linear_comparisons(chosen, layers, arguments.rows or ROWS, threads, arguments.quick)
 
 
 def _time(

@@ -112,7 +112,7 @@ def limits(ceilings: Sequence[Ceilings]) -> Table:
 def _table(
     title: str, left: Sequence[str], right: Sequence[str], last: Sequence[str] = ()
 ) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="dim")
+    table = Table(title=title, title_justify="left", min_width=len(title), box=None)
     for name in left:
         table.add_column(name)
     for name in right:
