@@ -58,7 +58,8 @@ def test_matches_reference(isa, values_dtype, m, n, k):
 @pytest.mark.parametrize("values_dtype", VALUES_DTYPES)
 def test_every_number_of_rows(isa, values_dtype):
     for m in range(1, 35):
-        args, scale = reference.example_inputs(m, 19, 70, torch.float32, values_dtype, bias=m % 2)
+        dtype = _dtype_beside(values_dtype)
+        args, scale = reference.example_inputs(m, 19, 70, dtype, values_dtype, bias=m % 2)
         assert_matches_reference(*args, **scale)
 
 
@@ -72,15 +73,32 @@ def test_difficult_rows(isa, values_dtype, k):
         assert_matches_reference(rows.repeat(5, 1), *weight, **scale)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("m", [1, 40])
-def test_columns_that_are_not_stored_are_not_read(isa, m, value):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subnormal_numbers_are_lost_at_most(isa, dtype, m):
+    """At worst each subnormal operand, product and sum counts as 0."""
+    k, tiny = 130, torch.finfo(torch.float32).tiny
+    (x, values, indices, bias), _ = reference.example_inputs(m, 9, k, dtype, dtype, bias=False)
+    for scale in (tiny, tiny / 16):
+        small = x * scale
+        actual = sparse24_linear(small, values, indices, bias).double()
+        expected = reference.sparse_product(small, values, indices)
+        magnitude = reference.sparse_product(small.abs(), values.abs(), indices)
+        bound = (4 * EPS * k**0.5 + torch.finfo(dtype).eps) * magnitude
+        lost = k * tiny * (1 + values.double().abs().max()) + torch.finfo(dtype).tiny
+        assert ((actual - expected).abs() <= bound + lost).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [1, 40])
+def test_columns_that_are_not_stored_are_not_read(isa, m, dtype, value):
     weight = torch.zeros(3, 8)
     weight[0, [1, 2]], weight[1, 2] = 1.0, 1.0  # row 1 stores a filling 0 in column 0
     weight[:, 7] = 2.0  # and every row one in column 4
     x = torch.ones(m, 8)
     x[:, 0] = value
-    y = sparse24_linear(x, *pack_sparse24(weight))
+    y = sparse24_linear(x.to(dtype), *pack_sparse24(weight.to(dtype)))
     assert y[:, 0].tolist() == [4.0] * m
     assert y[:, 1:].isnan().all()
 
@@ -98,7 +116,8 @@ def test_every_pair_of_positions(isa, m, values_dtype):
         scale = {"weight_scale": torch.ones(6)}
         expected = int8_linear(x, pack_int8(weight), torch.ones(6))
     else:
-        scale, expected = {}, x @ weight.float().T  # exact: integers far below 2^24
+        x = x.to(_dtype_beside(values_dtype))
+        scale, expected = {}, (x.float() @ weight.float().T).to(x.dtype)  # integers below 2^24
     assert_same_bits(sparse24_linear(x, *pack_sparse24(weight), **scale), expected)
 
 
@@ -115,7 +134,7 @@ def test_int8_has_the_bits_of_int8_linear(isa, m, n, k):
 def test_damaged_indices_stay_inside_their_group(isa, m, values_dtype):
     """Every nibble, ascending or not: what is read lies in the group, so the result is bounded."""
     (x, values, indices, _), scale = reference.example_inputs(
-        m, 32, 1000, values_dtype=values_dtype
+        m, 32, 1000, _dtype_beside(values_dtype), values_dtype
     )
     x = x.clamp(-1, 1)
     damaged = torch.randint(0, 256, indices.shape, dtype=torch.uint8)
@@ -152,7 +171,7 @@ def test_layouts(isa):
 @pytest.mark.parametrize("values_dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1000, 600), (20, 300, 600), (200, 17, 1000)])
 def test_number_of_threads_changes_nothing(isa, threads, values_dtype, m, n, k):
-    args, scale = reference.example_inputs(m, n, k, values_dtype=values_dtype)
+    args, scale = reference.example_inputs(m, n, k, _dtype_beside(values_dtype), values_dtype)
     threads(1)
     alone = sparse24_linear(*args, **scale)
     for count in (2, 3, 7):
@@ -201,6 +220,11 @@ def test_pack_against_loops(weight):
             stored = values[row, 2 * group : 2 * group + 2].tolist()
             assert stored == [numbers[first], numbers[second]]
     assert torch.equal(unpack_sparse24(values, indices, k), weight)
+
+
+def _dtype_beside(values_dtype: torch.dtype) -> torch.dtype:
+    """A dtype of x: bf16 beside bf16 values, for which some processors have a kernel of its own."""
+    return torch.bfloat16 if values_dtype == torch.bfloat16 else torch.float32
 
 
 def _prune(weight: Tensor) -> Tensor:

@@ -19,6 +19,7 @@
 
 #include "common/linear.h"
 #include "common/scratch.h"
+#include "common/unrolled.h"
 
 namespace trine {
 namespace {
@@ -36,15 +37,6 @@ inline constexpr int64_t kMaxBlockColumns = 256;
 [[maybe_unused]] inline int64_t block_columns(int64_t k) {
   const int64_t rows = kBlockBytes / std::max<int64_t>(k, 1) / 16 * 16;
   return std::clamp<int64_t>(rows, 16, kMaxBlockColumns);
-}
-
-// body(0), body(1), ... body(kCount - 1) with constants: gcc keeps an array in registers only where
-// no index into it is a variable when it first looks.
-template <int kCount, class Body>
-[[gnu::always_inline]] inline void unrolled(const Body& body) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-    (body(std::integral_constant<int, i>{}), ...);
-  }(std::make_integer_sequence<int, kCount>{});
 }
 
 // Consecutive activation rows. Each is zero from the end of k to the next multiple of 64.

@@ -25,6 +25,7 @@ constexpr Features kAvx512dq = 1 << 6;
 constexpr Features kAvx512vl = 1 << 7;
 constexpr Features kAvx512vnni = 1 << 8;
 constexpr Features kAvx512vbmi = 1 << 9;
+constexpr Features kAvx512bf16 = 1 << 10;
 constexpr Features kNeon = 1 << 16;
 constexpr Features kDotprod = 1 << 17;
 constexpr Features kI8mm = 1 << 18;
@@ -51,6 +52,7 @@ constexpr Row kIsas[] = {
     {Isa::avx512, "avx512", kSkylake},
     {Isa::avx512vnni, "avx512vnni", kSkylake | kAvx512vnni},
     {Isa::avx512vbmi, "avx512vbmi", kSkylake | kAvx512vnni | kAvx512vbmi},
+    {Isa::avx512bf16, "avx512bf16", kSkylake | kAvx512bf16},
     {Isa::neon, "neon", kNeon},
     {Isa::dotprod, "dotprod", kNeon | kDotprod},
     {Isa::i8mm, "i8mm", kNeon | kDotprod | kI8mm},
@@ -80,6 +82,7 @@ Features detect() {
   add(kAvx512vl, __builtin_cpu_supports("avx512vl"));
   add(kAvx512vnni, __builtin_cpu_supports("avx512vnni"));
   add(kAvx512vbmi, __builtin_cpu_supports("avx512vbmi"));
+  add(kAvx512bf16, __builtin_cpu_supports("avx512bf16"));
   // clang knows no names for these. They have the registers of AVX2.
   unsigned eax = 0, ebx, ecx = 0, edx;
   if ((found & kAvx2) && __get_cpuid(1, &eax, &ebx, &ecx, &edx)) add(kF16c, ecx & (1u << 29));

@@ -22,6 +22,7 @@ enum class Isa {
   avx512,         // AVX-512 F, BW, DQ, VL (Skylake-SP, Zen 4)
   avx512vnni,     // the same and VNNI's vpdpbusd on 512-bit registers (Cascade Lake, Zen 4)
   avx512vbmi,     // the same and VBMI's vpermb and vpmultishiftqb (Ice Lake, Zen 4)
+  avx512bf16,     // avx512 and BF16's vdpbf16ps (Cooper Lake, Zen 4)
   neon,           // Advanced SIMD (every 64-bit Arm)
   dotprod,        // the same and sdot (Armv8.2: Neoverse N1, Cortex-A76, Apple M1)
   i8mm,           // the same and smmla (Armv8.6: Neoverse V1 and N2, Apple M2)

@@ -21,6 +21,10 @@
 //   kManyRows                             from how many on rows of x are many
 //   kMaxVectors                           of rows of x in a block, many rows
 //   settle(pointer)                       optional: makes gcc compute it, and address from there
+// and may lay out x for many rows in another way than column by column:
+//   kChunkVectors                         how many vectors a chunk takes then
+//   kSliceChunks<vectors>                 chunks of a slice
+//   add_slice<vectors>(...)               as the one here, with values as they are
 // load_floats, store_floats and transpose8x8 come from the headers of common/x86 or common/arm.
 #pragma once
 
@@ -29,6 +33,7 @@
 
 #include "common/scratch.h"
 #include "common/store.h"
+#include "common/unrolled.h"
 #include "sparse24_linear/sparse24_linear.h"
 
 namespace trine {
@@ -181,15 +186,15 @@ void add_slice(const float* x, const float* values, const uint8_t* indices, int6
     __builtin_prefetch(upcoming + c * kSparse24Values);
     uint32_t positions;
     std::memcpy(&positions, indices + c * kSparse24Indices, sizeof positions);
-#pragma GCC unroll 16
-    for (int i = 0; i < kSparse24Values; ++i) {
+    unrolled<kSparse24Values>([&](auto i) __attribute__((always_inline)) {
       const float* column = x + (i / 2 * 4 + (positions >> (2 * i) & 3)) * kBlock;
       if constexpr (requires { Simd::settle(column); }) Simd::settle(column);
       const auto value = Simd::broadcast(values[i]);
-      for (int v = 0; v < kVectors; ++v)
+      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
         acc[i % kTurns][v] =
             Simd::multiply_add(value, Simd::load(column + v * Simd::kLanes), acc[i % kTurns][v]);
-    }
+      });
+    });
   }
   for (int v = 0; v < kVectors; ++v) {
     auto sum = acc[0][v];
@@ -219,28 +224,49 @@ void write_sums(const float* sums, int64_t block, const LinearOutput& out, const
   });
 }
 
+template <class Simd>
+concept LaysOutOtherwise = requires { Simd::kChunkVectors; };
+
+// Vectors and chunks that large_block takes of x.
+template <class Simd>
+constexpr int64_t chunk_vectors() {
+  if constexpr (LaysOutOtherwise<Simd>) return Simd::kChunkVectors;
+  return kSparse24Columns;
+}
+template <class Simd, int kVectors>
+constexpr int64_t slice_chunks() {
+  if constexpr (LaysOutOtherwise<Simd>) return Simd::template kSliceChunks<kVectors>;
+  constexpr int64_t kChunkBytes = kSparse24Columns * kVectors * Simd::kLanes * sizeof(float);
+  return std::max<int64_t>(1, kSliceBytes / kChunkBytes);
+}
+
 template <class Simd, int kVectors, class T>
 void large_block(const float* x, int64_t first_m, const WeightRows<T>& weight,
                  const LinearOutput& out, const Tile& tile) {
   constexpr int64_t kBlock = kVectors * Simd::kLanes;
-  constexpr int64_t kSlice =
-      std::max<int64_t>(1, kSliceBytes / (kBlock * sizeof(float) * kSparse24Columns));  // chunks
+  constexpr int64_t kSlice = slice_chunks<Simd, kVectors>();
   const Scratch storage(kBlockColumns * kBlock * int64_t(sizeof(float)));
   float* sums = storage.data<float>();
-  alignas(64) float widened[kSlice * kSparse24Values];
+  [[maybe_unused]] alignas(64) float widened[kSlice * kSparse24Values];
   for (int64_t n = tile.n_begin; n < tile.n_end; n += kBlockColumns) {
     const int64_t n_end = std::min(n + kBlockColumns, tile.n_end);
     std::fill_n(sums, round_up(n_end - n, 8) * kBlock, 0.0f);
     for (int64_t chunk = 0; chunk < weight.chunks; chunk += kSlice) {
       const int64_t chunks = std::min(kSlice, weight.chunks - chunk);
-      for (int64_t row = n; row < n_end; ++row)
-        add_slice<Simd, kVectors>(
-            x + chunk * kSparse24Columns * kBlock,
-            as_floats(weight.row_values(row) + chunk * kSparse24Values, chunks * kSparse24Values,
-                      widened),
-            weight.row_indices(row) + chunk * kSparse24Indices, chunks,
-            weight.row_values(std::min(row + kAhead, n_end - 1)) + chunk * kSparse24Values,
-            sums + (row - n) * kBlock);
+      const float* columns = x + chunk * chunk_vectors<Simd>() * kBlock;
+      for (int64_t row = n; row < n_end; ++row) {
+        const int64_t later = std::min(row + kAhead, n_end - 1);
+        __builtin_prefetch(weight.row_indices(later) + chunk * kSparse24Indices);
+        const T* upcoming = weight.row_values(later) + chunk * kSparse24Values;
+        const T* values = weight.row_values(row) + chunk * kSparse24Values;
+        const uint8_t* indices = weight.row_indices(row) + chunk * kSparse24Indices;
+        float* to = sums + (row - n) * kBlock;
+        if constexpr (LaysOutOtherwise<Simd>)
+          Simd::template add_slice<kVectors>(columns, values, indices, chunks, upcoming, to);
+        else
+          add_slice<Simd, kVectors>(columns, as_floats(values, chunks * kSparse24Values, widened),
+                                    indices, chunks, upcoming, to);
+      }
     }
     for (int64_t m = std::max(first_m, tile.m_begin / 8 * 8);
          m < std::min(first_m + kBlock, tile.m_end); m += 8)

@@ -11,7 +11,8 @@
 // fp32, x past its last column reading as zero. Only the stored columns are read: NaN or infinity
 // in another column of x never reaches the output, and in a stored one always does, even where the
 // stored value is a filling 0. The order of the sum depends on the kernel and on the number of rows
-// of x, never on the tile: results do not depend on the number of threads.
+// of x, never on the tile: results do not depend on the number of threads. The kernel for pairs of
+// bf16 takes subnormal operands, products and sums for 0.
 //
 // Int8 values: q as in common/linear.h, acc exact in int32, so the bits are those of int8_linear on
 // the dense weight.
@@ -50,7 +51,8 @@ struct FloatRows {
 
 // Activations widened to fp32, in blocks of `block` rows, each column by column:
 //   x[m][column] = data[(m / block) * block * columns + column * block + m % block]
-// `columns` is k rounded up to whole chunks; what lies past m and past k is zero.
+// `columns` is k rounded up to whole chunks; what lies past m and past k is zero. (For pairs of
+// bf16: as avx512bf16.cpp describes.)
 struct FloatBlocks {
   const float* data;
   int64_t m, columns, block;
@@ -70,8 +72,12 @@ using Sparse24WidenFn = void(const FloatRows& x, int64_t b, int64_t block, int64
 using Sparse24FloatFn = void(const FloatBlocks& x, const Sparse24FloatWeight& weight,
                              const LinearOutput& out, const Tile& tile);
 
+// From this many rows on, bf16 values and bf16 x are multiplied in pairs where the processor can.
+inline constexpr int64_t kSparse24PairedRows = 8;
+
 struct Sparse24FloatKernel {
   Isa needs;
+  int64_t column_bytes;  // of a column of one row in FloatBlocks
   Sparse24BlockFn* block;
   Sparse24WidenFn* widen;
   Sparse24FloatFn* run;
@@ -93,11 +99,11 @@ struct Sparse24Int8Kernel {
 };
 
 Sparse24BlockFn sparse24_block_scalar, sparse24_block_avx2, sparse24_block_avx512,
-    sparse24_block_neon;
+    sparse24_block_avx512bf16, sparse24_block_neon;
 Sparse24WidenFn sparse24_widen_scalar, sparse24_widen_avx2, sparse24_widen_avx512,
-    sparse24_widen_neon;
+    sparse24_widen_avx512bf16, sparse24_widen_neon;
 Sparse24FloatFn sparse24_float_scalar, sparse24_float_avx2, sparse24_float_avx512,
-    sparse24_float_neon;
+    sparse24_float_avx512bf16, sparse24_float_neon;
 Sparse24Int8Fn sparse24_int8_scalar, sparse24_int8_avx2, sparse24_int8_avx2vnni,
     sparse24_int8_avx2vnni_evex, sparse24_int8_avx512vnni, sparse24_int8_avx512vbmi,
     sparse24_int8_dotprod, sparse24_int8_i8mm;

@@ -9,13 +9,19 @@ constexpr const char* kOp = "sparse24_linear";
 
 constexpr Sparse24FloatKernel kFloatKernels[] = {
 #ifdef TRINE_X86
-    {Isa::avx512, sparse24_block_avx512, sparse24_widen_avx512, sparse24_float_avx512},
-    {Isa::avx2, sparse24_block_avx2, sparse24_widen_avx2, sparse24_float_avx2},
+    {Isa::avx512, sizeof(float), sparse24_block_avx512, sparse24_widen_avx512,
+     sparse24_float_avx512},
+    {Isa::avx2, sizeof(float), sparse24_block_avx2, sparse24_widen_avx2, sparse24_float_avx2},
 #elif defined(TRINE_ARM64)
-    {Isa::neon, sparse24_block_neon, sparse24_widen_neon, sparse24_float_neon},
+    {Isa::neon, sizeof(float), sparse24_block_neon, sparse24_widen_neon, sparse24_float_neon},
 #endif
-    {Isa::scalar, sparse24_block_scalar, sparse24_widen_scalar, sparse24_float_scalar},
+    {Isa::scalar, sizeof(float), sparse24_block_scalar, sparse24_widen_scalar,
+     sparse24_float_scalar},
 };
+#ifdef TRINE_X86
+constexpr Sparse24FloatKernel kPairedKernel{Isa::avx512bf16, 6, sparse24_block_avx512bf16,
+                                            sparse24_widen_avx512bf16, sparse24_float_avx512bf16};
+#endif
 constexpr Sparse24Int8Kernel kInt8Kernels[] = {
 #ifdef TRINE_X86
     {Isa::avx512vbmi, sparse24_int8_avx512vbmi},
@@ -32,22 +38,32 @@ constexpr Sparse24Int8Kernel kInt8Kernels[] = {
 [[maybe_unused]] const bool announced = announce("sparse24_linear (float values)", kFloatKernels) &&
                                         announce("sparse24_linear (int8 values)", kInt8Kernels);
 
-// The rows of x as fp32 in scratch memory, in the layout that `kernel` wants.
+const Sparse24FloatKernel& float_kernel([[maybe_unused]] const Matrix& x,
+                                        [[maybe_unused]] FloatType values) {
+#ifdef TRINE_X86
+  if (x.type == FloatType::bfloat16 && values == FloatType::bfloat16 &&
+      x.m >= kSparse24PairedRows && isa_enabled(kPairedKernel.needs))
+    return kPairedKernel;
+#endif
+  return select(kFloatKernels);
+}
+
+// The rows of x in scratch memory, in the layout that `kernel` wants.
 class WidenedInput {
  public:
   WidenedInput(const Matrix& x, int64_t columns, const Sparse24FloatKernel& kernel)
       : block_(kernel.block(x.m)),
-        storage_(round_up(x.m, block_) * columns * int64_t(sizeof(float))),
+        storage_(round_up(x.m, block_) * columns * kernel.column_bytes),
         blocks_{storage_.data<float>(), x.m, columns, block_} {
     const FloatRows rows{x.data, x.row_bytes, x.m, x.k, x.type};
-    float* data = storage_.data<float>();
-    const int64_t block_size = block_ * columns;
-    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(block_size, 1));
-    torch::stable::parallel_for(0, round_up(x.m, block_) / block_, grain,
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t b = begin; b < end; ++b)
-                                    kernel.widen(rows, b, block_, columns, data + b * block_size);
-                                });
+    const int64_t block_bytes = block_ * columns * kernel.column_bytes;
+    const int64_t grain = std::max<int64_t>(1, 131072 / std::max<int64_t>(block_bytes, 1));
+    torch::stable::parallel_for(
+        0, round_up(x.m, block_) / block_, grain, [&](int64_t begin, int64_t end) {
+          for (int64_t b = begin; b < end; ++b)
+            kernel.widen(rows, b, block_, columns,
+                         reinterpret_cast<float*>(storage_.data<char>() + b * block_bytes));
+        });
   }
 
   const FloatBlocks& blocks() const { return blocks_; }
@@ -60,10 +76,10 @@ class WidenedInput {
 
 void run_float(const Matrix& rows, const Tensor& values, const uint8_t* indices, int64_t columns,
                const LinearOutput& out) {
-  const Sparse24FloatKernel& kernel = select(kFloatKernels);
-  const WidenedInput input(rows, columns, kernel);
   const Sparse24FloatWeight weight{values.const_data_ptr(), float_type(values, kOp, "values"),
                                    indices};
+  const Sparse24FloatKernel& kernel = float_kernel(rows, weight.type);
+  const WidenedInput input(rows, columns, kernel);
   parallel_tiles(rows.m, values.size(0), columns / 2,
                  [&](const Tile& tile) { kernel.run(input.blocks(), weight, out, tile); });
 }

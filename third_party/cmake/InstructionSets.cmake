@@ -34,6 +34,7 @@ compile_for(X86 avx2vnni_evex ${AVX2} -mavx512f -mavx512vl -mavx512vnni)
 compile_for(X86 avx512 ${AVX512})
 compile_for(X86 avx512vnni ${AVX512} -mavx512vnni)
 compile_for(X86 avx512vbmi ${AVX512} -mavx512vnni -mavx512vbmi)
+compile_for(X86 avx512bf16 ${AVX512} -mavx512bf16)
 
 compile_for(ARM64 neon -march=armv8-a)
 compile_for(ARM64 dotprod -march=armv8.2-a+dotprod)

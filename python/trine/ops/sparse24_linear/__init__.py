@@ -28,9 +28,11 @@ def sparse24_linear(
 
     With float values, y = x @ weight.T + bias in fp32, rounded once to x's dtype; the order of the
     sum, and so the last bits, depend on the instruction set and on the number of rows, not on the
-    number of threads. With int8 values, x is quantised per row (see `quantize_rows`) and the result
-    has the bits of `int8_linear` on the dense weight, on every backend. Gradients flow to x and
-    bias (exact with float values, straight-through with int8).
+    number of threads. Where the processor has AVX512-BF16, bf16 values and eight or more rows of
+    bf16 x are multiplied by it, and it takes subnormal numbers for 0. With int8 values, x is
+    quantised per row (see `quantize_rows`) and the result has the bits of `int8_linear` on the
+    dense weight, on every backend. Gradients flow to x and bias (exact with float values,
+    straight-through with int8).
 
     Only the columns of x that are stored are read: NaN or infinity in another column does not reach
     the output with float values. One in a stored column does, also where the stored value is 0.
