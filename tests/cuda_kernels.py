@@ -107,10 +107,10 @@ def build(op: str, mutant: Mutant | None = None) -> Path:
     return build_program(op, source, folders=folders, mutant=mutant)
 
 
-def run(program: Path, seed: int, cases: Sequence[bytes]) -> bytes:
+def run(program: Path, seed: int, cases: Sequence[bytes], capability: int = 80) -> bytes:
     """What the program answers; raises CalledProcessError with its report in `stderr`."""
     return subprocess.run(
-        [program, str(seed)],
+        [program, str(seed), str(capability)],
         input=len(cases).to_bytes(8, "little") + b"".join(cases),
         capture_output=True,
         check=True,

@@ -114,18 +114,31 @@ def ternary_cases() -> list[LinearCase]:
     return cases
 
 
+def tile_cases() -> list[LinearCase]:
+    """For the tiles of sm_90a: more k than stages, tails on all sides, several for a block."""
+    torch.manual_seed(0)
+    shapes = ((65, 257, 700), (130, 16, 129), (70, 24, 64), (513, 300, 16))
+    cases = [int8_case(m, n, k, DTYPES[i % 3], None) for i, (m, n, k) in enumerate(shapes)]
+    x, weight, scale, bias = int8.example_inputs(66, 20, 40, torch.bfloat16)
+    return [*cases, LinearCase(x, weight, scale, bias), int8_case(70, 9, 70, torch.float16, 7)]
+
+
 OPS: dict[str, tuple[Callable[[], list[LinearCase]], Callable[..., Tensor]]] = {
     "int8_linear": (int8_cases, int8.int8_linear),
     "ternary_linear": (ternary_cases, ternary.ternary_linear),
 }
 
 
-def assert_matches_reference(op: str, mutant: Mutant | None, seed: int) -> None:
+def assert_matches_reference(
+    op: str, mutant: Mutant | None, seed: int, capability: int = 80
+) -> None:
     make_cases, reference = OPS[op]
-    cases = make_cases()
+    cases = make_cases() if capability == 80 else tile_cases()
     program = cuda_kernels.build(op, mutant)
     try:
-        answer = memoryview(cuda_kernels.run(program, seed, [case.encode() for case in cases]))
+        answer = memoryview(
+            cuda_kernels.run(program, seed, [case.encode() for case in cases], capability)
+        )
     except subprocess.CalledProcessError as error:
         raise AssertionError(error.stderr.decode()) from error
     for case in cases:
@@ -139,9 +152,9 @@ def assert_matches_reference(op: str, mutant: Mutant | None, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: "fresh" if seed == SEEDS[-1] else seed)
-@pytest.mark.parametrize("op", OPS)
-def test_matches_reference(op, seed):
-    assert_matches_reference(op, None, seed)
+@pytest.mark.parametrize(("op", "capability"), [(op, 80) for op in OPS] + [("int8_linear", 90)])
+def test_matches_reference(op, capability, seed):
+    assert_matches_reference(op, None, seed, capability)
 
 
 FEW_ROWS = "common/cuda/few_rows.cuh"
@@ -337,6 +350,90 @@ MUTANTS += [
         ),
     )
 ]
+
+
+SM90A = "int8_linear/cuda_sm90a.cu"
+TILE_MUTANTS = (
+    Mutant(
+        "the stage is not waited for",
+        SM90A,
+        "      mbarrier_wait(shared_address(landed + stage.index), stage.parity);\n",
+        "",
+    ),
+    Mutant("wrong parity", SM90A, "stage.parity ^ 1u", "stage.parity", "deadlock"),
+    Mutant(
+        "a stage is never freed",
+        SM90A,
+        "    if (signals) mbarrier_arrive",
+        "    if (!signals && false) mbarrier_arrive",
+        "deadlock",
+    ),
+    Mutant("freed before it is read", SM90A, "wgmma_wait<1>()", "wgmma_wait<2>()"),
+    Mutant("sums used before they are there", SM90A, "    wgmma_wait<0>();\n", ""),
+    Mutant(
+        "wrong stage",
+        SM90A,
+        "free + stage_of(count - 1).index));\n    }",
+        "free + stage_of(count).index));\n    }",
+    ),
+    Mutant(
+        "wrong count of bytes",
+        SM90A,
+        "mbarrier_arrive_expect(barrier, kStageBytes)",
+        "mbarrier_arrive_expect(barrier, kStageABytes)",
+    ),
+    Mutant("wrong count of arrivals", SM90A, "(free + i), kConsumerWarps)", "(free + i), 1)"),
+    Mutant("barriers not shown", SM90A, "    fence_mbarrier_init();\n", "", "fence_mbarrier_init"),
+    Mutant("registers not fenced", SM90A, "      wgmma_fence();\n", "", "without wgmma_fence"),
+    Mutant(
+        "wrong k step",
+        SM90A,
+        "tile_descriptor(a + kStageABytes + k)",
+        "tile_descriptor(a + kStageABytes)",
+    ),
+    Mutant(
+        "wrong rows of A",
+        SM90A,
+        "own_a = a + consumer * kGroupRows",
+        "own_a = a + (1 - consumer) * kGroupRows",
+    ),
+    Mutant("sums not cleared", SM90A, "step > 0 || k > 0", "true"),
+    Mutant(
+        "outputs read too early", SM90A, "      }\n    __syncwarp();\n#pragma", "      }\n#pragma"
+    ),
+    Mutant(
+        "rows behind the last stored",
+        SM90A,
+        "      if (m >= linear.m) continue;\n",
+        "",
+        "outside of|was overrun",
+    ),
+    Mutant("columns behind the last stored", SM90A, "          if (n + i < linear.n)\n", ""),
+    Mutant(
+        "units behind the last stored",
+        SM90A,
+        "if (n < linear.n) store_global<16>",
+        "store_global<16>",
+    ),
+    Mutant(
+        "wrong swizzle", "common/cuda/tile.cuh", "kSwizzle128 = 1", "kSwizzle128 = 2", "swizzle"
+    ),
+    Mutant("wrong stride of rows", "common/cuda/tile.cuh", "kEightRows = 8 *", "kEightRows = 4 *"),
+    Mutant(
+        "wrong operand",
+        SM90A,
+        "kTileRowBytes, int(tile.column) * kTileN",
+        "kTileRowBytes, int(tile.row) * kTileN",
+    ),
+)
+
+
+@pytest.mark.parametrize("mutant", TILE_MUTANTS, ids=lambda mutant: mutant.bug.replace(" ", "-"))
+def test_bug_planted_for_sm90a_is_caught(mutant):
+    with pytest.raises(AssertionError) as caught:
+        assert_matches_reference("int8_linear", mutant, seed=1, capability=90)
+    if mutant.report is not None:
+        caught.match(mutant.report)
 
 
 @pytest.mark.parametrize(

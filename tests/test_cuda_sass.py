@@ -52,6 +52,15 @@ GATES = {
         Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
         Gate("zero_point_kernel", (r"IDP\.4A\.S8\.S8", r"LDG\.E\.128"), 64, 1),
     ),
+    "int8_linear/cuda_sm90a": (
+        # Of the launch; setmaxnreg shares them out anew.
+        Gate(
+            "wgmma_kernel",
+            (r"IGMMA\.64x256x32\.S8\.S8", r"UTMALDG\.2D", "SYNCS", "USETMAXREG", r"STG\.E\.128"),
+            168,
+            3,
+        ),
+    ),
     "ternary_linear/cuda": (
         Gate("few_rows_kernel.*ELi[14]ELi1E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 2),
         Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),

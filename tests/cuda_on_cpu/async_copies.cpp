@@ -4,7 +4,6 @@
 #include <deque>
 #include <functional>
 #include <map>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -63,7 +62,7 @@ using Place = std::pair<unsigned, uint32_t>;  // block and shared address
 std::vector<Groups> copies, stores;  // of each thread
 std::map<Place, Mbarrier> mbarriers;
 std::map<std::pair<unsigned, int>, NamedBarrier> named_barriers;  // of block and id
-std::set<unsigned> returned;                                      // threads
+std::map<unsigned, unsigned> returned;                            // threads of each block that have
 
 Mbarrier& mbarrier_at(uint32_t address, const char* operation, unsigned block) {
   constexpr uint32_t kRank = 24;
@@ -130,8 +129,8 @@ void check_tile(const TensorMap& map, int x, uint32_t tile, const char* operatio
 }
 
 void land_tile(unsigned block, uint32_t to, const TensorMap& map, int x, int y, uint32_t barrier) {
-  for (unsigned thread : returned)
-    if (block_of(thread) == block) fail("a tile lands in a block of which a thread has returned");
+  if (returned[block] == blockDim.x * blockDim.y * blockDim.z)
+    fail("a tile lands in block %u of the cluster, which has ended", block);
   for_each_unit(map, x, y, to, [&](const unsigned char* from, int count, uint32_t unit) {
     unsigned char bytes[kUnitBytes] = {};
     if (count > 0) std::memcpy(bytes, from, std::size_t(count));
@@ -249,7 +248,7 @@ void begin_copies(unsigned threads) {
 void check_copies_of_returning_thread() {
   if (!stores[running_thread()].empty())
     fail("the thread returns before store_tile has read shared memory");
-  returned.insert(running_thread());
+  ++returned[running_block()];
 }
 
 }  // namespace cuda_on_cpu

@@ -1,5 +1,6 @@
 // Runs int8_linear's CUDA kernels; linear_case.h says on what.
 #include "int8_linear/cuda.cu"
+#include "int8_linear/cuda_sm90a.cu"
 #include "linear_case.h"
 #include "quantize_rows/cuda.cu"
 

@@ -8,6 +8,7 @@
 
 #include <memory>
 
+#include "common/cuda/launch.cuh"
 #include "common/cuda/linear.h"
 #include "driver.h"
 #include "emulator.h"
@@ -77,10 +78,12 @@ struct LinearCase {
   std::size_t bias_bytes() const { return std::size_t(trine::kFloatBytes[bias_type]); }
 };
 
-// The main function: cases until the input ends, the schedule's seed in the argument.
+// The main function: cases until the input ends. Arguments: the schedule's seed, the device's
+// compute capability.
 template <class Run>
 int run_linear_cases(char** arguments, const Run& run) {
   set_seed(std::strtoull(arguments[1], nullptr, 10));
+  trine::emulated_capability = std::atoi(arguments[2]);
   for (int64_t cases = read_number(); cases > 0; --cases) {
     const auto linear_case = std::make_unique<LinearCase>();
     run(*linear_case);

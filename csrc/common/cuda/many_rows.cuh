@@ -21,36 +21,20 @@
 #include "common/cuda/finish.cuh"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/matrix.cuh"
+#include "common/cuda/raster.cuh"
 
 namespace trine {
 
 inline constexpr int kManyRowsTile = 128;  // rows of x and of the weight
 inline constexpr int kStageK = 64;
-inline constexpr int kStages = 4;
+inline constexpr int kManyRowsStages = 4;
 inline constexpr int kManyRowsWarps = 8;
 inline constexpr int kManyRowsThreads = kManyRowsWarps * kWarpThreads;
 inline constexpr int kCopyBytes = 16;  // of a copy
-// Blocks that run at the same time share what they read: eight rows of tiles at a time, so that
-// both operands' tiles are met again while they are in the L2.
-inline constexpr int kRasterRows = 8;
 
 // The offset of a unit of a row of 64 bytes.
 __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
   return uint32_t(row * kStageK + (unit ^ (row / 2 % 4)) * kCopyBytes);
-}
-
-struct TilePosition {
-  int64_t m, n;
-};
-
-// The tile of block `index`.
-__device__ __forceinline__ TilePosition raster_position(int64_t index, int64_t row_tiles,
-                                                        int64_t column_tiles) {
-  const int64_t group = index / (kRasterRows * column_tiles);
-  const int64_t first_row = group * kRasterRows;
-  const int64_t rows = row_tiles - first_row < kRasterRows ? row_tiles - first_row : kRasterRows;
-  const int64_t in_group = index - group * kRasterRows * column_tiles;
-  return {first_row + in_group % rows, in_group / rows};
 }
 
 template <class Weight>
@@ -64,8 +48,8 @@ __global__ void __launch_bounds__(kManyRowsThreads) many_rows_kernel(DeviceLinea
   const int warp = int(threadIdx.x) / kWarpThreads, lane = int(threadIdx.x) % kWarpThreads;
   const int64_t row_tiles = (linear.m + kManyRowsTile - 1) / kManyRowsTile;
   const int64_t column_tiles = (linear.n + kManyRowsTile - 1) / kManyRowsTile;
-  const TilePosition tile = raster_position(blockIdx.x, row_tiles, column_tiles);
-  const int64_t m0 = tile.m * kManyRowsTile, n0 = tile.n * kManyRowsTile;
+  const RasterPosition tile = raster_position(blockIdx.x, row_tiles, column_tiles);
+  const int64_t m0 = tile.row * kManyRowsTile, n0 = tile.column * kManyRowsTile;
   const int64_t steps =
       (linear.weight_stride + Weight::kStageRowBytes - 1) / Weight::kStageRowBytes;
 
@@ -113,18 +97,18 @@ __global__ void __launch_bounds__(kManyRowsThreads) many_rows_kernel(DeviceLinea
   };
 
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) {
+  for (int stage = 0; stage < kManyRowsStages - 1; ++stage) {
     if (stage < steps) load_stage(stage, stage);
     copy_async_commit();
   }
   for (int64_t step = 0; step < steps; ++step) {
-    copy_async_wait<kStages - 2>();
+    copy_async_wait<kManyRowsStages - 2>();
     // Everyone's part of this stage has landed, and everyone is done with the one before.
     __syncthreads();
-    const int64_t next = step + kStages - 1;
-    if (next < steps) load_stage(int(next % kStages), next);
+    const int64_t next = step + kManyRowsStages - 1;
+    if (next < steps) load_stage(int(next % kManyRowsStages), next);
     copy_async_commit();
-    compute_stage(int(step % kStages));
+    compute_stage(int(step % kManyRowsStages));
   }
 
 #pragma unroll
@@ -152,7 +136,7 @@ void many_rows_linear(const char* op, const DeviceLinear& linear, cudaStream_t s
   const auto tiles = [](int64_t count) { return (count + kManyRowsTile - 1) / kManyRowsTile; };
   launch(op, many_rows_kernel<Weight>,
          {tiles(linear.m) * tiles(linear.n), kManyRowsThreads,
-          kStages * kManyRowsTile * (kStageK + Weight::kStageRowBytes)},
+          kManyRowsStages * kManyRowsTile * (kStageK + Weight::kStageRowBytes)},
          stream, linear);
 }
 

@@ -28,6 +28,12 @@ inline void __syncthreads(std::source_location where = std::source_location::cur
   cuda_on_cpu::block_barrier(where);
 }
 
+inline void __syncwarp(std::source_location where = std::source_location::current()) {
+  int nothing = 0;
+  cuda_on_cpu::meet_lanes("__syncwarp", 0xffffffffu, &nothing, where,
+                          [](const cuda_on_cpu::Posts&) {});
+}
+
 // Whether `value` is true for all threads of the block.
 inline bool __syncthreads_and(bool value,
                               std::source_location where = std::source_location::current()) {

@@ -26,4 +26,7 @@ void launch(const char*, void (*kernel)(Parameters...), const LaunchShape& shape
 // Few, so that small problems reach every case: fewer tiles than blocks, and several for each.
 inline int multiprocessors() { return 3; }
 
+inline int emulated_capability = 80;
+inline int compute_capability() { return emulated_capability; }
+
 }  // namespace trine
