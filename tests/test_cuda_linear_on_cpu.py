@@ -117,7 +117,7 @@ def ternary_cases() -> list[LinearCase]:
 def tile_cases() -> list[LinearCase]:
     """For the tiles of sm_90a: more k than stages, tails on all sides, several for a block."""
     torch.manual_seed(0)
-    shapes = ((65, 257, 700), (130, 16, 129), (70, 24, 64), (513, 300, 16))
+    shapes = ((65, 257, 700), (130, 16, 129), (70, 24, 64), (513, 300, 200))
     cases = [int8_case(m, n, k, DTYPES[i % 3], None) for i, (m, n, k) in enumerate(shapes)]
     x, weight, scale, bias = int8.example_inputs(66, 20, 40, torch.bfloat16)
     return [*cases, LinearCase(x, weight, scale, bias), int8_case(70, 9, 70, torch.float16, 7)]
@@ -431,7 +431,8 @@ TILE_MUTANTS = (
 @pytest.mark.parametrize("mutant", TILE_MUTANTS, ids=lambda mutant: mutant.bug.replace(" ", "-"))
 def test_bug_planted_for_sm90a_is_caught(mutant):
     with pytest.raises(AssertionError) as caught:
-        assert_matches_reference("int8_linear", mutant, seed=1, capability=90)
+        for seed in (1, 2, 3):  # a race shows in most schedules, not in all
+            assert_matches_reference("int8_linear", mutant, seed, capability=90)
     if mutant.report is not None:
         caught.match(mutant.report)
 
