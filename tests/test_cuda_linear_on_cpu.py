@@ -114,7 +114,7 @@ def ternary_cases() -> list[LinearCase]:
     return cases
 
 
-def tile_cases() -> list[LinearCase]:
+def int8_tile_cases() -> list[LinearCase]:
     """For the tiles of sm_90a: more k than stages, tails on all sides, several for a block."""
     torch.manual_seed(0)
     shapes = ((65, 257, 700), (130, 16, 129), (70, 24, 64), (513, 300, 200))
@@ -123,17 +123,30 @@ def tile_cases() -> list[LinearCase]:
     return [*cases, LinearCase(x, weight, scale, bias), int8_case(70, 9, 70, torch.float16, 7)]
 
 
+def ternary_tile_cases() -> list[LinearCase]:
+    """The same; also more k than a packed tile holds, and than two of them."""
+    torch.manual_seed(0)
+    shapes = ((65, 129, 1100), (257, 16, 129), (70, 24, 64), (513, 140, 600))
+    return [
+        LinearCase(*ternary.example_inputs(m, n, k, DTYPES[i % 3], i % 2 == 1))
+        for i, (m, n, k) in enumerate(shapes)
+    ] + [LinearCase(*ternary.example_inputs(66, 20, 40, torch.bfloat16, True, (1,)))]
+
+
 OPS: dict[str, tuple[Callable[[], list[LinearCase]], Callable[..., Tensor]]] = {
     "int8_linear": (int8_cases, int8.int8_linear),
     "ternary_linear": (ternary_cases, ternary.ternary_linear),
 }
 
 
+TILE_CASES = {"int8_linear": int8_tile_cases, "ternary_linear": ternary_tile_cases}
+
+
 def assert_matches_reference(
     op: str, mutant: Mutant | None, seed: int, capability: int = 80
 ) -> None:
     make_cases, reference = OPS[op]
-    cases = make_cases() if capability == 80 else tile_cases()
+    cases = make_cases() if capability == 80 else TILE_CASES[op]()
     program = cuda_kernels.build(op, mutant)
     try:
         answer = memoryview(
@@ -152,7 +165,8 @@ def assert_matches_reference(
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: "fresh" if seed == SEEDS[-1] else seed)
-@pytest.mark.parametrize(("op", "capability"), [(op, 80) for op in OPS] + [("int8_linear", 90)])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("op", OPS)
 def test_matches_reference(op, capability, seed):
     assert_matches_reference(op, None, seed, capability)
 
@@ -352,87 +366,165 @@ MUTANTS += [
 ]
 
 
-SM90A = "int8_linear/cuda_sm90a.cu"
-TILE_MUTANTS = (
-    Mutant(
-        "the stage is not waited for",
-        SM90A,
-        "      mbarrier_wait(shared_address(landed + stage.index), stage.parity);\n",
-        "",
-    ),
-    Mutant("wrong parity", SM90A, "stage.parity ^ 1u", "stage.parity", "deadlock"),
-    Mutant(
-        "a stage is never freed",
-        SM90A,
-        "    if (signals) mbarrier_arrive",
-        "    if (!signals && false) mbarrier_arrive",
-        "deadlock",
-    ),
-    Mutant("freed before it is read", SM90A, "wgmma_wait<1>()", "wgmma_wait<2>()"),
-    Mutant("sums used before they are there", SM90A, "    wgmma_wait<0>();\n", ""),
-    Mutant(
-        "wrong stage",
-        SM90A,
-        "free + stage_of(count - 1).index));\n    }",
-        "free + stage_of(count).index));\n    }",
-    ),
-    Mutant(
-        "wrong count of bytes",
-        SM90A,
-        "mbarrier_arrive_expect(barrier, kStageBytes)",
-        "mbarrier_arrive_expect(barrier, kStageABytes)",
-    ),
-    Mutant("wrong count of arrivals", SM90A, "(free + i), kConsumerWarps)", "(free + i), 1)"),
-    Mutant("barriers not shown", SM90A, "    fence_mbarrier_init();\n", "", "fence_mbarrier_init"),
-    Mutant("registers not fenced", SM90A, "      wgmma_fence();\n", "", "without wgmma_fence"),
-    Mutant(
-        "wrong k step",
-        SM90A,
-        "tile_descriptor(a + kStageABytes + k)",
-        "tile_descriptor(a + kStageABytes)",
-    ),
-    Mutant(
-        "wrong rows of A",
-        SM90A,
-        "own_a = a + consumer * kGroupRows",
-        "own_a = a + (1 - consumer) * kGroupRows",
-    ),
-    Mutant("sums not cleared", SM90A, "step > 0 || k > 0", "true"),
-    Mutant(
-        "outputs read too early", SM90A, "      }\n    __syncwarp();\n#pragma", "      }\n#pragma"
-    ),
-    Mutant(
-        "rows behind the last stored",
-        SM90A,
-        "      if (m >= linear.m) continue;\n",
-        "",
-        "outside of|was overrun",
-    ),
-    Mutant("columns behind the last stored", SM90A, "          if (n + i < linear.n)\n", ""),
-    Mutant(
-        "units behind the last stored",
-        SM90A,
-        "if (n < linear.n) store_global<16>",
-        "store_global<16>",
-    ),
-    Mutant(
-        "wrong swizzle", "common/cuda/tile.cuh", "kSwizzle128 = 1", "kSwizzle128 = 2", "swizzle"
-    ),
-    Mutant("wrong stride of rows", "common/cuda/tile.cuh", "kEightRows = 8 *", "kEightRows = 4 *"),
-    Mutant(
-        "wrong operand",
-        SM90A,
-        "kTileRowBytes, int(tile.column) * kTileN",
-        "kTileRowBytes, int(tile.row) * kTileN",
-    ),
+INT8_SM90A, TERNARY_SM90A = "int8_linear/cuda_sm90a.cu", "ternary_linear/cuda_sm90a.cu"
+TILE = "common/cuda/tile.cuh"
+PIPELINE = "common/cuda/pipeline.cuh"
+
+
+def sm90a_mutants(kernel: str) -> list[Mutant]:
+    """Those that apply to both kernels."""
+    return [
+        Mutant(
+            "stage not waited for", kernel, "      mbarrier_wait(stage.landed, stage.parity);\n", ""
+        ),
+        Mutant(
+            "wrong parity",
+            kernel,
+            "mbarrier_wait(stage.free, stage.parity ^ 1u)",
+            "mbarrier_wait(stage.free, stage.parity)",
+            "deadlock",
+        ),
+        Mutant("sums used before they are there", kernel, "wgmma_wait<0>();", "wgmma_wait<1>();"),
+        Mutant(
+            "wrong count of bytes",
+            kernel,
+            "(stage.landed, kStageBytes)",
+            "(stage.landed, kStageBytes / 2)",
+        ),
+        Mutant(
+            "barriers not shown", kernel, "    fence_mbarrier_init();\n", "", "fence_mbarrier_init"
+        ),
+        Mutant("registers not fenced", kernel, "      wgmma_fence();\n", "", "without wgmma_fence"),
+        Mutant("outputs read too early", kernel, "      }\n    __syncwarp();\n", "      }\n"),
+        Mutant(
+            "wrong count of arrivals",
+            PIPELINE,
+            "sizeof(Mbarrier)), kConsumerWarps)",
+            "sizeof(Mbarrier)), 1)",
+        ),
+        Mutant(
+            "wrong stage",
+            PIPELINE,
+            "int index = int(number % kCount)",
+            "int index = int((number + number / kCount) % kCount)",
+        ),
+        Mutant("wrong swizzle", TILE, "kSwizzle128 = 1", "kSwizzle128 = 2", "swizzle"),
+        Mutant("wrong stride of rows", TILE, "kEightRows = 8 *", "kEightRows = 4 *"),
+        Mutant(
+            "rows behind the last stored",
+            FINISH,
+            "    if (m >= linear.m) continue;\n",
+            "",
+            "outside of|was overrun",
+        ),
+        Mutant(
+            "columns behind the last stored",
+            FINISH,
+            "        if (n + i < linear.n)",
+            "        if (true)",
+        ),
+        Mutant(
+            "units behind the last stored",
+            FINISH,
+            "if (n < linear.n) store_global<16>",
+            "store_global<16>",
+        ),
+    ]
+
+
+SM90A_MUTANTS = [("int8_linear", mutant) for mutant in sm90a_mutants(INT8_SM90A)]
+SM90A_MUTANTS += [("ternary_linear", mutant) for mutant in sm90a_mutants(TERNARY_SM90A)]
+SM90A_MUTANTS += [
+    ("int8_linear", mutant)
+    for mutant in (
+        Mutant(
+            "stage never freed",
+            INT8_SM90A,
+            "    if (signals) mbarrier_arrive(ring",
+            "    if (false) mbarrier_arrive(ring",
+            "deadlock",
+        ),
+        Mutant("freed before it is read", INT8_SM90A, "wgmma_wait<1>()", "wgmma_wait<2>()"),
+        Mutant(
+            "wrong stage freed",
+            INT8_SM90A,
+            "if (step > 0 && signals) mbarrier_arrive(ring.use(used - 1).free)",
+            "if (step > 0 && signals) mbarrier_arrive(ring.use(used).free)",
+        ),
+        Mutant("wrong k step", INT8_SM90A, "kStageABytes + k),", "kStageABytes),"),
+        Mutant(
+            "wrong rows of A",
+            INT8_SM90A,
+            "stage.tile + group * kGroupRows",
+            "stage.tile + (1 - group) * kGroupRows",
+        ),
+        Mutant("sums not cleared", INT8_SM90A, "step > 0 || k > 0", "true"),
+        Mutant("wrong operand", INT8_SM90A, "int(tile.column) * kTileN", "int(tile.row) * kTileN"),
+    )
+]
+SM90A_MUTANTS += [
+    ("ternary_linear", mutant)
+    for mutant in (
+        Mutant(
+            "stage never freed",
+            TERNARY_SM90A,
+            "if (signals) mbarrier_arrive(stage.free)",
+            "",
+            "deadlock",
+        ),
+        Mutant(
+            "packed tile never freed",
+            TERNARY_SM90A,
+            "if (signals) mbarrier_arrive(packed.free)",
+            "",
+            "deadlock",
+        ),
+        Mutant(
+            "packed tile not waited for",
+            TERNARY_SM90A,
+            "if (step % kStepsOfPacked == 0) mbarrier_wait(packed.landed, packed.parity);",
+            "",
+        ),
+        Mutant(
+            "packed tile freed before all lanes read it",
+            TERNARY_SM90A,
+            "        __syncwarp();  // all",
+            "        // all",
+        ),
+        Mutant("wrong swizzle of codes", TERNARY_SM90A, "packed + swizzled(at)", "packed + at"),
+        Mutant(
+            "wrong step in the packed tile",
+            TERNARY_SM90A,
+            "lane / 4, step % kStepsOfPacked,",
+            "lane / 4, 0,",
+        ),
+        Mutant(
+            "wrong lane", TERNARY_SM90A, "words.y >> 2 * quarter", "words.y >> 2 * (quarter ^ 1)"
+        ),
+        Mutant(
+            "halves swapped",
+            TERNARY_SM90A,
+            "a[product][half + 2] = words.y",
+            "a[product][half + 2] = words.x",
+        ),
+        Mutant("sums not cleared", TERNARY_SM90A, "step > 0 || product > 0", "true"),
+        Mutant("offset forgotten", TERNARY_SM90A, "kOffset = 1", "kOffset = 0"),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "mutant"),
+    SM90A_MUTANTS,
+    ids=[f"{op}-{m.bug.replace(' ', '-')}" for op, m in SM90A_MUTANTS],
 )
-
-
-@pytest.mark.parametrize("mutant", TILE_MUTANTS, ids=lambda mutant: mutant.bug.replace(" ", "-"))
-def test_bug_planted_for_sm90a_is_caught(mutant):
-    with pytest.raises(AssertionError) as caught:
+def test_bug_planted_for_sm90a_is_caught(op, mutant):
+    def run_schedules() -> None:
         for seed in (1, 2, 3):  # a race shows in most schedules, not in all
-            assert_matches_reference("int8_linear", mutant, seed, capability=90)
+            assert_matches_reference(op, mutant, seed, capability=90)
+
+    with pytest.raises(AssertionError) as caught:
+        run_schedules()
     if mutant.report is not None:
         caught.match(mutant.report)
 

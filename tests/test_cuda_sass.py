@@ -69,6 +69,14 @@ GATES = {
         Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
         Gate("grouped_kernel", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.128"), 64, 1),
     ),
+    "ternary_linear/cuda_sm90a": (
+        Gate(
+            "wgmma_kernel",
+            (r"IGMMA\.64x256x32\.S8\.S8", r"UTMALDG\.2D", "SYNCS", "USETMAXREG", r"STG\.E\.128"),
+            168,
+            3,
+        ),
+    ),
 }
 
 
@@ -100,7 +108,10 @@ def compiled(source: str, target: str) -> Path:
         partial = cubin.with_suffix(".partial")
         architecture = f"-gencode=arch=compute_{target},code=sm_{target}"
         command = [build_tool("nvcc"), *FLAGS, architecture, ROOT / "csrc" / f"{source}.cu"]
-        subprocess.run([*command, "-o", partial], check=True)
+        command += ["-Xptxas=-v", "-o", partial]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        # ptxas waits after each wgmma where it cannot prove that nothing touches its registers.
+        assert "serialized" not in said, said
         partial.rename(cubin)
     return cubin
 

@@ -105,6 +105,8 @@ void ternary_linear_cuda(const DeviceLinear& linear, cudaStream_t stream) {
   if (linear.m == 0 || linear.n == 0) return;
   if (linear.m <= kFewRows)
     few_rows_linear<TernaryChunk>("ternary_linear", linear, stream);
+  else if (compute_capability() == 90 && linear.weight_stride > 0)
+    ternary_linear_cuda_sm90a(linear, stream);
   else
     many_rows_linear<TernaryStage>("ternary_linear", linear, stream);
 }

@@ -2,6 +2,7 @@
 #include "linear_case.h"
 #include "quantize_rows/cuda.cu"
 #include "ternary_linear/cuda.cu"
+#include "ternary_linear/cuda_sm90a.cu"
 
 int main(int, char** arguments) {
   return cuda_on_cpu::run_linear_cases(arguments, [](cuda_on_cpu::LinearCase& one) {

@@ -4,6 +4,7 @@
 #include "common/cuda/convert.cuh"
 #include "common/cuda/device.cuh"
 #include "common/cuda/linear.h"
+#include "common/cuda/memory.cuh"
 
 namespace trine {
 
@@ -18,16 +19,45 @@ __device__ __forceinline__ float read_float(const void* values, FloatType type, 
   }
 }
 
+__device__ __forceinline__ void write_float(float* to, float value) { *to = value; }
+__device__ __forceinline__ void write_float(bfloat16* to, float value) {
+  *to = narrow_to_bfloat16(value);
+}
+__device__ __forceinline__ void write_float(float16* to, float value) {
+  *to = narrow_to_float16(value);
+}
+
 __device__ __forceinline__ void write_float(void* values, FloatType type, int64_t i, float value) {
   switch (type) {
     case FloatType::bfloat16:
-      static_cast<bfloat16*>(values)[i] = narrow_to_bfloat16(value);
-      return;
+      return write_float(static_cast<bfloat16*>(values) + i, value);
     case FloatType::float16:
-      static_cast<float16*>(values)[i] = narrow_to_float16(value);
-      return;
+      return write_float(static_cast<float16*>(values) + i, value);
     default:
-      static_cast<float*>(values)[i] = value;
+      return write_float(static_cast<float*>(values) + i, value);
+  }
+}
+
+// Copies `kRows` rows of outputs from shared to global memory: rows of kRowBytes, kStride apart, to
+// y[m0 + row][n0 ...]. By a warp, 16 bytes a lane where rows of y begin at whole units.
+template <class T, int kRows, int kRowBytes, int kStride>
+__device__ __forceinline__ void store_rows(const DeviceLinear& linear, int64_t m0, int64_t n0,
+                                           const unsigned char* staging) {
+  constexpr int kUnits = kRows * kRowBytes / 16, kBytes = int(sizeof(T));
+  T* const y = static_cast<T*>(linear.y);
+  const bool whole_units = linear.n * kBytes % 16 == 0;
+#pragma unroll
+  for (int unit = int(threadIdx.x) % kWarpThreads; unit < kUnits; unit += kWarpThreads) {
+    const int row = unit / (kRowBytes / 16), at = unit % (kRowBytes / 16) * 16;
+    const int64_t m = m0 + row, n = n0 + at / kBytes;
+    const unsigned char* from = staging + row * kStride + at;
+    if (m >= linear.m) continue;
+    if (whole_units) {
+      if (n < linear.n) store_global<16>(y + m * linear.n + n, from);
+    } else {
+      for (int i = 0; i < 16 / kBytes; ++i)
+        if (n + i < linear.n) store_global<kBytes>(y + m * linear.n + n + i, from + i * kBytes);
+    }
   }
 }
 

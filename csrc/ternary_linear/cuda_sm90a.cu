@@ -1,0 +1,221 @@
+// ternary_linear for many rows on sm_90a: wgmma with the weight decoded in registers.
+//
+// Operands are swapped: A, which wgmma takes from registers, is the weight, B the activations. So
+// the codes stay packed until a lane shifts and masks the words that it multiplies: no decoded copy
+// is written anywhere. A block computes 128 columns of y (rows of the weight) x 256 rows, and goes
+// on to the next tile until none is left. One thread is the producer, two warpgroups of 64 weight
+// rows each are consumers.
+//
+// Two rings in shared memory: activations, 256 rows x 128 k (32 KB) four deep, and packed weights,
+// 128 rows x 512 k (16 KB) two deep: a row of 128 bytes of them serves four steps.
+//
+// What bounds it: the tensor cores, as long as the warpgroups take turns: one decodes (16 registers
+// a lane and step, some 40 instructions) while the other's products run. Within a warpgroup the two
+// cannot overlap: ptxas serialises products whose registers are written while others are pending.
+#include <algorithm>
+
+#include "common/cuda/finish.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/pipeline.cuh"
+#include "common/cuda/raster.cuh"
+#include "common/cuda/tma.cuh"
+#include "common/cuda/wgmma.cuh"
+#include "ternary_linear/cuda.h"
+#include "ternary_linear/ternary_linear.h"
+
+namespace trine {
+namespace sm90a {
+namespace {
+
+constexpr int kTileWeights = 128, kTileRows = 256;
+constexpr int kStages = 4, kStageBytes = kTileRows * kTileRowBytes;
+constexpr int kPackedStages = 2, kPackedBytes = kTileWeights * kTileRowBytes;
+constexpr int kStepsOfPacked = int(kTernaryPerByte);  // steps of 128 k that a packed tile serves
+constexpr int kProducts = 4;                          // of 32 k, in a step
+constexpr int kStepBytes = 32;
+constexpr int32_t kOffset = 1;
+
+// A warp's 16 columns of y leave through shared memory, 32 rows at a time. 16 more bytes from row
+// to row spread them over the banks.
+constexpr int kWarpWeights = 16, kPartRows = 32;
+template <class T>
+constexpr int kOutBytes = kWarpWeights * int(sizeof(T));
+template <class T>
+constexpr int kOutStride = kOutBytes<T> + 16;
+constexpr int kStagingBytes = kPartRows * kOutStride<float>;  // of a warp
+constexpr int kDynamicBytes =
+    kStages * kStageBytes + kPackedStages * kPackedBytes + kConsumerWarps * kStagingBytes;
+
+struct Problem {
+  DeviceLinear linear;
+  int64_t row_tiles, column_tiles;
+  int steps;  // of 128 k
+};
+
+using Fragments = uint32_t[kProducts][4];
+
+// The codes of one step: the words of weight rows `row` and row + 8 of the tile. A word holds 16
+// k, and lane q of four takes its codes 4q to 4q + 3; each product takes two words.
+__device__ __forceinline__ void decode(Fragments& a, const unsigned char* packed, int row,
+                                       int step_in_tile, int quarter) {
+#pragma unroll
+  for (int product = 0; product < kProducts; ++product)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t at = uint32_t((row + 8 * half) * kTileRowBytes +
+                                   step_in_tile * kTileRowBytes / kStepsOfPacked + 8 * product);
+      const uint2 words = *reinterpret_cast<const uint2*>(packed + swizzled(at));
+      a[product][half] = words.x >> 2 * quarter & 0x03030303u;
+      a[product][half + 2] = words.y >> 2 * quarter & 0x03030303u;
+    }
+}
+
+// The 16 columns from n0 on and 256 rows from m0 on that a warp holds, transposed by way of
+// `staging`, the warp's own.
+template <class T>
+__device__ __forceinline__ void store_sums(const DeviceLinear& linear, int64_t m0, int64_t n0,
+                                           const int32_t (&sums)[kTileRows / 2],
+                                           unsigned char* staging) {
+  const int lane = int(threadIdx.x) % kWarpThreads;
+  ColumnScaling scaling[2] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    if (n0 + 8 * half + lane / 4 < linear.n)
+      scaling[half] = column_scaling(linear, n0 + 8 * half + lane / 4);
+#pragma unroll
+  for (int part = 0; part < kTileRows / kPartRows; ++part) {
+#pragma unroll
+    for (int j = 0; j < kPartRows / 8; ++j)
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const int row = 8 * j + 2 * (lane % 4) + column;
+        const int64_t m = m0 + part * kPartRows + row;
+        if (m >= linear.m) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          write_float(
+              reinterpret_cast<T*>(staging + row * kOutStride<T>) + 8 * half + lane / 4,
+              finished<kOffset>(linear, sums[(part * (kPartRows / 8) + j) * 4 + 2 * half + column],
+                                m, scaling[half]));
+      }
+    __syncwarp();
+    store_rows<T, kPartRows, kOutBytes<T>, kOutStride<T>>(linear, m0 + part * kPartRows, n0,
+                                                          staging);
+    __syncwarp();
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRolesThreads, 1)
+    wgmma_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
+                 const __grid_constant__ Problem problem) {
+  TRINE_DYNAMIC_SHARED(shared);
+  TRINE_SHARED_ARRAY(Mbarrier, landed, kStages + kPackedStages);
+  TRINE_SHARED_ARRAY(Mbarrier, free, kStages + kPackedStages);
+  const Ring<kStages, kStageBytes> ring = {shared_address(shared), shared_address(landed),
+                                           shared_address(free)};
+  unsigned char* const packed_tiles = shared + kStages * kStageBytes;
+  const Ring<kPackedStages, kPackedBytes> packed_ring = {shared_address(packed_tiles),
+                                                         shared_address(landed + kStages),
+                                                         shared_address(free + kStages)};
+  const int64_t tiles = problem.row_tiles * problem.column_tiles;
+  if (threadIdx.x == 0) {
+    ring.init();
+    packed_ring.init();
+    fence_mbarrier_init();
+    prefetch_tensor_map(x_map);
+    prefetch_tensor_map(w_map);
+  }
+  __syncthreads();
+
+  int64_t used = 0, packed_used = 0;
+  if (threadIdx.x < kGroupThreads) {
+    give_up_registers<kProducerRegisters>();
+    if (threadIdx.x != 0) return;
+    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+      const RasterPosition tile = raster_position(t, problem.row_tiles, problem.column_tiles);
+      for (int step = 0; step < problem.steps; ++step, ++used) {
+        if (step % kStepsOfPacked == 0) {
+          const auto packed = packed_ring.use(packed_used++);
+          mbarrier_wait(packed.free, packed.parity ^ 1u);
+          mbarrier_arrive_expect(packed.landed, kPackedBytes);
+          load_tile(packed.tile, w_map, step / kStepsOfPacked * kTileRowBytes,
+                    int(tile.column) * kTileWeights, packed.landed);
+        }
+        const auto stage = ring.use(used);
+        mbarrier_wait(stage.free, stage.parity ^ 1u);
+        mbarrier_arrive_expect(stage.landed, kStageBytes);
+        load_tile(stage.tile, x_map, step * kTileRowBytes, int(tile.row) * kTileRows, stage.landed);
+      }
+    }
+    return;
+  }
+
+  take_registers<kConsumerRegisters>();
+  const int warp = (int(threadIdx.x) - kGroupThreads) / kWarpThreads;
+  const int lane = int(threadIdx.x) % kWarpThreads;
+  const bool signals = lane == 0;
+  unsigned char* const staging = packed_tiles + kPackedStages * kPackedBytes + warp * kStagingBytes;
+  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+    int32_t sums[kTileRows / 2];
+    for (int step = 0; step < problem.steps; ++step, ++used) {
+      const auto packed = packed_ring.use(packed_used);
+      if (step % kStepsOfPacked == 0) mbarrier_wait(packed.landed, packed.parity);
+      Fragments a;
+      decode(a, packed_tiles + packed_used % kPackedStages * kPackedBytes,
+             warp * kWarpWeights + lane / 4, step % kStepsOfPacked, lane % 4);
+      if (step % kStepsOfPacked == kStepsOfPacked - 1 || step + 1 == problem.steps) {
+        __syncwarp();  // all lanes have read it
+        if (signals) mbarrier_arrive(packed.free);
+        ++packed_used;
+      }
+      const auto stage = ring.use(used);
+      mbarrier_wait(stage.landed, stage.parity);
+      wgmma_fence();
+#pragma unroll
+      for (int product = 0; product < kProducts; ++product)
+        wgmma(S8{}, sums, a[product], tile_descriptor(stage.tile + product * kStepBytes),
+              step > 0 || product > 0);
+      wgmma_commit();
+      wgmma_wait<0>();
+      touch(sums);
+      if (signals) mbarrier_arrive(stage.free);
+    }
+    const RasterPosition tile = raster_position(t, problem.row_tiles, problem.column_tiles);
+    store_sums<T>(problem.linear, tile.row * kTileRows,
+                  tile.column * kTileWeights + warp * kWarpWeights, sums, staging);
+  }
+}
+
+template <class T>
+void run(const DeviceLinear& linear, cudaStream_t stream) {
+  const char* op = "ternary_linear";
+  const int64_t codes = linear.weight_stride * kTernaryPerByte;
+  const Problem problem = {linear, (linear.m + kTileRows - 1) / kTileRows,
+                           (linear.n + kTileWeights - 1) / kTileWeights,
+                           int((codes + kTileRowBytes - 1) / kTileRowBytes)};
+  const TensorMap x_map =
+      make_tensor_map(op, linear.q, linear.m, linear.q_stride, linear.q_stride, kTileRows);
+  const TensorMap w_map = make_tensor_map(op, linear.weight, linear.n, linear.weight_stride,
+                                          linear.weight_stride, kTileWeights);
+  const int64_t tiles = problem.row_tiles * problem.column_tiles;
+  launch(op, wgmma_kernel<T>,
+         {std::min<int64_t>(tiles, multiprocessors()), kRolesThreads, kDynamicBytes}, stream, x_map,
+         w_map, problem);
+}
+
+}  // namespace
+}  // namespace sm90a
+
+void ternary_linear_cuda_sm90a(const DeviceLinear& linear, cudaStream_t stream) {
+  switch (linear.type) {
+    case FloatType::float32:
+      return sm90a::run<float>(linear, stream);
+    case FloatType::bfloat16:
+      return sm90a::run<bfloat16>(linear, stream);
+    case FloatType::float16:
+      return sm90a::run<float16>(linear, stream);
+  }
+}
+
+}  // namespace trine
