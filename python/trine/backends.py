@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trine import _C, _library
+from trine.ops import _triton_kernels
 
 _LOWEST_CUDA_CAPABILITY = (8, 0)  # the oldest GPU that every cuda.cu is compiled for
 
@@ -95,7 +96,14 @@ def _op_backend(op: str, isas: list[str]) -> OpBackend:
         parts += [f"{', '.join(switched_off)} switched off"] if switched_off else []
         reason = "; ".join(parts)
     cuda_kernels = _cuda_kernels(op)
+    if _triton_kernels.in_force() and op in _triton_kernels.OPS:
+        return OpBackend(op, kernel, reason, ("triton",), _triton_reason())
     return OpBackend(op, kernel, reason, cuda_kernels, _cuda_reason(cuda_kernels))
+
+
+def _triton_reason() -> str:
+    found = f"runs on {_device()}" if torch.cuda.is_available() else "torch sees no GPU"
+    return f"{found}; compiled kernels: the CUDA library is {_library.cuda_library.status}"
 
 
 def _cuda_kernels(op: str) -> tuple[str, ...]:
@@ -114,11 +122,28 @@ def _cuda_reason(kernels: tuple[str, ...]) -> str:
         return f"cannot run here: the CUDA library is {_library.cuda_library.status}"
     if not torch.cuda.is_available():
         return "cannot run here: torch sees no GPU"
-    capability = torch.cuda.get_device_capability()
-    device = f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})"
-    if capability < _LOWEST_CUDA_CAPABILITY:
-        return f"cannot run here: {device} is older than sm_80"
-    return f"runs on {device}"
+    if torch.cuda.get_device_capability() < _LOWEST_CUDA_CAPABILITY:
+        return f"cannot run here: {_device()} is older than sm_80"
+    return f"runs on {_device()}"
+
+
+def _device() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+
+
+@contextmanager
+def triton_kernels(device: str = "cuda") -> Iterator[None]:
+    """Inside the block, ops that have a Triton kernel run it on tensors of `device`.
+
+    It holds for the whole process, not for one thread: meant for tests and benchmarks. On the CPU
+    Triton needs TRITON_INTERPRET=1 from the start of the process. Raises ModuleNotFoundError where
+    Triton is not installed.
+    """
+    if not _triton_kernels.available():
+        raise ModuleNotFoundError("the Triton kernels need Triton: pip install triton")
+    with _triton_kernels.forced(device):
+        yield
 
 
 def _processor_name() -> str:

@@ -1,0 +1,185 @@
+"""What the Triton kernels of the integer ops share: quantised rows, the order of tiles, outputs.
+
+They serve CUDA tensors where the compiled library does not (see `trine.backends.describe`). Every
+step rounds as on the other backends: division is `tl.div_rn`, and launches say
+`enable_fp_fusion=False`, for Triton's `/` is approximate and it fuses a product and a sum.
+
+Under `TRITON_INTERPRET=1` the same functions take CPU tensors.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# 1.5 * 2**23: floats of this size are one apart, so that adding it rounds half to even and leaves
+# the integer in the low bits.
+_ROUNDS_TO_INTEGER = tl.constexpr(12582912.0)
+_BITS_OF_IT = tl.constexpr(0x4B400000)
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+_INFINITY = tl.constexpr(0x7F800000)
+_SMALLEST_ABSMAX = tl.constexpr(2.0**-120)
+
+LAUNCH = {"enable_fp_fusion": False}
+INTERPRETED = triton.knobs.runtime.interpret
+# Rows of quantised activations are zero up to a multiple of this.
+ALIGNMENT = 128
+
+
+@triton.jit
+def _round(value):
+    rounded = value + _ROUNDS_TO_INTEGER
+    return rounded.to(tl.int32, bitcast=True) - _BITS_OF_IT
+
+
+@triton.jit
+def quantize_rows_kernel(x, q, scale, total, K, WIDTH, row_stride, BLOCK: tl.constexpr):
+    """One row for each program; q is zero from K to WIDTH."""
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    # Without their sign the bits of floats order as integers do, NaN above infinity.
+    largest = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, K, BLOCK):
+        at = begin + offsets
+        value = tl.load(x + row * row_stride + at, mask=at < K, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & _MAGNITUDE)
+    magnitude = tl.max(largest, 0)
+    absmax = magnitude.to(tl.float32, bitcast=True)
+    finite = magnitude < _INFINITY
+    zero = absmax < _SMALLEST_ABSMAX
+    to_q = tl.div_rn(tl.full([], 127.0, tl.float32), absmax)
+    sums = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, WIDTH, BLOCK):
+        at = begin + offsets
+        value = tl.load(x + row * row_stride + at, mask=at < K, other=0.0).to(tl.float32)
+        rounded = tl.where(finite & (zero == 0) & (at < K), _round(value * to_q), 0)
+        sums += rounded
+        tl.store(q + row * WIDTH + at, rounded.to(tl.int8), mask=at < WIDTH)
+    row_scale = tl.where(finite, tl.div_rn(absmax, tl.full([], 127.0, tl.float32)), float("nan"))
+    tl.store(scale + row, tl.where(zero, 0.0, row_scale))
+    tl.store(total + row, tl.sum(sums, 0))
+
+
+@triton.jit
+def quantize_rows_static_kernel(
+    x, q, scale, input_scale, zero_point, K, WIDTH, row_stride, BLOCK: tl.constexpr
+):
+    """The same with one scale and zero point for the whole tensor, read on the device."""
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    fixed = tl.load(input_scale)
+    zero = tl.load(zero_point).to(tl.float32)
+    largest = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, K, BLOCK):
+        at = begin + offsets
+        value = tl.load(x + row * row_stride + at, mask=at < K, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & _MAGNITUDE)
+    finite = tl.max(largest, 0) < _INFINITY
+    for begin in range(0, WIDTH, BLOCK):
+        at = begin + offsets
+        value = tl.load(x + row * row_stride + at, mask=at < K, other=0.0).to(tl.float32)
+        # Clamped to whole numbers before it is rounded: what is far beyond them could not be.
+        scaled = tl.div_rn(tl.where(finite, value, 0.0), fixed + tl.zeros_like(value))
+        clamped = tl.minimum(tl.maximum(scaled, -128.0 - zero), 127.0 - zero)
+        rounded = _round(clamped) + zero.to(tl.int32)
+        rounded = tl.where(finite & (at < K), rounded, 0)
+        tl.store(q + row * WIDTH + at, rounded.to(tl.int8), mask=at < WIDTH)
+    tl.store(scale + row, tl.where(finite, fixed, float("nan")))
+
+
+@triton.jit
+def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Eight rows of tiles are gone through column by column: both operands stay in the L2."""
+    index = tl.program_id(0)
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    first = index // (8 * column_tiles) * 8
+    rows = tl.minimum(row_tiles - first, 8)
+    in_group = index % (8 * column_tiles)
+    return first + in_group % rows, in_group // rows
+
+
+@triton.jit
+def _narrow(value, dtype: tl.constexpr):
+    """Round to nearest even. Triton's interpreter cuts bfloat16 off instead."""
+    if dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where((bits & _MAGNITUDE) > _INFINITY, 0x7FC0, rounded)
+        return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
+def store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        scaled = scaled + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = y + m.to(tl.int64)[:, None] * N + n[None, :]
+    narrowed = _narrow(scaled, y.dtype.element_ty)
+    tl.store(at, narrowed, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def block_of(k: int) -> int:
+    """Values that a program of `quantize_rows_kernel` takes at a time."""
+    return min(max(triton.next_power_of_2(k), 128), 4096)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` [..., K] as [M, K] whose rows are contiguous."""
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+
+
+def quantize(
+    x: Tensor, width: int, static: tuple[Tensor, Tensor | None] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of `x` [M, K] as int8 [M, width], zero from K on, their scales and sums.
+
+    `static`: (input scale, zero point) for the whole tensor; the sums are then not given.
+    """
+    m, k = x.shape
+    q = x.new_empty(m, width, dtype=torch.int8)
+    scale = x.new_empty(m, dtype=torch.float32)
+    total = x.new_empty(m, dtype=torch.int32)
+    if m == 0:
+        return q, scale, total
+    block = block_of(max(k, width))
+    if static is None:
+        quantize_rows_kernel[(m,)](x, q, scale, total, k, width, x.stride(0), BLOCK=block, **LAUNCH)
+    else:
+        input_scale, zero_point = static
+        if zero_point is None:
+            zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
+        quantize_rows_static_kernel[(m,)](
+            x, q, scale, input_scale, zero_point, k, width, x.stride(0), BLOCK=block, **LAUNCH
+        )
+    return q, scale, total
+
+
+def padded(k: int) -> int:
+    return max(-(-k // ALIGNMENT), 1) * ALIGNMENT
+
+
+def tuned(kernel, block_k: str, key: tuple[str, ...]):
+    """`kernel` with its tiles chosen by measurement, once for each key, and kept on disk.
+
+    The interpreter cannot measure: it takes the first configuration that `tiles` gives.
+    """
+    configs = [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, block_k: k}, num_warps=warps, num_stages=stages)
+        for m, n, k, warps, stages in (
+            (16, 32, 128, 4, 4),
+            (16, 64, 128, 4, 5),
+            (32, 64, 128, 4, 4),
+            (64, 128, 64, 4, 4),
+            (128, 128, 64, 8, 4),
+            (128, 256, 64, 8, 3),
+        )
+    ]
+    return triton.autotune(configs, key=list(key), cache_results=True)(kernel)
+
+
+def row_bucket(m: int) -> int:
+    """The next power of two: the choice of tiles does not change within one."""
+    return triton.next_power_of_2(max(m, 16))

@@ -1,0 +1,106 @@
+"""`int8_linear` on Triton: the formula and its roundings are those of the compiled kernels."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trine.ops import _triton
+from trine.ops._triton import store_outputs, tile_position
+from trine.ops.int8_linear import _fake as check_and_allocate
+
+
+@triton.jit
+def int8_linear_kernel(
+    q,
+    weight,
+    y,
+    x_scale,
+    weight_scale,
+    column_minus,
+    bias,
+    M,
+    N,
+    K,
+    weight_stride,
+    row_bucket,
+    HAS_MINUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """q [M, K] and weight [N, weight_stride] are zero behind their true columns."""
+    row, column = tile_position(M, N, BLOCK_M, BLOCK_N)
+    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_rows = q + m.to(tl.int64)[:, None] * K
+    weight_rows = weight + n.to(tl.int64)[None, :] * weight_stride
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for begin in range(0, K, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)
+        a = tl.load(q_rows + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
+        inside = (n < N)[None, :] & (k < weight_stride)[:, None]
+        b = tl.load(weight_rows + k[:, None], mask=inside, other=0)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    if HAS_MINUS:
+        acc -= tl.load(column_minus + n, mask=n < N, other=0)[None, :]
+    scaled = acc.to(tl.float32) * tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
+    scaled = scaled * tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
+    store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS)
+
+
+_tuned = _triton.tuned(int8_linear_kernel, "BLOCK_K", ("row_bucket", "N", "K"))
+
+
+def int8_linear(
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+) -> Tensor:
+    y = check_and_allocate(
+        x,
+        packed_weight,
+        weight_scale,
+        bias,
+        input_scale=input_scale,
+        input_zero_point=input_zero_point,
+    )
+    if y.numel() == 0:
+        return y
+    rows, weight = _triton.as_rows(x), packed_weight.contiguous()
+    static = None if input_scale is None else (input_scale, input_zero_point)
+    width = _triton.padded(rows.shape[1])
+    q, x_scale, _ = _triton.quantize(rows, width, static)
+    minus = None
+    if input_zero_point is not None:
+        minus = (weight.sum(1, dtype=torch.int32) * input_zero_point).to(torch.int32)
+    (m, _), n = rows.shape, weight.shape[0]
+
+    def grid(meta: dict) -> tuple[int]:
+        return (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
+
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64} if _triton.INTERPRETED else {}
+    (int8_linear_kernel if _triton.INTERPRETED else _tuned)[grid](
+        q,
+        weight,
+        y,
+        x_scale,
+        weight_scale.contiguous(),
+        minus,
+        bias if bias is None else bias.contiguous(),
+        m,
+        n,
+        width,
+        weight.shape[1],
+        _triton.row_bucket(m),
+        HAS_MINUS=minus is not None,
+        HAS_BIAS=bias is not None,
+        **tiles,
+        **_triton.LAUNCH,
+    )
+    return y

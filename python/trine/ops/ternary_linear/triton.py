@@ -1,0 +1,122 @@
+"""`ternary_linear` on Triton: the formula and its roundings are those of the compiled kernels.
+
+Bits 2i and 2i + 1 of byte j of a word hold the code of k = 4i + j, so that the bytes of a row,
+shifted by 2i, are the codes of every sixteen k's 4i .. 4i + 3: four products with four selections
+of the activations' columns, and no byte is loaded twice.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trine.ops import _triton
+from trine.ops._triton import store_outputs, tile_position
+from trine.ops.ternary_linear import _fake as check_and_allocate
+
+
+@triton.jit
+def _products(acc, q_rows, weight_rows, m_inside, n_inside, begin, end, BLOCK_BYTES: tl.constexpr):
+    """acc += the products of bytes `begin` to `end` of the packed rows."""
+    for first in range(begin, end, BLOCK_BYTES):
+        byte = first + tl.arange(0, BLOCK_BYTES)
+        inside = n_inside[None, :] & (byte < end)[:, None]
+        packed = tl.load(weight_rows + byte[:, None], mask=inside, other=0x55)  # four zeros
+        for i in tl.static_range(4):
+            k = byte // 4 * 16 + 4 * i + byte % 4
+            inside = m_inside[:, None] & (byte < end)[None, :]
+            a = tl.load(q_rows + k[None, :], mask=inside, other=0)
+            codes = (packed >> (2 * i)) & 3
+            acc = tl.dot(a, codes.to(tl.int8) - 1, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
+def ternary_linear_kernel(
+    q,
+    weight,
+    y,
+    x_scale,
+    weight_scale,
+    bias,
+    M,
+    N,
+    WIDTH,
+    weight_stride,
+    groups,
+    row_bucket,
+    PER_TENSOR: tl.constexpr,
+    GROUPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+):
+    """q [M, WIDTH], zero behind its true columns; weight uint8 [N, weight_stride]."""
+    row, column = tile_position(M, N, BLOCK_M, BLOCK_N)
+    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_rows = q + m.to(tl.int64)[:, None] * WIDTH
+    weight_rows = weight + n.to(tl.int64)[None, :] * weight_stride
+    row_scale = tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
+    nothing = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    if GROUPED:
+        size = weight_stride // groups
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for g in range(groups):
+            acc = _products(
+                nothing, q_rows, weight_rows, m < M, n < N, g * size, (g + 1) * size, BLOCK_BYTES
+            )
+            group_scale = tl.load(weight_scale + n * groups + g, mask=n < N, other=0.0)[None, :]
+            total = total + acc.to(tl.float32) * group_scale
+        scaled = total * row_scale
+    else:
+        acc = _products(nothing, q_rows, weight_rows, m < M, n < N, 0, weight_stride, BLOCK_BYTES)
+        scaled = acc.to(tl.float32) * row_scale
+        if PER_TENSOR:
+            scaled = scaled * tl.load(weight_scale)
+        else:
+            scaled = scaled * tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
+    store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS)
+
+
+_tuned = _triton.tuned(ternary_linear_kernel, "BLOCK_BYTES", ("row_bucket", "N", "WIDTH", "groups"))
+
+
+def ternary_linear(
+    x: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    y = check_and_allocate(x, packed_weight, weight_scale, bias)
+    if y.numel() == 0:
+        return y
+    rows = _triton.as_rows(x)
+    weight = packed_weight.contiguous().view(torch.uint8)
+    width = _triton.padded(rows.shape[1])
+    q, x_scale, _ = _triton.quantize(rows, width)
+    (m, _), n = rows.shape, weight.shape[0]
+    grouped = weight_scale.dim() == 2
+
+    def grid(meta: dict) -> tuple[int]:
+        return (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
+
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_BYTES": 32} if _triton.INTERPRETED else {}
+    (ternary_linear_kernel if _triton.INTERPRETED else _tuned)[grid](
+        q,
+        weight,
+        y,
+        x_scale,
+        weight_scale.contiguous(),
+        bias if bias is None else bias.contiguous(),
+        m,
+        n,
+        width,
+        weight.shape[1],
+        weight_scale.shape[1] if grouped else 1,
+        _triton.row_bucket(m),
+        PER_TENSOR=not grouped and weight_scale.numel() == 1,
+        GROUPED=grouped,
+        HAS_BIAS=bias is not None,
+        **tiles,
+        **_triton.LAUNCH,
+    )
+    return y

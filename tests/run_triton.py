@@ -1,0 +1,95 @@
+"""Compares the Triton kernels with the references; runs under TRITON_INTERPRET=1, or on a GPU.
+
+A process of its own: Triton reads the variable when it is first imported. `test_triton.py` starts
+it, and `python tests/run_triton.py cuda` does on a machine with a GPU.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+import trine
+from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguous
+from torch import Tensor
+from trine.ops import _triton_kernels
+from trine.ops.int8_linear import reference as int8
+from trine.ops.int8_linear.triton import int8_linear
+from trine.ops.quantize_rows import reference as rows
+from trine.ops.quantize_rows.triton import quantize_rows
+from trine.ops.ternary_linear import reference as ternary
+from trine.ops.ternary_linear.triton import ternary_linear
+
+SHAPES = ((1, 1, 1), (1, 17, 100), (3, 16, 16), (17, 33, 65), (5, 3, 200), (0, 4, 32), (2, 3, 0))
+
+
+def check(run, reference, device: str, *arguments, **named) -> None:
+    def moved(value):
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    actual = run(*map(moved, arguments), **{name: moved(v) for name, v in named.items()})
+    expected = reference(*arguments, **named)
+    if isinstance(expected, Tensor):
+        actual, expected = (actual,), (expected,)
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bits(a.cpu(), e)
+
+
+def main(device: str) -> None:
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        for k in (1, 37, 130):
+            check(quantize_rows, rows.quantize_rows, device, difficult_rows(k, dtype))
+        for m, n, k in SHAPES:
+            check(int8_linear, int8.int8_linear, device, *int8.example_inputs(m, n, k, dtype))
+            check(
+                ternary_linear,
+                ternary.ternary_linear,
+                device,
+                *ternary.example_inputs(m, n, k, dtype),
+            )
+    _, weight, scale, bias = int8.example_inputs(8, 18, 130)
+    for x in (difficult_rows(130, torch.float32), *non_contiguous(torch.randn(4, 130))):
+        check(int8_linear, int8.int8_linear, device, x, weight, scale, None)
+        for zero_point in (None, 0, 7, -128):
+            static = {"input_scale": torch.tensor([0.02])}
+            if zero_point is not None:
+                static["input_zero_point"] = torch.tensor([zero_point], dtype=torch.int32)
+            check(int8_linear, int8.int8_linear, device, x, weight, scale, bias.half(), **static)
+    check(
+        ternary_linear,
+        ternary.ternary_linear,
+        device,
+        *ternary.example_inputs(3, 5, 70, scale_shape=(1,)),
+    )
+    for n, k, groups in ((5, 128, 2), (17, 384, 2), (40, 192, 3)):
+        arguments = ternary.example_inputs(3, n, k, scale_shape=(n, groups))
+        check(ternary_linear, ternary.ternary_linear, device, *arguments)
+    # Behind the operators, and gone from there again.
+    arguments = [a.to(device) for a in int8.example_inputs(2, 3, 40)]
+    with trine.backends.triton_kernels(device):
+        assert calls_triton(lambda: trine.ops.int8_linear(*arguments))
+    always = device == "cuda" and _triton_kernels.in_force()
+    assert calls_triton(lambda: trine.ops.int8_linear(*arguments)) == always
+    print("equal bits")
+
+
+def calls_triton(run: Callable[[], Tensor]) -> bool:
+    """Whether `run` gets to the Triton kernel."""
+    module = import_module("trine.ops.int8_linear.triton")
+    called, kernel = [], module.int8_linear
+
+    def spy(*args, **kwargs):
+        called.append(True)
+        return kernel(*args, **kwargs)
+
+    module.int8_linear = spy
+    try:
+        run()
+    finally:
+        module.int8_linear = kernel
+    return bool(called)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "cpu")

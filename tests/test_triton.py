@@ -1,0 +1,90 @@
+"""The Triton kernels: equal bits under the interpreter, and what the compiler makes of them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+TESTS = Path(__file__).parent
+
+
+def run_comparison(device: str, **environment: str) -> str:
+    command = [sys.executable, "-W", "ignore", TESTS / "run_triton.py", device]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, **environment}
+    ).stdout
+
+
+def test_interpreted_kernels_give_the_bits_of_the_reference():
+    assert run_comparison("cpu", TRITON_INTERPRET="1") == "equal bits\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_kernels_give_the_bits_of_the_reference():
+    assert run_comparison("cuda") == "equal bits\n"
+
+
+def ptx(kernel, pointers: dict[str, str], constants: dict[str, object], capability: int) -> str:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: pointers.get(name, "i32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constexprs=constants)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    return compiled.asm["ptx"]
+
+
+def int8_ptx(capability: int) -> str:
+    from trine.ops.int8_linear.triton import int8_linear_kernel
+
+    pointers = {"q": "*i8", "weight": "*i8", "y": "*bf16", "column_minus": "*i32"}
+    pointers |= dict.fromkeys(("x_scale", "weight_scale", "bias"), "*fp32")
+    constants = {"HAS_MINUS": True, "HAS_BIAS": True}
+    constants |= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+    return ptx(int8_linear_kernel, pointers, constants, capability)
+
+
+def ternary_ptx(capability: int) -> str:
+    from trine.ops.ternary_linear.triton import ternary_linear_kernel
+
+    pointers = {"q": "*i8", "weight": "*u8", "y": "*bf16"}
+    pointers |= dict.fromkeys(("x_scale", "weight_scale", "bias"), "*fp32")
+    constants = {"PER_TENSOR": False, "GROUPED": True, "HAS_BIAS": True}
+    constants |= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_BYTES": 32}
+    return ptx(ternary_linear_kernel, pointers, constants, capability)
+
+
+def quantize_ptx(capability: int) -> str:
+    from trine.ops._triton import quantize_rows_kernel
+
+    pointers = {"x": "*fp32", "q": "*i8", "scale": "*fp32", "total": "*i32"}
+    return ptx(quantize_rows_kernel, pointers, {"BLOCK": 1024}, capability)
+
+
+def static_ptx(capability: int) -> str:
+    from trine.ops._triton import quantize_rows_static_kernel
+
+    pointers = {"x": "*fp32", "q": "*i8", "scale": "*fp32"}
+    pointers |= {"input_scale": "*fp32", "zero_point": "*i32"}
+    return ptx(quantize_rows_static_kernel, pointers, {"BLOCK": 1024}, capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("compile_kernel", [int8_ptx, ternary_ptx, quantize_ptx, static_ptx])
+def test_compiled_kernels_round_as_the_others(compile_kernel, capability):
+    """What the interpreter cannot show: no approximate division, no product fused with a sum."""
+    code = compile_kernel(capability)
+    assert not re.search(r"\bdiv\.(full|approx)", code)
+    assert not re.search(r"\bfma\.", code)
+    if compile_kernel in (quantize_ptx, static_ptx):
+        assert "div.rn.f32" in code
+    else:
+        assert re.search(r"\b(mma\.sync|wgmma\.mma_async)\S*\.s32\.s8\.s8", code)
