@@ -10,6 +10,7 @@ import torch
 import trine
 from test_cuda_sass import build_tool
 from trine import _C, _library, backends
+from trine.ops import _triton_kernels
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(trine.__file__).with_name("libtrine_cuda.so")
@@ -47,6 +48,12 @@ class TestLoadRules:
         library = _library.load_cuda_library(tmp_path / "libtrine_cuda.so")
         assert (library.loaded, library.status) == (False, "not built: no nvcc was found")
         monkeypatch.setattr(_library, "cuda_library", library)
+        monkeypatch.setattr(_triton_kernels, "available", lambda: True)
+        for op in backends.describe().ops:
+            if op.op in _triton_kernels.OPS:
+                assert op.cuda_kernels == ("triton",)
+                assert "the CUDA library is not built: no nvcc was found" in op.cuda_reason
+        monkeypatch.setattr(_triton_kernels, "available", lambda: False)
         for op in backends.describe().ops:
             assert op.cuda_kernels == ()
             assert op.cuda_reason == "the CUDA library is not built: no nvcc was found"
