@@ -38,7 +38,7 @@ __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
 }
 
 template <class Weight>
-__global__ void __launch_bounds__(kManyRowsThreads) many_rows_kernel(DeviceLinear linear) {
+__global__ void __launch_bounds__(kManyRowsThreads, 1) many_rows_kernel(DeviceLinear linear) {
   constexpr int kWarpRows = 64, kWarpColumns = 32;
   constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;
   constexpr int kStageABytes = kManyRowsTile * kStageK;
