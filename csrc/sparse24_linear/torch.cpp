@@ -19,8 +19,16 @@ constexpr Sparse24FloatKernel kFloatKernels[] = {
      sparse24_float_scalar},
 };
 #ifdef TRINE_X86
-constexpr Sparse24FloatKernel kPairedKernel{Isa::avx512bf16, 6, sparse24_block_avx512bf16,
-                                            sparse24_widen_avx512bf16, sparse24_float_avx512bf16};
+// For bf16 values and many rows of bf16 x.
+constexpr Sparse24FloatKernel kPairedKernels[] = {
+    {Isa::avx512bf16, 6, sparse24_block_avx512bf16, sparse24_widen_avx512bf16,
+     sparse24_float_avx512bf16},
+    kFloatKernels[0],
+    kFloatKernels[1],
+    kFloatKernels[2],
+};
+[[maybe_unused]] const bool paired_announced =
+    announce("sparse24_linear (many rows of bf16)", kPairedKernels);
 #endif
 constexpr Sparse24Int8Kernel kInt8Kernels[] = {
 #ifdef TRINE_X86
@@ -41,9 +49,8 @@ constexpr Sparse24Int8Kernel kInt8Kernels[] = {
 const Sparse24FloatKernel& float_kernel([[maybe_unused]] const Matrix& x,
                                         [[maybe_unused]] FloatType values) {
 #ifdef TRINE_X86
-  if (x.type == FloatType::bfloat16 && values == FloatType::bfloat16 &&
-      x.m >= kSparse24PairedRows && isa_enabled(kPairedKernel.needs))
-    return kPairedKernel;
+  if (x.type == FloatType::bfloat16 && values == FloatType::bfloat16 && x.m >= kSparse24PairedRows)
+    return select(kPairedKernels);
 #endif
   return select(kFloatKernels);
 }
