@@ -404,9 +404,9 @@ def sm90a_mutants(kernel: str) -> list[Mutant]:
         ),
         Mutant(
             "wrong stage",
-            PIPELINE,
-            "int index = int(number % kCount)",
-            "int index = int((number + number / kCount) % kCount)",
+            kernel,
+            "load_tile(stage.tile, x_map",
+            "load_tile(ring.use(used + 1).tile, x_map",
         ),
         Mutant("wrong swizzle", TILE, "kSwizzle128 = 1", "kSwizzle128 = 2", "swizzle"),
         Mutant("wrong stride of rows", TILE, "kEightRows = 8 *", "kEightRows = 4 *"),
