@@ -231,8 +231,8 @@ SHARED_MUTANTS = (
     Mutant(
         "tiles: wrong wait count",
         MANY_ROWS,
-        "copy_async_wait<kStages - 2>()",
-        "copy_async_wait<kStages - 1>()",
+        "copy_async_wait<kManyRowsStages - 2>()",
+        "copy_async_wait<kManyRowsStages - 1>()",
     ),
     Mutant(
         "tiles: wrong swizzle",
@@ -243,20 +243,20 @@ SHARED_MUTANTS = (
     Mutant(
         "tiles: wrong stage computed",
         MANY_ROWS,
-        "compute_stage(int(step % kStages))",
-        "compute_stage(int((step + 1) % kStages))",
+        "compute_stage(int(step % kManyRowsStages))",
+        "compute_stage(int((step + 1) % kManyRowsStages))",
     ),
     Mutant(
         "tiles: wrong stage loaded",
         MANY_ROWS,
-        "load_stage(int(next % kStages), next)",
-        "load_stage(int(step % kStages), next)",
+        "load_stage(int(next % kManyRowsStages), next)",
+        "load_stage(int(step % kManyRowsStages), next)",
     ),
     Mutant(
         "tiles: a group is not closed",
         MANY_ROWS,
-        "load_stage(int(next % kStages), next);\n    copy_async_commit();",
-        "load_stage(int(next % kStages), next), copy_async_commit();",
+        "load_stage(int(next % kManyRowsStages), next);\n    copy_async_commit();",
+        "load_stage(int(next % kManyRowsStages), next), copy_async_commit();",
     ),
     Mutant(
         "tiles: rows behind the last read",
@@ -277,7 +277,9 @@ SHARED_MUTANTS = (
     ),
     Mutant("tiles: rows behind the last written", MANY_ROWS, "if (m < linear.m)\n", "\n"),
     Mutant("tiles: columns behind the last written", MANY_ROWS, "if (n >= linear.n) continue;", ""),
-    Mutant("tiles: raster", MANY_ROWS, "first_row + in_group % rows", "in_group % rows"),
+    Mutant(
+        "tiles: raster", "common/cuda/raster.cuh", "first_row + in_group % rows", "in_group % rows"
+    ),
     Mutant("bias before the scale", FINISH, "scaled + column.bias", "scaled + 2 * column.bias"),
     Mutant(
         "one rounding less",
@@ -340,7 +342,18 @@ TERNARY_KERNEL = "ternary_linear/cuda.cu"
 MUTANTS += [
     ("ternary_linear", mutant)
     for mutant in (
-        Mutant("offset forgotten", TERNARY_KERNEL, "kOffset = 1", "kOffset = 0"),
+        Mutant(
+            "offset forgotten",
+            TERNARY_KERNEL,
+            "kUnits = 4;  // a word each\n  static constexpr int32_t kOffset = 1",
+            "kUnits = 4;\n  static constexpr int32_t kOffset = 0",
+        ),
+        Mutant(
+            "tiles: offset forgotten",
+            TERNARY_KERNEL,
+            "struct TernaryStage {\n  static constexpr int32_t kOffset = 1",
+            "struct TernaryStage {\n  static constexpr int32_t kOffset = 0",
+        ),
         Mutant("codes in the wrong order", TERNARY_KERNEL, ">> 2 * f &", ">> 2 * (f ^ 1) &"),
         Mutant("groups: wrong lane", TERNARY_KERNEL, ">> 2 * quarter &", ">> 2 * (quarter ^ 1) &"),
         Mutant("groups: words swapped", TERNARY_KERNEL, "pair + i / 2)", "pair + 1 - i / 2)"),
