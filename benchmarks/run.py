@@ -22,6 +22,7 @@ import multiprocessing
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 
@@ -56,6 +57,11 @@ class Measured:
         )
 
 
+def instruction_set(isa: str | None) -> AbstractContextManager:
+    """The one asked for; otherwise every kernel takes the best it has."""
+    return nullcontext() if isa is None else trine.backends.cpu_isa(isa)
+
+
 def measure_all(arguments: argparse.Namespace, threads: int) -> Measured:
     """Everything with this number of threads, in a process that has never had another one."""
     torch.set_num_threads(threads)
@@ -66,7 +72,7 @@ def measure_all(arguments: argparse.Namespace, threads: int) -> Measured:
     console = Console(stderr=True)
     found = Measured()
     ops = arguments.op or OTHER + LINEAR
-    with trine.backends.cpu_isa(arguments.isa or trine.backends.cpu_isas()[-1]):
+    with instruction_set(arguments.isa):
         found.ceilings.append(measure(threads))
         for op in (op for op in OTHER if op in ops):
             work = import_module(f"benchmarks.bench_{op}").comparisons(threads, arguments.quick)
@@ -103,8 +109,7 @@ def _time(
 
 
 def cpu(arguments: argparse.Namespace) -> int:
-    isa = arguments.isa or trine.backends.cpu_isas()[-1]
-    with trine.backends.cpu_isa(isa):
+    with instruction_set(arguments.isa):
         facts = results.machine_facts("python -m benchmarks.run cpu")
     found = Measured()
     # A process for each: thread pools of several libraries cannot be resized, and spin when idle.
