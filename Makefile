@@ -11,7 +11,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(abspath $(VENV))/bin
-CXX_FILES = $(shell git ls-files 'benchmarks/*.cpp' 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cuh')
+CXX_FILES = $(shell git ls-files 'benchmarks/*.cpp' 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh')
 
 .PHONY: demo test sanitize test-arm lint format build clean
 
