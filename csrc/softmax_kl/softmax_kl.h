@@ -17,11 +17,11 @@
 // takes 23 multiplications, FMAs and maxima of a vector, backward 22, and a Zen 4 core starts one
 // of 16 lanes in a cycle. Measured on one in L2 with AVX-512: 24.4 and 25.3 cycles, 94% and 87% of
 // that (0.41 and 0.43 ns an element at 3.7 GHz; AVX2 0.56 and 0.64; bf16 0.46 and 0.63, for
-// rounding to it is eight more instructions). 1024 x 32000 in fp32 on both hyperthreads of that
-// core took 28.5 ms, forward and backward, into memory in use: the multiplications alone are 25.0
-// (88%), the bytes, as plain loops move them, 19. Fresh memory for the gradient adds 5 ms of page
-// faults. Gradients written past the caches lost where their memory was fresh, and rows taken in
-// reverse, for what L3 still holds of them, lost too.
+// rounding to it is eight more instructions). 1024 x 32000 in fp32 on two
+// cores took 26.5 ms, forward and backward, page faults of a fresh gradient included: the
+// multiplications alone are 12.5, the bytes, as plain loops move them, 19. Gradients written past
+// the caches lost where their memory was fresh, and rows taken in reverse, for what L3 still holds
+// of them, lost too.
 #pragma once
 
 #include <cstdint>
