@@ -11,7 +11,7 @@ makes the exit status 1.
     python -m benchmarks.run cpu --op int8_linear --isa avx2 --rows 1 --quick
     python -m benchmarks.run instructions
 
-The first one, some 20 minutes, writes benchmarks/results/<processor>.json and .png; the others
+The first one writes benchmarks/results/<processor>.json and .png; the others
 print. `instructions` counts what the inner loops execute under valgrind: a figure that repeats on a
 noisy machine.
 """
@@ -141,7 +141,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     timed.add_argument("--threads", type=int, nargs="+", help="default: 1 and all cores")
     timed.add_argument("--rows", type=int, nargs="+", help="of linear ops; default: 1 8 32 128 512")
-    timed.add_argument("--quick", action="store_true", help="fewer shapes and samples: 3 minutes")
+    timed.add_argument("--quick", action="store_true", help="fewer shapes and samples: 8 minutes")
     timed.add_argument("--isa", choices=trine.backends.cpu_isas(), help="force CPU kernels")
     commands.add_parser("instructions", help="count the inner loops' instructions under valgrind")
     return parser.parse_args(arguments)
