@@ -8,7 +8,8 @@ namespace trine {
 namespace {
 
 struct Simd : Vectors256 {
-  using Sums = int16_t __attribute__((vector_size(32)));
+  // Unsigned, so that they may wrap where a damaged weight holds the code 3.
+  using Sums = uint16_t __attribute__((vector_size(32)));
   static constexpr int64_t kDotsPerSum = 64;  // pairs of at most 2 * 2 * 127, below 2^15 together
 
   static Sums dot(Sums sum, Words codes, Words q) {
