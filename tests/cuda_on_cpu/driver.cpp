@@ -29,7 +29,7 @@ void report_fault(int, siginfo_t* info, void*) {
       fail("access outside of %s (%td bytes): %td bytes %s", e.name, e.end - e.begin,
            before ? e.begin - at : at - e.end, before ? "before its begin" : "behind its end");
     }
-  fail("access to %p, far from every buffer", info->si_addr);
+  fail("access to %p, outside of every buffer and far from all", info->si_addr);
 }
 
 // On a stack of its own: the fault may be that a thread's stack is full.
