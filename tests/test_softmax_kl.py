@@ -62,6 +62,20 @@ def test_dtypes_may_differ(isa):
             assert_matches_reference(student.to(student_dtype), teacher.to(teacher_dtype), 2.0)
 
 
+@pytest.mark.parametrize("upstream", [1.0, -1e4, 1e-37, 1e38, INF, NAN])
+def test_bf16_gradients_are_rounded_once(isa, upstream):
+    """To nearest even: what the fp32 kernel computes from the same saved rows, rounded by torch."""
+    student, teacher = reference.example_inputs(5, classes=1003, dtype=torch.bfloat16)
+    _, saved = torch.ops.trine.softmax_kl(student, teacher, 2.0, "sum")
+    grad_loss = torch.tensor(upstream)
+    for for_teacher in (False, True):
+        narrow, wide = (
+            torch.ops.trine.softmax_kl_backward(grad_loss, s, t, saved, 2.0, "sum", for_teacher)
+            for s, t in ((student, teacher), (student.float(), teacher.float()))
+        )
+        torch.testing.assert_close(narrow, wide.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
 @pytest.mark.parametrize("spread", [1.0, 1e4])
 def test_huge_logits(isa, offset, spread):

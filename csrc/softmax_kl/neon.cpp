@@ -25,6 +25,13 @@ struct Vector {
   void store(T* to, int count) const {
     store_floats(v, to, count);
   }
+  static std::pair<Vector, Vector> load_even_odd(const bfloat16* from) {
+    const auto [even, odd] = trine::load_even_odd(from);
+    return {Vector(even), Vector(odd)};
+  }
+  static void store_even_odd(Vector even, Vector odd, bfloat16* to) {
+    trine::store_even_odd({even.v, odd.v}, to);
+  }
   // The first `count` lanes of a, the rest of b.
   static Vector first(int count, Vector a, Vector b) {
     float lanes[width];

@@ -9,6 +9,7 @@
 #include <limits>
 #include <numbers>
 #include <type_traits>
+#include <utility>
 
 #include "softmax_kl/sums.h"
 
@@ -76,21 +77,47 @@ struct Exponential {
   }
 };
 
-// Calls body(first, count) for whole vectors and then for the rest of fewer than V::width.
-template <class V, class Body>
-void for_each_vector(int64_t count, const Body& body) {
-  int64_t i = 0;
-  for (; i + V::width <= count; i += V::width) body(i, std::integral_constant<int, V::width>());
-  if (i < count) body(i, static_cast<int>(count - i));
-}
-template <class Count>
-constexpr bool is_whole = !std::is_same_v<Count, int>;
-
 // Fetches what lies one block ahead: the arithmetic of one block and the memory traffic of the
 // next then go on at the same time.
 template <class V, class T>
 [[gnu::always_inline]] inline void prefetch_next_block(const T* here) {
   __builtin_prefetch(reinterpret_cast<const char*>(here) + kBlock<V> * sizeof(T));
+}
+
+// Rows of bf16 are taken two vectors at a time, the even elements and the odd ones.
+template <class V, class S, class T>
+constexpr bool kEvenOdd = V::width > 1 && std::is_same_v<S, bfloat16>&& std::is_same_v<T, bfloat16>;
+
+template <class Count>
+constexpr bool is_whole = !std::is_same_v<Count, int>;
+
+// Calls body(s, t, count) for whole vectors and then for the rest of fewer than V::width.
+template <bool prefetch, class V, class S, class T, class Body>
+void for_each_vector(const S* student, const T* teacher, int64_t count, const Body& body) {
+  constexpr std::integral_constant<int, V::width> whole;
+  const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
+    if constexpr (prefetch) {
+      prefetch_next_block<V>(student + i);
+      prefetch_next_block<V>(teacher + i);
+    }
+  };
+  int64_t i = 0;
+  if constexpr (kEvenOdd<V, S, T>)
+    for (; i + 2 * V::width <= count; i += 2 * V::width) {
+      const auto [s_even, s_odd] = V::load_even_odd(student + i);
+      const auto [t_even, t_odd] = V::load_even_odd(teacher + i);
+      fetch(i);
+      body(s_even, t_even, whole);
+      body(s_odd, t_odd, whole);
+    }
+  for (; i + V::width <= count; i += V::width) {
+    fetch(i);
+    body(V::load(student + i, V::width), V::load(teacher + i, V::width), whole);
+  }
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
+    body(V::load(student + i, rest), V::load(teacher + i, rest), rest);
+  }
 }
 
 template <class V>
@@ -109,12 +136,8 @@ BlockSums<V> sum_block(const S* student, const T* teacher, int64_t count, float 
   const V infinite(-kInfinity), zero(0.0f);
   const Exponential<V> exp(rate);
   BlockSums<V> sums;
-  for_each_vector<V>(count, [&](int64_t i, auto n) {
-    V s = V::load(student + i, n), t = V::load(teacher + i, n);
-    if constexpr (is_whole<decltype(n)>) {
-      prefetch_next_block<V>(student + i);
-      prefetch_next_block<V>(teacher + i);
-    } else {
+  for_each_vector<true, V>(student, teacher, count, [&](V s, V t, auto n) {
+    if constexpr (!is_whole<decltype(n)>) {
       s = V::first(n, s, infinite);
       t = V::first(n, t, infinite);
     }
@@ -143,8 +166,7 @@ SoftmaxKlSums forward_part(const S* student, const T* teacher, int64_t n, float 
     const T* t = teacher + begin;
     const V infinite(-kInfinity);
     V max_student = infinite, max_teacher = infinite;
-    for_each_vector<V>(count, [&](int64_t i, auto n) {
-      V at_s = V::load(s + i, n), at_t = V::load(t + i, n);
+    for_each_vector<false, V>(s, t, count, [&](V at_s, V at_t, auto n) {
       if constexpr (!is_whole<decltype(n)>) {
         at_s = V::first(n, at_s, infinite);
         at_t = V::first(n, at_t, infinite);
@@ -219,13 +241,27 @@ struct TeacherGradient {
 template <class V, class Gradient, class S, class T, class Out>
 void gradient_part(const S* student, const T* teacher, int64_t n, const Gradient& gradient,
                    Out* out) {
-  for_each_vector<V>(n, [&](int64_t i, auto n) {
-    if constexpr (is_whole<decltype(n)>) {
-      prefetch_next_block<V>(student + i);
-      prefetch_next_block<V>(teacher + i);
+  const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
+    prefetch_next_block<V>(student + i);
+    prefetch_next_block<V>(teacher + i);
+  };
+  int64_t i = 0;
+  if constexpr (kEvenOdd<V, S, T>)
+    for (; i + 2 * V::width <= n; i += 2 * V::width) {
+      const auto [s_even, s_odd] = V::load_even_odd(student + i);
+      const auto [t_even, t_odd] = V::load_even_odd(teacher + i);
+      fetch(i);
+      V::store_even_odd(gradient(s_even, t_even), gradient(s_odd, t_odd), out + i);
     }
-    gradient(V::load(student + i, n), V::load(teacher + i, n)).store(out + i, n);
-  });
+  for (; i + V::width <= n; i += V::width) {
+    fetch(i);
+    gradient(V::load(student + i, V::width), V::load(teacher + i, V::width))
+        .store(out + i, V::width);
+  }
+  if (i < n) {
+    const int rest = static_cast<int>(n - i);
+    gradient(V::load(student + i, rest), V::load(teacher + i, rest)).store(out + i, rest);
+  }
 }
 
 // Calls body with pointers to the elements in their types.
@@ -246,11 +282,6 @@ auto with_types(LogitRow student, LogitRow teacher, const Body& body) {
   });
 }
 
-// NaN, where the row has no loss, goes with the scale into every element.
-inline float scale_or_nan(const SoftmaxKlRow& row, float scale) {
-  return std::isnan(row.log2_ratio) ? row.log2_ratio : scale;
-}
-
 }  // namespace
 }  // namespace trine
 
@@ -264,7 +295,7 @@ inline float scale_or_nan(const SoftmaxKlRow& row, float scale) {
   void softmax_kl_student_gradient_##suffix(LogitRow student, LogitRow teacher, int64_t n,       \
                                             float rate, const SoftmaxKlRow& row, float scale,    \
                                             void* out) {                                         \
-    const StudentGradient<V> gradient(row, rate, scale_or_nan(row, scale));                      \
+    const StudentGradient<V> gradient(row, rate, scale);                                         \
     with_types(student, teacher, [&]<class S>(const S* s, const auto* t) {                       \
       gradient_part<V>(s, t, n, gradient, static_cast<S*>(out));                                 \
     });                                                                                          \
@@ -272,7 +303,7 @@ inline float scale_or_nan(const SoftmaxKlRow& row, float scale) {
   void softmax_kl_teacher_gradient_##suffix(LogitRow student, LogitRow teacher, int64_t n,       \
                                             float rate, const SoftmaxKlRow& row, float scale,    \
                                             void* out) {                                         \
-    const TeacherGradient<V> gradient(row, rate, scale_or_nan(row, scale));                      \
+    const TeacherGradient<V> gradient(row, rate, scale);                                         \
     with_types(student, teacher, [&]<class T>(const auto* s, const T* t) {                       \
       gradient_part<V>(s, t, n, gradient, static_cast<T*>(out));                                 \
     });                                                                                          \

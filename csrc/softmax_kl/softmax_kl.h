@@ -16,12 +16,12 @@
 // What bounds it: two exponentials an element in each direction, and memory beside them. Forward
 // takes 23 multiplications, FMAs and maxima of a vector, backward 22, and a Zen 4 core starts one
 // of 16 lanes in a cycle. Measured on one in L2 with AVX-512: 24.4 and 25.3 cycles, 94% and 87% of
-// that (0.41 and 0.43 ns an element at 3.7 GHz; AVX2 0.56 and 0.64; bf16 0.46 and 0.63, for
-// rounding to it is eight more instructions). 1024 x 32000 in fp32 on two
-// cores took 26.5 ms, forward and backward, page faults of a fresh gradient included: the
-// multiplications alone are 12.5, the bytes, as plain loops move them, 19. Gradients written past
-// the caches lost where their memory was fresh, and rows taken in reverse, for what L3 still holds
-// of them, lost too.
+// that (0.41 and 0.43 ns an element at 3.7 GHz; AVX2 0.56 and 0.64). bf16 takes 1.1 times as long
+// there (backward on AVX2: 1.2), as long where the logits lie in L3, and 0.85 of it in memory.
+// 1024 x 32000 in fp32 on two cores took 26.5 ms, forward and backward, page faults of a fresh
+// gradient included: the multiplications alone are 12.5, the bytes, as plain loops move them, 19.
+// Gradients written past the caches lost where their memory was fresh, and rows taken in reverse,
+// for what L3 still holds of them, lost too.
 #pragma once
 
 #include <cstdint>
@@ -67,7 +67,8 @@ inline constexpr int64_t kSoftmaxKlColumns = sizeof(SoftmaxKlRow) / sizeof(float
 // exp(x / T) = 2^(x * rate).
 using SoftmaxKlForward = SoftmaxKlSums(LogitRow student, LogitRow teacher, int64_t n, float rate);
 
-// Writes scale * (d loss / d logits) / T to `gradient`, whose type is that of the logits.
+// Writes scale * (d loss / d logits) / T to `gradient`, whose type is that of the logits. Not for
+// rows without a loss: that no NaN comes in makes rounding to bf16 cheap.
 using SoftmaxKlBackward = void(LogitRow student, LogitRow teacher, int64_t n, float rate,
                                const SoftmaxKlRow& row, float scale, void* gradient);
 

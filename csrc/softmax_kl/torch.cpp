@@ -124,6 +124,22 @@ void advise_huge_pages([[maybe_unused]] char* memory, [[maybe_unused]] int64_t b
 #endif
 }
 
+void fill_with_nan(FloatType type, char* to, int64_t count) {
+  const auto fill = [&]<class T>(T* values) {
+    T nan;
+    narrow(std::numeric_limits<float>::quiet_NaN(), &nan);
+    std::fill(values, values + count, nan);
+  };
+  switch (type) {
+    case FloatType::float32:
+      return fill(reinterpret_cast<float*>(to));
+    case FloatType::bfloat16:
+      return fill(reinterpret_cast<bfloat16*>(to));
+    case FloatType::float16:
+      return fill(reinterpret_cast<float16*>(to));
+  }
+}
+
 std::tuple<Tensor, Tensor> softmax_kl_cpu(const Tensor& student, const Tensor& teacher,
                                           double temperature, std::string reduction) {
   const Problem problem = read(student, teacher, temperature);
@@ -209,6 +225,8 @@ Tensor softmax_kl_backward_cpu(const Tensor& grad_loss, const Tensor& student,
     char* to = out + (part.row * n + part.begin) * element_bytes;
     if (scale == 0)  // a row that is masked out costs nothing, and its NaN stays in the loss
       std::memset(to, 0, static_cast<std::size_t>(part.size * element_bytes));
+    else if (std::isnan(scale) || std::isnan(rows[part.row].log2_ratio))
+      fill_with_nan(matrix.type, to, part.size);
     else
       run(part.student, part.teacher, part.size, problem.rate, rows[part.row],
           static_cast<float>(scale), to);

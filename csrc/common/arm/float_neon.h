@@ -85,6 +85,35 @@ template <class Result, class Operation, class... Operands>
   };
   store_16_bits(vshrn_high_n_u32(vshrn_n_u32(rounded(v.low), 16), rounded(v.high), 16), p, count);
 }
+// Sixteen bf16 at once as their even and their odd ones, which costs less than two loads and two
+// stores in order. Stored values are rounded as above; a NaN must be as arithmetic makes it, for
+// other payloads might be rounded up to no NaN.
+struct EvenOdd {
+  Floats even, odd;
+};
+[[maybe_unused]] inline EvenOdd load_even_odd(const bfloat16* p) {
+  const auto* words = reinterpret_cast<const uint16_t*>(p);
+  const uint32x4_t low = vreinterpretq_u32_u16(vld1q_u16(words));
+  const uint32x4_t high = vreinterpretq_u32_u16(vld1q_u16(words + 8));
+  const auto even = [](uint32x4_t pair) { return vreinterpretq_f32_u32(vshlq_n_u32(pair, 16)); };
+  const auto odd = [](uint32x4_t pair) {
+    return vreinterpretq_f32_u32(vandq_u32(pair, vdupq_n_u32(0xffff0000)));
+  };
+  return {{even(low), even(high)}, {odd(low), odd(high)}};
+}
+[[maybe_unused]] inline void store_even_odd(EvenOdd v, bfloat16* p) {
+  const auto rounded = [](float32x4_t value) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(value);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    return vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+  };
+  const auto store = [&](float32x4_t even, float32x4_t odd, bfloat16* to) {
+    const uint32x4_t pair = vsriq_n_u32(rounded(odd), rounded(even), 16);
+    vst1q_u16(reinterpret_cast<uint16_t*>(to), vreinterpretq_u16_u32(pair));
+  };
+  store(v.even.low, v.odd.low, p);
+  store(v.even.high, v.odd.high, p + 8);
+}
 [[maybe_unused]] inline void store_floats(Floats v, float16* p, int64_t count = 8) {
   store_16_bits(vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(v.low), v.high)), p, count);
 }
