@@ -1,7 +1,8 @@
-"""What every test shares: a fixed seed, poisoned memory, and each instruction set in turn."""
+"""What tests share: a fixed seed, poisoned memory, each instruction set and device in turn."""
 
 import pytest
 import torch
+from devices import DEVICE, devices_to_test, on_device
 from instruction_sets import isas_to_test
 from trine import _C, backends
 
@@ -26,16 +27,28 @@ def _poisoned_memory():
 
 
 @pytest.fixture
-def isa(request) -> str:
-    """Each instruction set of this machine, forced; for an op's tests, each it has kernels for."""
-    with backends.cpu_isa(request.param):
+def isa(request, monkeypatch) -> str:
+    """Each instruction set of this machine, forced; for an op's tests, each it has kernels for.
+
+    Where a GPU is visible it is one more: the op that the test calls then runs there.
+    """
+    if request.param == DEVICE:
+        op = _op_of(request.module)
+        monkeypatch.setattr(request.module, op, on_device(getattr(request.module, op)))
         yield request.param
+    else:
+        with backends.cpu_isa(request.param):
+            yield request.param
+
+
+def _op_of(module) -> str:
+    return module.__name__.removeprefix("test_")
 
 
 def pytest_generate_tests(metafunc) -> None:
     if "isa" in metafunc.fixturenames:
-        op = metafunc.module.__name__.removeprefix("test_")
-        metafunc.parametrize("isa", isas_to_test(op), indirect=True)
+        op = _op_of(metafunc.module)
+        metafunc.parametrize("isa", isas_to_test(op) + devices_to_test(op), indirect=True)
 
 
 @pytest.fixture

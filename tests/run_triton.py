@@ -10,6 +10,7 @@ from importlib import import_module
 
 import torch
 import trine
+from devices import smallest_tiles
 from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguous
 from torch import Tensor
 from trine.ops import _triton_kernels
@@ -36,6 +37,7 @@ def check(run, reference, device: str, *arguments, **named) -> None:
 
 
 def main(device: str) -> None:
+    smallest_tiles()
     torch.manual_seed(0)
     for dtype in DTYPES:
         for k in (1, 37, 130):

@@ -10,9 +10,20 @@ if(NOT TRINE_CUDA MATCHES "^(AUTO|ON|OFF)$")
 endif()
 
 # The GPU targets of a source, by its file name. cuda.cu: code for sm_80 (A100 and, with fewer features in use, everything after it) and sm_90 (H100, H200),
-# and PTX that the driver compiles for later GPUs.
-set(TRINE_CUDA_TARGETS_cuda -gencode=arch=compute_80,code=sm_80
-    -gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90)
+# and PTX that the driver compiles for later GPUs; or, to try it where it is compiled, for one GPU.
+set(TRINE_CUDA_ARCHITECTURE "" CACHE STRING
+    "Compute capability of the one GPU to build for, 90 say; empty: every GPU from sm_80 on")
+if(NOT TRINE_CUDA_ARCHITECTURE MATCHES "^([1-9][0-9]+)?$")
+  message(FATAL_ERROR "TRINE_CUDA_ARCHITECTURE must be a compute capability without its dot, as 90; "
+          "it is '${TRINE_CUDA_ARCHITECTURE}'.")
+endif()
+if(TRINE_CUDA_ARCHITECTURE)
+  set(TRINE_CUDA_TARGETS_cuda
+      -gencode=arch=compute_${TRINE_CUDA_ARCHITECTURE},code=sm_${TRINE_CUDA_ARCHITECTURE})
+else()
+  set(TRINE_CUDA_TARGETS_cuda -gencode=arch=compute_80,code=sm_80
+      -gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90)
+endif()
 # Instructions that exist on one generation only.
 set(TRINE_CUDA_TARGETS_cuda_sm80 -gencode=arch=compute_80,code=sm_80)
 set(TRINE_CUDA_TARGETS_cuda_sm90a -gencode=arch=compute_90a,code=sm_90a)
@@ -63,6 +74,9 @@ else()
     set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
     enable_language(CUDA)
     set(TRINE_CUDA_BUILD "built with nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+    if(TRINE_CUDA_ARCHITECTURE)
+      string(APPEND TRINE_CUDA_BUILD " for sm_${TRINE_CUDA_ARCHITECTURE} alone")
+    endif()
   elseif(TRINE_CUDA STREQUAL "ON")
     message(FATAL_ERROR "TRINE_CUDA=ON, but ${nvcc_problem}. Install a CUDA toolkit >= 12.0 that "
             "knows this C++ compiler, name its nvcc with -DTRINE_NVCC=<path>, or use "

@@ -1,0 +1,97 @@
+"""Calls of every op at shapes that reach every CUDA kernel, each with what it must give.
+
+`python tests/device_calls.py` makes them all on the GPU and compares, in any process: a memory
+checker's, for instance. Inputs are made on the CPU, so that the op's own kernels are all that runs.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import trine  # noqa: F401  (registers the operators)
+from devices import ABSENT, DEVICE, all_moved, is_visible
+from linear_inputs import DTYPES, assert_same_bits
+from torch import Tensor
+from trine import ops
+from trine.ops.int8_linear import reference as int8
+from trine.ops.quantize_rows import reference as rows
+from trine.ops.ternary_linear import reference as ternary
+
+# (M, N, K). Few rows: one, two, four and eight tiles of activations, and more weight rows in a
+# block where N fills the GPU with them. Many rows: tails in every direction, several tiles of y.
+FEW_ROWS = ((1, 17, 100), (3, 8460, 80), (13, 33, 257), (13, 8460, 80), (29, 18, 130))
+FEW_ROWS += ((29, 8460, 80), (61, 33, 1030))
+MANY_ROWS = ((65, 257, 700), (130, 16, 129), (70, 24, 64), (513, 300, 200), (300, 3, 2100))
+EMPTY = ((0, 4, 32), (4, 0, 32), (4, 3, 0), (70, 3, 0))
+# (M, N, K, groups)
+GROUPED = ((1, 5, 64, 1), (13, 17, 256, 4), (70, 35, 576, 3))
+# Rows that 8, 32, 128, 512 and 1024 threads work on, and longer ones.
+ROW_LENGTHS = (0, 1, 37, 256, 1001, 4096, 16384, 20001, 65537)
+
+
+@dataclass(frozen=True)
+class Call:
+    op: str
+    reference: Callable
+    arguments: tuple  # on the CPU, as is what `expected` gives
+    options: dict[str, Tensor] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        shapes = ["x".join(map(str, t.shape)) for t in self.arguments[:2] if t is not None]
+        return f"{self.op} {' '.join([*shapes, *self.options])}"
+
+    def run(self, device: str = DEVICE) -> Tensor | tuple[Tensor, ...]:
+        arguments, options = all_moved(self.arguments, device), all_moved(self.options, device)
+        return getattr(ops, self.op)(*arguments, **options)
+
+    def expected(self) -> tuple[Tensor, ...]:
+        return as_tuple(self.reference(*self.arguments, **self.options))
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def assert_gives(result: Tensor | tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, e in zip(as_tuple(result), expected, strict=True):
+        assert_same_bits(a.cpu(), e)
+
+
+def calls() -> Iterator[Call]:
+    torch.manual_seed(0)
+    for i, k in enumerate(ROW_LENGTHS):
+        yield Call("quantize_rows", rows.quantize_rows, rows.example_inputs(3, k, DTYPES[i % 3]))
+    yield Call("quantize_rows", rows.quantize_rows, rows.example_inputs(1000, 100))
+    for i, (m, n, k) in enumerate((*FEW_ROWS, *MANY_ROWS, *EMPTY)):
+        dtype, bias = DTYPES[i % 3], i % 2 == 0
+        inputs = int8.example_inputs(m, n, k, dtype, bias)
+        yield Call("int8_linear", int8.int8_linear, inputs)
+        scale_shape = (1,) if i % 4 == 0 else None
+        inputs = ternary.example_inputs(m, n, k, dtype, bias, scale_shape)
+        yield Call("ternary_linear", ternary.ternary_linear, inputs)
+    for m, n, k in (FEW_ROWS[2], MANY_ROWS[0]):
+        options = {"input_scale": torch.tensor(0.03)}
+        for zero_point in (None, -128, 7):
+            if zero_point is not None:
+                options |= {"input_zero_point": torch.tensor(zero_point, dtype=torch.int32)}
+            inputs = int8.example_inputs(m, n, k, torch.bfloat16)
+            yield Call("int8_linear", int8.int8_linear, inputs, dict(options))
+    for m, n, k, groups in GROUPED:
+        inputs = ternary.example_inputs(m, n, k, torch.float16, scale_shape=(n, groups))
+        yield Call("ternary_linear", ternary.ternary_linear, inputs)
+
+
+def main() -> int:
+    if not is_visible():
+        print(f"device_calls: {ABSENT}", file=sys.stderr)
+        return 2
+    count = 0
+    for count, call in enumerate(calls(), 1):  # noqa: B007
+        assert_gives(call.run(), call.expected())
+    print(f"{count} calls, every result right")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
