@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,10 @@ SUPPORT = tuple(
 )
 # No contraction, as in the library; pragmas are for nvcc.
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+CORES = len(os.sched_getaffinity(0))
+
+
+BY_SCHEDULE = ""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Mutant:
     file: str
     old: str
     new: str
-    report: str | None = None  # what the emulation says; None where only the result is wrong
+    # What the emulation says; None where only the result is wrong, BY_SCHEDULE where either shows.
+    report: str | None = None
 
     def write(self, folder: Path) -> None:
         """Put the changed file where the compiler, told to look there first, finds it."""
@@ -77,41 +83,76 @@ def compile_once(target: Path, *arguments: object) -> Path:
     return target
 
 
-def build_program(
-    name: str, source: Path, *, folders: Sequence[Path] = (), mutant: Mutant | None = None
-) -> Path:
-    """`source`, which lies in one of `folders` or beside them, with the bug if one is given."""
-    folder = BUILD / name / sources_digest(source.parent, *folders)
-    for outdated in set((BUILD / name).glob("*")) - {folder}:
+def newest(folder: Path, digest: str) -> Path:
+    """The folder of this digest, alone in `folder`."""
+    for outdated in set(folder.glob("*")) - {folder / digest}:
         shutil.rmtree(outdated, ignore_errors=True)
-    support = [
-        compile_once(folder / f"{part.stem}.o", "-O2", "-c", f"-I{ROOT / 'csrc'}", part)
-        for part in SUPPORT
-    ]
-    changed = folder / "sources" / name
-    if mutant is not None:
-        # The whole mutant names the folder: an edited table entry is another mutant.
-        digest = hashlib.sha256(repr(mutant).encode()).hexdigest()[:16]
-        changed = folder / "sources" / f"{name}-{digest}"
-        mutant.write(changed)
-    includes = [f"-I{path}" for path in (changed, EMULATION, ROOT / "csrc")]
-    program = folder / f"{changed.name}.program"
+    return folder / digest
+
+
+@functools.cache
+def reads(source: Path, file: str) -> bool:
+    """Whether compiling `source` reads this file of csrc."""
+    command = [compiler(), "-std=c++20", "-MM", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
+    command += ["-x", "c++", str(source)]
+    rule = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return str(ROOT / "csrc" / file) in rule.split()
+
+
+def precompiled() -> Path:
+    """The folder of precompiled.h as the compiler keeps it: parsed once for all sources."""
+    folder = newest(BUILD / "precompiled", sources_digest())
+    target, header = folder / "precompiled.h.gch", EMULATION / "precompiled.h"
+    compile_once(target, "-O0", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}", "-x", "c++-header", header)
+    return folder
+
+
+def compile_source(source: Path, folder: Path, changed: Path | None = None) -> Path:
+    """The object of `source`; a file that is in `changed`, too, is taken from there."""
+    includes = [f"-I{path}" for path in (changed, EMULATION, ROOT / "csrc") if path is not None]
+    target = folder / f"{source.parent.name}-{source.stem}.o"
+    if source in SUPPORT:
+        return compile_once(target, "-O2", "-c", *includes, source)
+    if changed is not None and source.is_relative_to(ROOT / "csrc"):
+        copy = changed / source.relative_to(ROOT / "csrc")
+        source = copy if copy.exists() else source
+    includes = [f"-I{precompiled()}", "-include", "precompiled.h", *includes]
     # Kernels are not optimised: that would take longer than it saves when they run.
-    return compile_once(program, "-O0", *includes, "-x", "c++", source, "-x", "none", *support)
+    return compile_once(target, "-O0", "-c", *includes, "-x", "c++", source)
+
+
+def build_program(name: str, sources: Iterable[Path], mutant: Mutant | None = None) -> Path:
+    """The program of all `sources`; with a bug, only those that read its file compile again."""
+    sources = (*SUPPORT, *sources)
+    folder = newest(BUILD / name, sources_digest(*sorted({source.parent for source in sources})))
+    precompiled()
+    if mutant is None:
+        with ThreadPoolExecutor(CORES) as pool:
+            objects = list(pool.map(lambda source: compile_source(source, folder), sources))
+        return compile_once(folder / "program", *objects)
+    # The whole mutant names the folder: an edited table entry is another mutant.
+    changed = folder / hashlib.sha256(repr(mutant).encode()).hexdigest()[:16]
+    mutant.write(changed / "csrc")
+    objects = [
+        compile_source(source, changed, changed / "csrc")
+        if reads(source, mutant.file)
+        else compile_source(source, folder)
+        for source in sources
+    ]
+    return compile_once(changed / "program", *objects)
 
 
 def build(op: str, mutant: Mutant | None = None) -> Path:
-    """The program of an op, with the bug if one is given."""
-    source = EMULATION / f"{op}.cpp"
-    folders = [ROOT / "csrc" / op, ROOT / "csrc" / "quantize_rows"]
-    return build_program(op, source, folders=folders, mutant=mutant)
+    """The program of an op's kernels, with the bug if one is given."""
+    kernels = {*(ROOT / "csrc" / op).glob("cuda*.cu"), ROOT / "csrc" / "quantize_rows" / "cuda.cu"}
+    return build_program(op, [EMULATION / f"{op}.cpp", *sorted(kernels)], mutant)
 
 
-def run(program: Path, seed: int, cases: Sequence[bytes], capability: int = 80) -> bytes:
+def run(program: Path, seed: int, case: bytes, capability: int = 80) -> bytes:
     """What the program answers; raises CalledProcessError with its report in `stderr`."""
     return subprocess.run(
         [program, str(seed), str(capability)],
-        input=len(cases).to_bytes(8, "little") + b"".join(cases),
+        input=case,
         capture_output=True,
         check=True,
         timeout=300,  # an endless loop in a kernel, not a bound on its speed

@@ -27,7 +27,7 @@ class Output:
 
 
 def emulated(name: str) -> bytes:
-    program = cuda_kernels.build_program(f"probes_{name}", PROBES / f"{name}.cu")
+    program = cuda_kernels.build_program(f"probes_{name}", [PROBES / f"{name}.cu"])
     return subprocess.run([program], capture_output=True, check=True, timeout=300).stdout
 
 

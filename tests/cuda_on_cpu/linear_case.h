@@ -1,12 +1,12 @@
 // A case of an integer linear op, from standard input to standard output, on the kernels' host
-// functions. Include it behind the op's cuda*.cu.
+// functions.
 //
 // A case: type of x and y, m, n, k, bytes of a packed row, number of weight scales, type of the
 // bias or -1, 1 if static, then x, packed weight, weight scales, bias, input scale, zero point. The
 // answer: y.
 #pragma once
 
-#include <memory>
+#include <cstdlib>
 
 #include "common/cuda/launch.cuh"
 #include "common/cuda/linear.h"
@@ -78,17 +78,14 @@ struct LinearCase {
   std::size_t bias_bytes() const { return std::size_t(trine::kFloatBytes[bias_type]); }
 };
 
-// The main function: cases until the input ends. Arguments: the schedule's seed, the device's
-// compute capability.
+// The main function. Arguments: the schedule's seed, the device's compute capability.
 template <class Run>
-int run_linear_cases(char** arguments, const Run& run) {
+int run_linear_case(char** arguments, const Run& run) {
   set_seed(std::strtoull(arguments[1], nullptr, 10));
   trine::emulated_capability = std::atoi(arguments[2]);
-  for (int64_t cases = read_number(); cases > 0; --cases) {
-    const auto linear_case = std::make_unique<LinearCase>();
-    run(*linear_case);
-    linear_case->answer();
-  }
+  LinearCase linear_case;
+  run(linear_case);
+  linear_case.answer();
   return 0;
 }
 
