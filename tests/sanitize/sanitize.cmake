@@ -3,6 +3,10 @@
 enable_testing()
 set(PROGRAM tests/sanitize/main.cpp tests/sanitize/calls.cpp tests/without_torch/memory.cpp)
 set(FLAGS_address -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all)
+# Checks as calls: gcc compiles the kernels in two thirds of the time that it takes for checks in line.
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+  list(APPEND FLAGS_address --param=asan-instrumentation-with-call-threshold=0)
+endif()
 set(FLAGS_thread -fsanitize=thread -include ${CMAKE_CURRENT_LIST_DIR}/masked_stores.h)
 
 foreach(kind IN ITEMS address thread)
