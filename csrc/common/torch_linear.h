@@ -43,6 +43,23 @@ inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* dtyp
         "; pack the weight again with trine.ops, or load the checkpoint without changing dtypes");
 }
 
+// torch::stable::contiguous and new_empty look their operators up by name, 0.4 us each: as much as
+// a small layer takes.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Uninitialised, on x's device; without a dtype, of x's.
+inline Tensor new_tensor(const Tensor& x, const std::vector<int64_t>& shape,
+                         std::optional<ScalarType> dtype = {}) {
+  int32_t type = dtype.has_value() ? static_cast<int32_t>(*dtype) : 0;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      x.get(), shape.data(), static_cast<int64_t>(shape.size()),
+      dtype.has_value() ? &type : nullptr, nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
+}
+
 // A floating tensor [..., k] read as a matrix [m, k] whose rows are contiguous.
 struct Matrix {
   Tensor owner;  // keeps `data` alive where a copy had to be made
@@ -67,7 +84,7 @@ inline Matrix as_matrix(const Tensor& x, const char* op, const char* name,
   for (int64_t d = 0; d + 1 < dim; ++d) m *= x.size(d);
 
   const bool strided_rows = dim == 2 && (x.stride(1) == 1 || k <= 1) && x.stride(0) >= k;
-  const Tensor owner = strided_rows || x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const Tensor owner = strided_rows ? x : as_contiguous(x);
   const int64_t row_stride = strided_rows ? x.stride(0) : k;
   return {owner, static_cast<const char*>(owner.const_data_ptr()), m,
           k,     row_stride * kFloatBytes[static_cast<int>(type)], type};
@@ -84,7 +101,7 @@ inline std::vector<int64_t> linear_shape(const Tensor& x, int64_t n) {
 class Float32Vector {
  public:
   Float32Vector(const Tensor& tensor, const char* op, const char* name)
-      : owner_(torch::stable::contiguous(tensor)) {
+      : owner_(as_contiguous(tensor)) {
     const FloatType type = float_type(owner_, op, name);
     if (type == FloatType::float32) {
       data_ = static_cast<const float*>(owner_.const_data_ptr());

@@ -45,10 +45,10 @@ Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tenso
   const int64_t packed_k = check_int8_weight(kOp, rows, packed_weight, weight_scale);
   const int64_t n = packed_weight.size(0);
 
-  const Tensor weight = torch::stable::contiguous(packed_weight);
+  const Tensor weight = as_contiguous(packed_weight);
   const Float32Vector scale(weight_scale, kOp, "weight_scale");
   const auto bias_values = read_bias(bias, n, kOp);
-  Tensor y = torch::stable::new_empty(x, linear_shape(x, n));
+  Tensor y = new_tensor(x, linear_shape(x, n));
   if (rows.m == 0 || n == 0) return y;
 
   const QuantizedInput input(rows, 64, fixed);

@@ -19,9 +19,9 @@ constexpr QuantizeRowsKernel kKernels[] = {
 
 std::tuple<Tensor, Tensor, Tensor> quantize_rows_cpu(const Tensor& x) {
   const Matrix rows = as_matrix(x, "quantize_rows", "x", kQuantizeRowsMaxK);
-  Tensor q = torch::stable::new_empty(x, {rows.m, rows.k}, ScalarType::Char);
-  Tensor scale = torch::stable::new_empty(x, {rows.m}, ScalarType::Float);
-  Tensor sum = torch::stable::new_empty(x, {rows.m}, ScalarType::Int);
+  Tensor q = new_tensor(x, {rows.m, rows.k}, ScalarType::Char);
+  Tensor scale = new_tensor(x, {rows.m}, ScalarType::Float);
+  Tensor sum = new_tensor(x, {rows.m}, ScalarType::Int);
   auto* q_data = static_cast<int8_t*>(q.mutable_data_ptr());
   auto* scale_data = static_cast<float*>(scale.mutable_data_ptr());
   auto* sum_data = static_cast<int32_t*>(sum.mutable_data_ptr());

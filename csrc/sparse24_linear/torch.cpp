@@ -140,11 +140,11 @@ Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& 
   check_scale(values, weight_scale);
   const int64_t n = values.size(0);
 
-  const Tensor whole_values = torch::stable::contiguous(values);
-  const Tensor whole_indices = torch::stable::contiguous(indices);
+  const Tensor whole_values = as_contiguous(values);
+  const Tensor whole_indices = as_contiguous(indices);
   const auto* index_data = static_cast<const uint8_t*>(whole_indices.const_data_ptr());
   const auto bias_values = read_bias(bias, n, kOp);
-  Tensor y = torch::stable::new_empty(x, linear_shape(x, n));
+  Tensor y = new_tensor(x, linear_shape(x, n));
   if (rows.m == 0 || n == 0) return y;
 
   const LinearOutput out{y.mutable_data_ptr(), n, rows.type,

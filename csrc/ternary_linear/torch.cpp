@@ -25,10 +25,10 @@ Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Te
   const Matrix rows = as_matrix(x, kOp, "x", kTernaryMaxK);
   const auto [n, words, group_size] = check_ternary_weight(kOp, rows, packed_weight, weight_scale);
 
-  const Tensor weight = torch::stable::contiguous(packed_weight);
-  const Tensor scale = torch::stable::contiguous(weight_scale);
+  const Tensor weight = as_contiguous(packed_weight);
+  const Tensor scale = as_contiguous(weight_scale);
   const auto bias_values = read_bias(bias, n, kOp);
-  Tensor y = torch::stable::new_empty(x, linear_shape(x, n));
+  Tensor y = new_tensor(x, linear_shape(x, n));
   if (rows.m == 0 || n == 0) return y;
 
   const TernaryLinearKernel& kernel = select(kKernels);

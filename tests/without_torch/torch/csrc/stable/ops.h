@@ -16,6 +16,21 @@ inline Tensor new_empty(const Tensor& self, const Tensor::Sizes& sizes,
   return Tensor(sizes, type.value_or(self.scalar_type()));
 }
 
+}  // namespace torch::stable
+
+// The same as a C function. A handle owns what it points to.
+using AtenTensorHandle = const torch::stable::Tensor*;
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) call
+inline void aoti_torch_aten_new_empty(AtenTensorHandle self, const int64_t* sizes, int64_t dim,
+                                      const int32_t* type, const int32_t*, const int32_t*, int32_t,
+                                      const int32_t*, AtenTensorHandle* made) {
+  using torch::stable::ScalarType, torch::stable::Tensor;
+  *made = new Tensor(Tensor::Sizes(sizes, sizes + dim),
+                     type == nullptr ? self->scalar_type() : static_cast<ScalarType>(*type));
+}
+
+namespace torch::stable {
+
 // Matrices only.
 inline Tensor contiguous(const Tensor& self) {
   if (self.is_contiguous()) return self;

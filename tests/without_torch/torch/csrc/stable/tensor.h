@@ -33,6 +33,9 @@ class Tensor {
   }
   Tensor(const Sizes& sizes, ScalarType type) : Tensor(sizes, contiguous_strides(sizes), type) {}
 
+  explicit Tensor(const Tensor* handle) : Tensor(*handle) { delete handle; }
+  const Tensor* get() const { return this; }
+
   ScalarType scalar_type() const { return type_; }
   int64_t element_size() const {
     constexpr int64_t kBytes[] = {1, 1, 4, 2, 4, 2};
