@@ -26,7 +26,7 @@ class WrongResult(Exception):
 @dataclass(frozen=True)
 class Contestant:
     name: str
-    timed: Timed
+    timed: object  # what the timer takes: measure.Timed, or for a GPU timing.Recorded
     work: Work
     error: float | None  # norm-wise against float64, of the result with the weights it was given
     op: str | None = None  # ours: the op; None: a peer
@@ -47,14 +47,14 @@ class Comparison:
     wrong: dict[str, str] = field(default_factory=dict)  # our kernels that were refused
 
 
-def copies_to_rotate(size: int) -> int:
-    return max(1, -(-ROTATED_BYTES // max(size, 1)))
+def copies_to_rotate(size: int, rotated: int = ROTATED_BYTES) -> int:
+    return max(1, -(-rotated // max(size, 1)))
 
 
-def copies(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """Equal copies of `tensors`, together at least ROTATED_BYTES."""
+def copies(tensors: tuple[Tensor, ...], rotated: int = ROTATED_BYTES) -> list[tuple[Tensor, ...]]:
+    """Equal copies of `tensors`, together at least `rotated` bytes."""
     size = sum(t.numel() * t.element_size() for t in tensors)
-    return [tuple(t.clone() for t in tensors) for _ in range(copies_to_rotate(size))]
+    return [tuple(t.clone() for t in tensors) for _ in range(copies_to_rotate(size, rotated))]
 
 
 def hot(calls: Sequence[Call]) -> Timed:

@@ -42,6 +42,11 @@ class Ceilings:
     int8_gop_s: float
     fp32_gflop_s: float
 
+    @property
+    def about(self) -> dict[str, int]:
+        """What a row that they judge says of itself beside its shape."""
+        return {"threads": self.threads}
+
     def seconds(self, work: Work, *, cold: bool) -> tuple[float, str]:
         """The least time that `work` takes here, and which ceiling sets it.
 

@@ -32,7 +32,7 @@ def rows_of(
             "op": who.op,
             "name": who.name,
             **comparison.shape,
-            "threads": ceilings.threads,
+            **ceilings.about,
             "weights": comparison.weights,
             "us": round(us, 3),
             "samples": timing.samples,
@@ -53,10 +53,10 @@ def rows_of(
     return rows
 
 
-def failures_of(comparison: Comparison, threads: int) -> list[Failure]:
+def failures_of(comparison: Comparison, about: Mapping[str, int]) -> list[Failure]:
     """Who did not take part, and why; `wrong`: a kernel of ours that was refused."""
     return [
-        {"name": name, **comparison.shape, "threads": threads, "reason": reason, "wrong": wrong}
+        {"name": name, **comparison.shape, **about, "reason": reason, "wrong": wrong}
         for reasons, wrong in ((comparison.failures, False), (comparison.wrong, True))
         for name, reason in reasons.items()
     ]

@@ -10,10 +10,14 @@ makes the exit status 1.
     python -m benchmarks.run cpu --op ternary_linear --op int8_linear --threads 1
     python -m benchmarks.run cpu --op int8_linear --isa avx2 --rows 1 --quick
     python -m benchmarks.run instructions
+    python -m benchmarks.run gpu
+    python -m benchmarks.run gpu --quick --op int8_linear
+    python -m benchmarks.run goals benchmarks/results/<GPU>.json
 
-The first one writes benchmarks/results/<processor>.json and .png; the others
-print. `instructions` counts what the inner loops execute under valgrind: a figure that repeats on a
-noisy machine.
+The first one writes benchmarks/results/<processor>.json and .png. `gpu` replays calls from graphs
+and writes <GPU>.json there, which grows as it goes; `goals` says what such a run reached of what
+the CUDA kernels are to reach. Other runs print. `instructions` counts what the inner loops execute
+under valgrind: a figure that repeats on a noisy machine.
 """
 
 import argparse
@@ -25,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 import torch
 import trine
@@ -33,6 +38,8 @@ from rich.console import Console
 from benchmarks import instructions, results, roofline, table
 from benchmarks.case import Comparison
 from benchmarks.ceilings import Ceilings, best_of, measure
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu.plan import OPS as GPU_OPS
 from benchmarks.linear_cases import LAYERS, ROWS
 from benchmarks.linear_cases import comparisons as linear_comparisons
 from benchmarks.measure import in_turns
@@ -100,7 +107,7 @@ def _time(
             status.update(f"{threads} threads: {suite} {shape} {comparison.weights}")
             calls = {who.name: who.timed for who in comparison.contestants}
             timed.append((comparison, in_turns(calls, rounds, budget, comparison.mode)))
-            found.failures += results.failures_of(comparison, threads)
+            found.failures += results.failures_of(comparison, {"threads": threads})
         status.update(f"{threads} threads: ceilings")
         found.ceilings.append(measure(threads))
     nearby = best_of(found.ceilings[-2:])
@@ -144,9 +151,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     timed.add_argument("--quick", action="store_true", help="fewer shapes and samples")
     timed.add_argument("--isa", choices=trine.backends.cpu_isas(), help="force CPU kernels")
     commands.add_parser("instructions", help="count the inner loops' instructions under valgrind")
+    on_gpu = commands.add_parser("gpu", help="time the CUDA and Triton kernels")
+    on_gpu.add_argument("--op", action="append", choices=GPU_OPS, help="only this one (repeatable)")
+    on_gpu.add_argument("--quick", action="store_true", help="two layers, fewer rows")
+    on_gpu.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin nothing new after so many"
+    )
+    judged = commands.add_parser("goals", help="what a saved run of gpu reached")
+    judged.add_argument("file", type=Path)
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
     parsed = parse_arguments()
-    sys.exit(cpu(parsed) if parsed.command == "cpu" else instructions.main())
+    commands = {"cpu": cpu, "gpu": gpu.main, "goals": gpu.main_goals}
+    sys.exit(commands.get(parsed.command, lambda _: instructions.main())(parsed))

@@ -1,6 +1,7 @@
 """The result as tables: how each op stands, every contestant's time, who could not run and why."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 
 from rich.table import Table
 
@@ -28,7 +29,7 @@ def tables(
 
 def standing(rows: Sequence[Row], op: str) -> Table:
     """Ours against the ceilings, the baseline and the best peer."""
-    table = _table(
+    table = table_of(
         f"{op}: ours",
         ("", "shape", "thr", "weights", "kernel"),
         ("us", "GB/s", "GOP/s", "of ceiling", "x base", "x best", "error", "left out"),
@@ -39,7 +40,7 @@ def standing(rows: Sequence[Row], op: str) -> Table:
         table.add_row(
             str(row["name"]).removeprefix(op).strip(),
             shape_of(row),
-            str(row["threads"]),
+            str(row.get("threads", "")),
             str(row["weights"]),
             str(row["kernel"]),
             number(row["us"]),
@@ -61,14 +62,15 @@ def everybody(rows: Sequence[Row], suite: str) -> Iterator[Table]:
 
     def kind(row: Row) -> tuple:
         rest = tuple(row[key] for key in SHAPE[1:] if key in row)
-        return row["threads"], row["weights"], rest
+        return row.get("threads"), row["weights"], rest
 
     for threads, weights, rest in dict.fromkeys(map(kind, rows)):
         chosen = [row for row in rows if kind(row) == (threads, weights, rest)]
         columns = list(dict.fromkeys(row.get("M") for row in chosen))
-        title = f"{suite} {' x '.join(map(str, rest))} {weights}, {threads} threads: us"
+        of_threads = "" if threads is None else f", {threads} threads"
+        title = f"{suite} {' x '.join(map(str, rest))} {weights}{of_threads}: us"
         heads = ["us" if m is None else f"M={m}" for m in columns]
-        table = _table(title, ("",), (*heads, "error", "left out"))
+        table = table_of(title, ("",), (*heads, "error", "left out"))
         for name in dict.fromkeys(row["name"] for row in chosen):
             by_m = {row.get("M"): row for row in chosen if row["name"] == name}
             errors = [row["error"] for row in by_m.values() if row["error"] is not None]
@@ -85,7 +87,7 @@ def everybody(rows: Sequence[Row], suite: str) -> Iterator[Table]:
 
 
 def absent(failures: Sequence[Failure]) -> Table:
-    table = _table("not timed", ("", "reason"), ("times",))
+    table = table_of("not timed", ("", "reason"), ("times",))
     reasons: dict[tuple, int] = {}
     for failure in failures:
         reason = ("WRONG: " if failure["wrong"] else "") + str(failure["reason"])
@@ -98,19 +100,21 @@ def absent(failures: Sequence[Failure]) -> Table:
 
 def limits(ceilings: Sequence[Ceilings]) -> Table:
     """In the order of measurement: a clock that drifts shows."""
-    table = _table(
-        "ceilings",
-        ("thr",),
-        ("DRAM GB/s", "L3 GB/s", "L2 GB/s", "int8 GOP/s", "fp32 GFLOP/s"),
-    )
-    for c in ceilings:
-        values = (c.dram_gb_s, c.l3_gb_s, c.l2_gb_s, c.int8_gop_s, c.fp32_gflop_s)
-        table.add_row(str(c.threads), *map(number, values))
+    measured = [{name: v for name, v in asdict(c).items() if name not in c.about} for c in ceilings]
+    table = table_of("ceilings", ("thr",), map(_with_unit, measured[0] if measured else ()))
+    for c, values in zip(ceilings, measured, strict=True):
+        table.add_row(str(c.about.get("threads", "")), *map(number, values.values()))
     return table
 
 
-def _table(
-    title: str, left: Sequence[str], right: Sequence[str], last: Sequence[str] = ()
+def _with_unit(name: str) -> str:
+    """ "dram GB/s" for dram_gb_s."""
+    what, unit, _ = name.split("_")
+    return f"{what} {unit.upper()}/s"
+
+
+def table_of(
+    title: str, left: Sequence[str], right: Iterable[str], last: Sequence[str] = ()
 ) -> Table:
     table = Table(title=title, title_justify="left", min_width=len(title), box=None)
     for name in left:

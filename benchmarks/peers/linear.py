@@ -12,7 +12,7 @@ from benchmarks.case import Bind
 
 def dense_layer(weight: Tensor) -> nn.Linear:
     n, k = weight.shape
-    layer = nn.Linear(k, n, bias=False)
+    layer = nn.Linear(k, n, bias=False, device="meta")  # no values that are replaced at once
     layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
     return layer
 

@@ -1,0 +1,162 @@
+"""What the CUDA kernels are to reach, and whether a saved run did: ratios within that run.
+
+    python -m benchmarks.run goals benchmarks/results/<gpu name>.json
+
+Each goal is judged by the worst of the shapes that it speaks of, as far as they were measured.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from benchmarks.gpu.ceilings import GpuCeilings
+from benchmarks.table import number, table_of
+
+LARGE_BYTES = 64_000_000  # of packed weight: beyond any L2
+FEW = (1, 2, 4, 8, 16)
+Figures = Iterator[tuple[float, str]]  # and the shape or the numbers it comes from
+
+
+class Result:
+    """A saved run: times by contestant and shape, and the best of each ceiling."""
+
+    def __init__(self, saved: Mapping) -> None:
+        self.rows = saved["rows"]
+        measured = [GpuCeilings(**c) for c in saved["ceilings"]]
+        self.copy_gb_s = max((c.copy_gb_s for c in measured), default=None)
+        self.int8_top_s = max((c.int8_top_s for c in measured), default=None)
+
+    def of(self, name: str, least: int = 1, most: int = 10**9) -> Iterator[Mapping]:
+        """The rows of a contestant for `least` to `most` rows of activations."""
+        for row in self.rows:
+            if row["name"] == name and least <= row["M"] <= most:
+                yield row
+
+    def us(self, name: str, like: Mapping, **shape: int) -> float | None:
+        """What `name` takes at the shape of the row `like`, but for `shape`."""
+        wanted = {key: like[key] for key in ("M", "N", "K") if key in like} | shape
+        for row in self.rows:
+            if row["name"] == name and all(row.get(key) == wanted[key] for key in wanted):
+                return row["us"]
+        return None
+
+
+@dataclass(frozen=True)
+class Goal:
+    text: str
+    goal: float
+    figures: Callable[[Result], Figures]
+    at_most: bool = False
+
+    def judge(self, result: Result) -> tuple[str, str, str]:
+        """The worst figure, the verdict, and where it is from."""
+        found = list(self.figures(result))
+        if not found:
+            return "", "not measured", ""
+        figure, where = (max if self.at_most else min)(found)
+        reached = figure <= self.goal if self.at_most else figure >= self.goal
+        of = f", the worst of {len(found)}" if len(found) > 1 else ""
+        return number(figure, 2), "reached" if reached else "not reached", where + of
+
+
+def at(row: Mapping) -> str:
+    return " ".join(f"{key} {row[key]}" for key in ("M", "N", "K") if key in row)
+
+
+def share_of_copy(op: str, most: int) -> Callable[[Result], Figures]:
+    """Of the bandwidth, by `op` with 1 to `most` rows and large weights."""
+
+    def figures(result: Result) -> Figures:
+        for row in result.of(op, most=most):
+            if row["bytes_moved"] >= LARGE_BYTES and result.copy_gb_s:
+                yield row["gb_s"] / result.copy_gb_s, at(row)
+
+    return figures
+
+
+def times_as_fast(
+    op: str, peer: str, least: int, most: int, large: bool = False
+) -> Callable[[Result], Figures]:
+    def figures(result: Result) -> Figures:
+        for row in result.of(op, least, most):
+            theirs = result.us(peer, row)
+            if theirs and (not large or row["bytes_moved"] >= LARGE_BYTES):
+                yield theirs / row["us"], at(row)
+
+    return figures
+
+
+def flat(op: str) -> Callable[[Result], Figures]:
+    """The longest time of FEW rows over that of one row, for each layer."""
+
+    def figures(result: Result) -> Figures:
+        for one in result.of(op, most=1):
+            times = [result.us(op, one, M=m) for m in FEW]
+            if all(times):
+                yield max(times) / one["us"], f"N {one['N']} K {one['K']}"
+
+    return figures
+
+
+def int8_rate(result: Result) -> Figures:
+    """The larger of: the rate over 1300 TOPS, and over cuBLASLt's. The rate is the product's: the
+    op less quantize_rows, which cuBLASLt does not do."""
+    side = 8192
+    for row in result.of("int8_linear", side, side):
+        before = result.us("quantize_rows", {"M": side, "K": side})
+        if (row["N"], row["K"]) == (side, side) and before:
+            tops = 2 * side**3 / (row["us"] - before) / 1e6
+            best = result.int8_top_s
+            rates = [tops / 1300, *([tops / best] if best else [])]
+            of_cublas = f", cuBLASLt {best:.0f}" if best else ""
+            yield max(rates), f"{tops:.0f} TOPS{of_cublas}, of {row['us']:.0f} us all in all"
+
+
+DENSE = "nn.Linear bf16"
+GOALS = (
+    Goal(
+        "ternary, 1 row, weight >= 64 MB: share of the copy bandwidth",
+        0.70,
+        share_of_copy("ternary_linear", 1),
+    ),
+    Goal(
+        "ternary, 1 row, weight >= 64 MB: times as fast as bf16 nn.Linear",
+        6,
+        times_as_fast("ternary_linear", DENSE, 1, 1, large=True),
+    ),
+    Goal(
+        "ternary, 1 to 16 rows: longest time over that of one row",
+        1.3,
+        flat("ternary_linear"),
+        at_most=True,
+    ),
+    Goal(
+        "ternary, 4096 rows: times as fast as bf16 nn.Linear",
+        1.6,
+        times_as_fast("ternary_linear", DENSE, 4096, 4096),
+    ),
+    Goal(
+        "INT8 product at 8192^3: TOPS over 1300, or over cuBLASLt's if that is more", 1, int8_rate
+    ),
+    Goal(
+        "quantise + INT8 product, >= 1024 rows: times as fast as bf16 nn.Linear",
+        1.6,
+        times_as_fast("int8_linear", DENSE, 1024, 10**9),
+    ),
+    Goal(
+        "INT8, 1 to 32 rows, weight >= 64 MB: share of the copy bandwidth",
+        0.75,
+        share_of_copy("int8_linear", 32),
+    ),
+)
+
+
+def table(saved: Mapping) -> Table:
+    result = Result(saved)
+    shown = table_of("goals", ("",), ("goal", "figure"), ("", "where"))
+    for goal in GOALS:
+        figure, verdict, where = goal.judge(result)
+        bound = ("<= " if goal.at_most else ">= ") + f"{goal.goal:g}"
+        shown.add_row(goal.text, bound, figure, verdict, where)
+    return shown

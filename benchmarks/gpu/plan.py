@@ -1,0 +1,66 @@
+"""What is compared, in the order of its importance: a run that is cut short has answered the goals
+first."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+
+from benchmarks.case import Comparison
+from benchmarks.gpu import rows
+from benchmarks.gpu.layers import Layer
+
+LINEAR = ("ternary_linear", "int8_linear")
+OPS = ("quantize_rows", *LINEAR)
+
+Shape = tuple[int, int]
+Rows = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    layers: tuple[tuple[Shape, Rows], ...]  # (N, K), and the rows of activations
+    # The same for comparisons that take seconds to start: Triton chooses its tiles by measurement,
+    # torch.compile compiles.
+    slow_start: tuple[tuple[Shape, Rows], ...]
+    quantized: tuple[Shape, ...]  # (M, K), of quantize_rows alone
+
+    def comparisons(
+        self, ops: Sequence[str], device: str, rotated: int
+    ) -> Iterator[tuple[str, Callable[[], Comparison]]]:
+        """The suite of each, and what makes it; `rotated`: bytes of copies of each weight."""
+        for shape in self.quantized if "quantize_rows" in ops else ():
+            yield "quantize_rows", partial(rows.comparison, shape, device, rotated)
+        linear = [
+            variant
+            for op in LINEAR
+            if op in ops
+            for variant in import_module(f"benchmarks.bench_{op}").OPS
+        ]
+        for suite, entries in (("linear", self.layers), ("linear, Triton too", self.slow_start)):
+            for (n, k), counts in entries if linear else ():
+                layer = Layer(linear, n, k, max(counts), device, rotated)
+                make = partial(layer.comparison, slow_start=entries is self.slow_start)
+                yield from ((suite, partial(make, m)) for m in counts)
+
+
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+_FEWER = (1, 16, 32, 1024, 4096)
+# 64 MB of ternary weight, INT8 at 8192^3: what goals speak of comes first.
+_LARGE, _CUBE = (16384, 16384), (8192, 8192)
+_OTHER = ((14336, 4096), (4096, 4096), (6912, 2560), (2560, 2560))
+
+FULL = Plan(
+    layers=(
+        (_LARGE, _ROWS),
+        (_CUBE, (*_ROWS, 8192)),
+        *((layer, _ROWS) for layer in _OTHER),
+    ),
+    slow_start=((_CUBE, (1, 16, 256, 4096)), ((4096, 4096), (1, 16, 256, 4096))),
+    quantized=((8192, 8192), (1, 4096), (16, 4096), (256, 8192), (4096, 4096), (4096, 14336)),
+)
+QUICK = Plan(
+    layers=((_LARGE, _FEWER), (_CUBE, (*_FEWER, 8192))),
+    slow_start=((_CUBE, (1, 4096)),),
+    quantized=((8192, 8192), (1, 4096)),
+)
