@@ -129,7 +129,7 @@ def write(
         "rows": lines(rows),
     }
     text = "{\n" + ",\n".join(f' "{key}": {value}' for key, value in parts.items()) + "\n}\n"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['slug']}.json"
     beside = path.with_suffix(".tmp")
     beside.write_text(text)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import instructions, measure, results, roofline
+from benchmarks import instructions, measure, results, roofline, run
 from benchmarks.bench_int8_linear import OPS as INT8_OPS
 from benchmarks.bench_sparse24_linear import OPS as SPARSE_OPS
 from benchmarks.bench_ternary_linear import OPS as TERNARY_OPS
@@ -49,11 +49,11 @@ def _call(clock, *seconds, waits=()):
     """Takes `seconds` one after the other, the last for good; waits at the calls in `waits`."""
     left, calls = list(seconds), iter(range(10**6))
 
-    def run():
+    def timed():
         clock.now += left.pop(0) if len(left) > 1 else left[0]
         clock.waited += 0.5 if next(calls) in waits else 0.0
 
-    return Timed(run, before=lambda: None)
+    return Timed(timed, before=lambda: None)
 
 
 def test_disturbed_samples_are_left_out_counted_and_made_up_for(clock):
@@ -352,3 +352,24 @@ def test_what_is_no_result_of_a_gpu_has_no_goals(tmp_path, capsys):
 def test_without_a_gpu_one_sentence_says_so(capsys):
     assert gpu.main(SimpleNamespace()) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_unfinished_run_is_resumed_where_it_was_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "UNFINISHED", tmp_path)
+    facts = {"slug": "some-processor", "isa": "avx2"}
+    found = run.Measured([CEILINGS], [{"us": 1.0}], [], ["1 threads: softmax_kl"])
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        run.resumed(facts)
+    run._write(facts | {"parts": found.parts}, found, tmp_path)
+    assert run.resumed(facts) == found
+    with pytest.raises(SystemExit, match="of another machine, build or command"):
+        run.resumed(facts | {"isa": "scalar"})
+
+
+def test_parts_of_a_run():
+    def names(*arguments: str) -> list[str]:
+        return [str(part) for part in run.parts(run.parse_arguments(["cpu", *arguments]), 2)]
+
+    assert names("--op", "int8_linear", "--quick") == ["2 threads: linear 2560 x 2560"]
+    assert names("--op", "softmax_kl") == ["2 threads: softmax_kl"]
+    assert len(names()) == len(run.OTHER) + 3

@@ -37,7 +37,6 @@ class Run:
     failures: list[results.Failure] = field(default_factory=list)
 
     def write(self) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
         return results.write(self.facts, self.ceilings, self.rows, self.failures, self.folder)
 
     def fail(self, name: str, reason: str, wrong: bool) -> None:
