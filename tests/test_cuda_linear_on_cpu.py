@@ -17,7 +17,8 @@ from trine.ops.int8_linear import reference as int8
 from trine.ops.ternary_linear import reference as ternary
 
 SEEDS = (1, random.SystemRandom().randrange(2, 2**31))  # a failure names its seed
-# The emulation's GPU has 3 multiprocessors: from 192 weight rows on, blocks take four tiles each.
+# The emulation's GPU has 3 multiprocessors: up to 48 weight rows, blocks have twice the warps, from
+# 192 on they take four tiles each.
 # Rows of the weight beside the borders of tiles and blocks; k beside those of chunks, of what the
 # lanes, warps and stages of a block take at a time, and of the activations' padding.
 SHAPES = (
@@ -27,7 +28,8 @@ SHAPES = (
     (7, 31, 64),
     (8, 33, 65),
     (9, 20, 257),
-    (3, 5, 2049),
+    (3, 50, 2049),
+    (12, 60, 700),
     (1, 193, 640),
     (16, 200, 130),
     (17, 40, 96),
@@ -122,7 +124,7 @@ def ternary_cases() -> list[LinearCase]:
         _, weight, scale, bias = ternary.example_inputs(8, 18, 130, dtype)
         cases.append(LinearCase("ternary_linear", difficult_rows(130, dtype), weight, scale, bias))
     cases.append(
-        LinearCase("ternary_linear", *ternary.example_inputs(1, 2, 8256))
+        LinearCase("ternary_linear", *ternary.example_inputs(1, 50, 8256))
     )  # more than one stage of a block
     # Groups of 64, 128 and 192, and fewer and more rows than a tile.
     for m, n, k, groups in ((1, 17, 128, 2), (9, 70, 256, 2), (3, 5, 384, 2), (8, 16, 320, 5)):

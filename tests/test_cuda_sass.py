@@ -43,11 +43,23 @@ GATES = {
         Gate("quantize_rows_static_kernel", ("LDG", r"STG\.E"), 40, 1),
     ),
     "int8_linear/cuda": (
-        # Two blocks of 256 threads fit an SM with 128 registers a thread; more rows have more sums.
-        Gate("few_rows_kernel.*ELi[14]ELi1E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 2),
-        Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
-        Gate("few_rows_kernel.*ELi[12]ELi4E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
-        Gate("few_rows_kernel.*ELi1ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1),
+        # Weight tiles, batch tiles, warps. Two blocks of 256 threads, or one of 512, fit an SM with
+        # 128 registers a thread; more rows have more sums.
+        Gate(
+            "few_rows_kernel.*ELi[14]ELi1ELi", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 3
+        ),
+        Gate(
+            "few_rows_kernel.*ELi[14]ELi2ELi", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 3
+        ),
+        Gate(
+            "few_rows_kernel.*ELi[12]ELi4ELi8E",
+            (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"),
+            160,
+            2,
+        ),
+        Gate(
+            "few_rows_kernel.*ELi1ELi8ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1
+        ),
         # One block of 256 threads has at least 128 registers a thread; one fits an SM.
         Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
         Gate("zero_point_kernel", (r"IDP\.4A\.S8\.S8", r"LDG\.E\.128"), 64, 1),
@@ -62,10 +74,21 @@ GATES = {
         ),
     ),
     "ternary_linear/cuda": (
-        Gate("few_rows_kernel.*ELi[14]ELi1E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 2),
-        Gate("few_rows_kernel.*ELi[14]ELi2E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
-        Gate("few_rows_kernel.*ELi[12]ELi4E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 2),
-        Gate("few_rows_kernel.*ELi1ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1),
+        Gate(
+            "few_rows_kernel.*ELi[14]ELi1ELi", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 3
+        ),
+        Gate(
+            "few_rows_kernel.*ELi[14]ELi2ELi", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 3
+        ),
+        Gate(
+            "few_rows_kernel.*ELi[12]ELi4ELi8E",
+            (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"),
+            160,
+            2,
+        ),
+        Gate(
+            "few_rows_kernel.*ELi1ELi8ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1
+        ),
         Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
         Gate("grouped_kernel", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.128"), 64, 1),
     ),
@@ -172,3 +195,24 @@ def test_quantize_rows_has_all_loads_in_flight(target):
         loads = [at.start() for at in re.finditer(r"LDG\.E\.128", text)]
         assert not re.search(r"\b(BRA|SHFL|FMUL)\b", text[loads[0] : loads[3]]), name
         assert ("STG.E.64" if "float16" in name else "STG.E ") in text, name
+
+
+@pytest.mark.parametrize("target", ["80", "90a"])
+@pytest.mark.parametrize("op", ["int8_linear", "ternary_linear"])
+def test_few_rows_keep_memory_busy(op, target):
+    """A lane has most of its eight loads on their way before it uses one, and decodes frugally."""
+    code = by_kernel(compiled(f"{op}/cuda", target), "--dump-sass", r"Function : (\S+)")
+    one_batch_tile = {
+        name: text for name, text in code.items() if re.search("few_rows.*ELi[14]ELi1ELi", name)
+    }
+    assert len(one_batch_tile) == 3
+    for name, text in one_batch_tile.items():
+        weights = [at.start() for at in re.finditer(r"LDG\.E\.NA\.128", text)]
+        assert len(weights) == 8, name
+        first_use = re.search("IMMA|0x3030303|0xc0c0c0c", text)
+        assert first_use is not None
+        assert sum(at < first_use.start() for at in weights) >= 6, name
+        if op == "ternary_linear":
+            # 20 for each of eight chunks of 16 bytes, and what is outside of the loop.
+            decoding = len(re.findall(r"\b(?:LOP3|SHF)\b", text))
+            assert decoding <= 8 * 20 + 70, f"{name}: {decoding} shifts and masks"

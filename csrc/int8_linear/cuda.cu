@@ -9,8 +9,9 @@ namespace trine {
 namespace {
 
 struct Int8Chunk {
-  static constexpr int kUnits = 1;
+  static constexpr int kUnits = 1, kMostSets = 1;
   static constexpr int32_t kOffset = 0;
+  template <int kSets>
   static __device__ __forceinline__ uint32_t fragment(const uint4& chunk, int, int f) {
     return word_of(chunk, f);
   }

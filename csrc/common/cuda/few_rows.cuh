@@ -11,15 +11,29 @@
 //
 // The warps of a block share the chunks among them, and add up their sums at the end.
 //
-// What bounds it: the weight from memory. Each lane has eight loads of 16 bytes on their way before
-// it uses the first: 32 KB in a block of 256 threads, and two blocks fit an SM at any time; latency
-// times bandwidth of one SM of an H200 is some 25 KB. Beyond 16 rows the activations, which every
-// block reads from the L2, cost as much.
+// What bounds it, as calculated: the weight from memory. Latency times bandwidth is some 3.8 MB on
+// an H200, 29 KB an SM. Each lane has eight loads of 16 bytes on their way: 32 KB in a block of 256
+// threads, of which two fit an SM (9 to 16 ternary rows: half of that before the first use). So
+// from 120 blocks on (1920 columns at one row) all of memory's bandwidth is asked for, and as
+// blocks are equal and share it, they end together: 2560^2 is 160 blocks, 4096^2 256, 16384^2 256
+// of four tiles, all of them in one wave. Where there are fewer blocks than SMs, they have twice
+// the warps; the sum over k is never split over blocks.
+//
+// Why not dp4a for one row: memory brings an SM of an H200 1.2 chunks a clock (sm_80: 0.8, sm_89:
+// 0.2), and each of the three starts 64 lanes of shifts, ANDs or dp4a a clock. A ternary chunk
+// takes 20 to decode and would take 16 dp4a more for each row of x: 43 of the 64 at one row, 101 at
+// four. The tensor cores take it at 0.15 products a clock and SM, of some 0.5, whatever the rows up
+// to 8. With addresses and tails a chunk takes 24 lanes as compiled, 28 of the 64 a clock.
+//
+// Beyond 8 rows the activations, which every block reads from the L2, count as well: 16 bytes a
+// row for 16 bytes of an INT8 weight, 64 for a ternary one, divided by the block's weight rows. Of
+// blocks that share an SM, one finds in the L1 what another has read.
 //
 // A Weight says what a chunk holds:
 //   kUnits         units of 16 codes in 16 bytes
 //   kOffset        what codes carry above the weights
-//   fragment(chunk, unit, f)   codes 4f .. 4f + 3 of a unit, as bytes
+//   kMostSets      1, or 2: fragments may come in two sets, for sums of their own
+//   fragment<kSets>(chunk, unit, f)   codes 4f .. 4f + 3 of a unit, as bytes, times 4^(f % kSets)
 #pragma once
 
 #include "common/cuda/finish.cuh"
@@ -29,7 +43,7 @@
 
 namespace trine {
 
-inline constexpr int kFewRowsWarps = 8;
+inline constexpr int kFewRowsWarps = 8, kMostFewRowsWarps = 16;
 inline constexpr int kLoadsInFlight = 8;  // of 16 bytes, by each lane
 inline constexpr int kTileWeights = 16;   // weight rows of a tile
 inline constexpr int kTileBatch = 8;      // activation rows of a tile
@@ -42,15 +56,22 @@ __device__ __forceinline__ uint32_t word_of(const uint4& chunk, int i) {
   return i == 0 ? chunk.x : i == 1 ? chunk.y : i == 2 ? chunk.z : chunk.w;
 }
 
-template <class Weight, int kWeightTiles, int kBatchTiles>
-__global__ void __launch_bounds__(kFewRowsWarps* kWarpThreads)
+// How many blocks an SM must hold. Where ptxas is told 1, it does as the source says; told nothing
+// (0), it waits for loads one after the other to save registers for blocks that there are not.
+template <int kBatchTiles>
+inline constexpr int kLeastBlocks = kBatchTiles <= 2 ? 1 : 0;
+
+template <class Weight, int kWeightTiles, int kBatchTiles, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarpThreads, kLeastBlocks<kBatchTiles>)
     few_rows_kernel(DeviceLinear linear) {
   // Two rows of each tile. From 32 activation rows on, their own loads are as many as the weight's.
   constexpr int kDepth = kLoadsInFlight / (2 * kWeightTiles) / (kBatchTiles >= 4 ? 2 : 1);
   constexpr int kTiles = kWeightTiles * kBatchTiles;
+  // Beyond 8 activation rows, a second set would take registers from the second block of an SM.
+  constexpr int kSets = kBatchTiles == 1 ? Weight::kMostSets : 1;
   static_assert(kTiles <= kMostTiles && kDepth >= 1);
   constexpr int kChunkBytes = 16, kUnitBytes = 16, kLanesOfRow = 4;
-  TRINE_SHARED_ARRAY(int4, partial, kFewRowsWarps * kTiles * kWarpThreads);
+  TRINE_SHARED_ARRAY(int4, partial, kWarps * kTiles * kWarpThreads);
 
   const int warp = int(threadIdx.x) / kWarpThreads, lane = int(threadIdx.x) % kWarpThreads;
   const int row = lane / kLanesOfRow, quarter = lane % kLanesOfRow;
@@ -60,9 +81,8 @@ __global__ void __launch_bounds__(kFewRowsWarps* kWarpThreads)
   const int64_t m0 = blockIdx.x / weight_blocks * (kBatchTiles * kTileBatch);
   const int64_t chunks = linear.weight_stride / kChunkBytes;
 
-  int32_t sums[kWeightTiles][kBatchTiles][4] = {};
-  for (int64_t first = warp * kLanesOfRow; first < chunks;
-       first += kDepth * kFewRowsWarps * kLanesOfRow) {
+  int32_t sums[kSets][kWeightTiles][kBatchTiles][4] = {};
+  for (int64_t first = warp * kLanesOfRow; first < chunks; first += kDepth * kWarps * kLanesOfRow) {
     uint4 weight[kDepth][kWeightTiles][2] = {};
 #pragma unroll
     for (int d = 0; d < kDepth; ++d)
@@ -70,7 +90,7 @@ __global__ void __launch_bounds__(kFewRowsWarps* kWarpThreads)
       for (int t = 0; t < kWeightTiles; ++t)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int64_t chunk = first + d * kFewRowsWarps * kLanesOfRow + quarter;
+          const int64_t chunk = first + d * kWarps * kLanesOfRow + quarter;
           const int64_t n = n0 + t * kTileWeights + half * 8 + row;
           if (chunk < chunks && n < linear.n)
             weight[d][t][half] =
@@ -78,7 +98,7 @@ __global__ void __launch_bounds__(kFewRowsWarps* kWarpThreads)
         }
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
-      const int64_t chunk = first + d * kFewRowsWarps * kLanesOfRow + quarter;
+      const int64_t chunk = first + d * kWarps * kLanesOfRow + quarter;
 #pragma unroll
       for (int unit = 0; unit < Weight::kUnits; ++unit) {
         uint4 x[kBatchTiles] = {};
@@ -90,19 +110,24 @@ __global__ void __launch_bounds__(kFewRowsWarps* kWarpThreads)
                                                (chunk * Weight::kUnits + unit) * kUnitBytes);
         }
 #pragma unroll
-        for (int f = 0; f < 4; f += 2)
+        for (int product = 0; product < 2; ++product) {
+          // Two fragments of one set.
+          constexpr int kFirst = kSets == 1 ? 2 : 1;
+          const int f0 = product * kFirst, f1 = f0 + kSets;
 #pragma unroll
           for (int t = 0; t < kWeightTiles; ++t) {
-            const uint32_t a[4] = {Weight::fragment(weight[d][t][0], unit, f),
-                                   Weight::fragment(weight[d][t][1], unit, f),
-                                   Weight::fragment(weight[d][t][0], unit, f + 1),
-                                   Weight::fragment(weight[d][t][1], unit, f + 1)};
+            const uint4(&rows)[2] = weight[d][t];
+            const uint32_t a[4] = {Weight::template fragment<kSets>(rows[0], unit, f0),
+                                   Weight::template fragment<kSets>(rows[1], unit, f0),
+                                   Weight::template fragment<kSets>(rows[0], unit, f1),
+                                   Weight::template fragment<kSets>(rows[1], unit, f1)};
 #pragma unroll
             for (int b = 0; b < kBatchTiles; ++b) {
-              const uint32_t columns[2] = {word_of(x[b], f), word_of(x[b], f + 1)};
-              multiply(S8{}, sums[t][b], a, columns);
+              const uint32_t columns[2] = {word_of(x[b], f0), word_of(x[b], f1)};
+              multiply(S8{}, sums[f0 % kSets][t][b], a, columns);
             }
           }
+        }
       }
     }
   }
@@ -110,14 +135,20 @@ __global__ void __launch_bounds__(kFewRowsWarps* kWarpThreads)
 #pragma unroll
   for (int t = 0; t < kWeightTiles; ++t)
 #pragma unroll
-    for (int b = 0; b < kBatchTiles; ++b)
-      partial[(warp * kTiles + t * kBatchTiles + b) * kWarpThreads + lane] = {
-          sums[t][b][0], sums[t][b][1], sums[t][b][2], sums[t][b][3]};
+    for (int b = 0; b < kBatchTiles; ++b) {
+      int32_t total[4] = {};
+#pragma unroll
+      for (int set = 0; set < kSets; ++set)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i] += sums[set][t][b][i] >> 2 * set;
+      partial[(warp * kTiles + t * kBatchTiles + b) * kWarpThreads + lane] = {total[0], total[1],
+                                                                              total[2], total[3]};
+    }
   __syncthreads();
 
   // Neighbouring threads take neighbouring columns of y.
   const int32_t* all = reinterpret_cast<const int32_t*>(partial);
-  for (int e = int(threadIdx.x); e < kTiles * kTileSums; e += kFewRowsWarps * kWarpThreads) {
+  for (int e = int(threadIdx.x); e < kTiles * kTileSums; e += kWarps * kWarpThreads) {
     const int n_in = e % (kWeightTiles * kTileWeights), m_in = e / (kWeightTiles * kTileWeights);
     const int64_t n = n0 + n_in, m = m0 + m_in;
     if (n >= linear.n || m >= linear.m) continue;
@@ -127,7 +158,7 @@ __global__ void __launch_bounds__(kFewRowsWarps* kWarpThreads)
     const int at = tile * kTileSums + (r % 8 * 4 + c / 2) * 4 + r / 8 * 2 + c % 2;
     uint32_t sum = 0;
 #pragma unroll
-    for (int w = 0; w < kFewRowsWarps; ++w) sum += uint32_t(all[w * kTiles * kTileSums + at]);
+    for (int w = 0; w < kWarps; ++w) sum += uint32_t(all[w * kTiles * kTileSums + at]);
     write_float(linear.y, linear.type, m * linear.n + n,
                 finished<Weight::kOffset>(linear, int32_t(sum), m, column_scaling(linear, n)));
   }
@@ -136,23 +167,30 @@ __global__ void __launch_bounds__(kFewRowsWarps* kWarpThreads)
 // Any number of rows; more than kFewRows at a time are cut into pieces of that many.
 template <class Weight>
 void few_rows_linear(const char* op, const DeviceLinear& linear, cudaStream_t stream) {
-  const auto run = [&]<int kWeightTiles, int kBatchTiles>() {
-    const auto pieces = [](int64_t count, int size) { return (count + size - 1) / size; };
+  const auto pieces = [](int64_t count, int size) { return (count + size - 1) / size; };
+  const auto run = [&]<int kWeightTiles, int kBatchTiles, int kWarps = kFewRowsWarps>() {
     launch(
-        op, few_rows_kernel<Weight, kWeightTiles, kBatchTiles>,
+        op, few_rows_kernel<Weight, kWeightTiles, kBatchTiles, kWarps>,
         {pieces(linear.n, kWeightTiles * kTileWeights) * pieces(linear.m, kBatchTiles * kTileBatch),
-         kFewRowsWarps * kWarpThreads},
+         kWarps * kWarpThreads},
         stream, linear);
   };
   // More weight rows in a block mean that fewer blocks read the activations, as long as there are
   // blocks for all multiprocessors.
+  const int64_t all = multiprocessors();
   const auto fills = [&](int weight_tiles) {
-    return linear.n >= int64_t(weight_tiles) * kTileWeights * multiprocessors();
+    return linear.n >= int64_t(weight_tiles) * kTileWeights * all;
   };
+  const bool alone = pieces(linear.n, kTileWeights) <= all;
+  constexpr int kMost = kMostFewRowsWarps;
   if (linear.m <= 8)
-    fills(4) ? run.template operator()<4, 1>() : run.template operator()<1, 1>();
+    fills(4) ? run.template operator()<4, 1>()
+    : alone  ? run.template operator()<1, 1, kMost>()
+             : run.template operator()<1, 1>();
   else if (linear.m <= 16)
-    fills(4) ? run.template operator()<4, 2>() : run.template operator()<1, 2>();
+    fills(4) ? run.template operator()<4, 2>()
+    : alone  ? run.template operator()<1, 2, kMost>()
+             : run.template operator()<1, 2>();
   else if (linear.m <= 32)
     fills(2) ? run.template operator()<2, 4>() : run.template operator()<1, 4>();
   else
