@@ -86,7 +86,11 @@ NVCC=$(sed -n 's/^TRINE_NVCC:FILEPATH=//p' build/gpu/CMakeCache.txt 2>/dev/null)
 export PATH=$PATH:$(dirname "$(readlink -f "${NVCC:-/}")")
 
 # None of these is timed, so they run side by side.
-ON_DEVICE=(tests/test_{cuda_device,quantize_rows,int8_linear,ternary_linear,triton}.py)
+ON_DEVICE=(tests/test_{cuda_device,triton}.py)
+for kernels in csrc/*/cuda.cu; do
+  tests=tests/test_$(basename "$(dirname "$kernels")").py
+  [ -e "$tests" ] && ON_DEVICE+=("$tests")
+done
 PROBES=(tests/test_cuda_probes.py)
 # They prove the kernels where no GPU is, and that their bugs would be found there: minutes.
 NO_GPU=(tests/test_cuda_{on_cpu,linear_on_cpu,sass}.py)

@@ -29,6 +29,7 @@ from benchmarks.gpu.plan import OPS as GPU_OPS
 from benchmarks.gpu.plan import Plan
 from benchmarks.linear_cases import check
 from benchmarks.measure import Timed, Timing, in_turns
+from benchmarks.run import parse_arguments
 from benchmarks.table import standing
 
 CEILINGS = Ceilings(1, dram_gb_s=20, l3_gb_s=60, l2_gb_s=100, int8_gop_s=400, fp32_gflop_s=100)
@@ -245,7 +246,6 @@ def test_a_gpu_run_compares_ours_with_every_peer(no_gpu_needed, tmp_path, capsys
     (row,) = (r for r in saved["rows"] if (r["name"], r["M"]) == ("int8_linear", 3))
     assert row["error"] < 0.03
     assert row["baseline"] == "nn.Linear bf16"
-    # Every call of a contestant has memory of its own, more than `rotated` bytes together.
     gpu.show(saved)
     assert "not measured" in capsys.readouterr().out
 
@@ -281,6 +281,7 @@ def test_a_cuda_kernel_that_raises_counts_as_wrong(no_gpu_needed, monkeypatch, t
 def test_copies_fill_what_is_rotated_and_are_never_one():
     t = torch.zeros(100, dtype=torch.uint8)
     assert len(rotated_copies((t,), 1000)) == 10
+    assert len(rotated_copies((t,), 10**9)) == 256
     several = rotated_copies((t,), 10)
     assert len(several) == 2
     assert several[0][0].data_ptr() != several[1][0].data_ptr()
@@ -373,3 +374,38 @@ def test_parts_of_a_run():
     assert names("--op", "int8_linear", "--quick") == ["2 threads: linear 2560 x 2560"]
     assert names("--op", "softmax_kl") == ["2 threads: softmax_kl"]
     assert len(names()) == len(run.OTHER) + 3
+
+
+def test_ceilings_of_a_gpu_are_rates(monkeypatch):
+    monkeypatch.setattr(gpu_timing, "seconds", lambda run: run() is None or 1e-3)
+    measured = gpu_ceilings.measure("cpu", copied=4000, side=32)
+    assert measured == GpuCeilings(0.008, 0.004, 2 * 32**3 / 1e9, 2 * 32**3 / 1e9)
+    assert measured.seconds(Work(bytes_moved=8_000_000), cold=True) == (1.0, "memory")
+
+
+@pytest.mark.parametrize(("options", "folder"), [((), "results"), (("--quick",), "out/gpu")])
+def test_the_command_measures_writes_and_prints(
+    no_gpu_needed, monkeypatch, tmp_path, capsys, options, folder
+):
+    found = SimpleNamespace(
+        name="Some GPU 200", major=9, minor=0, multi_processor_count=132, L2_cache_size=1000
+    )
+    found.total_memory = 1 << 30
+    measure = gpu.measure
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(
+        gpu, "measure", lambda run, plan, ops, device, until: measure(run, TINY, ops, "cpu", until)
+    )
+    parsed = parse_arguments(["gpu", "--op", "int8_linear", *options] if options else ["gpu"])
+    assert gpu.main(parsed) == 0
+    path = tmp_path / folder / "some-gpu-200.json"
+    saved = results.read(path)
+    assert saved["machine"]["capability"] == "9.0"
+    assert saved["machine"]["finished"]
+    ops = {row["op"] for row in saved["rows"] if row["op"]}
+    assert ops == ({"int8_linear"} if options else set(GPU_OPS))
+    assert "goals" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def measure(run: Run, plan: Plan, ops: tuple[str, ...], device: str, until: floa
 
 
 def machine_facts(command: str) -> dict[str, object]:
-    found = torch.cuda.get_device_properties()
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": found.name,
         "slug": results.slug(found.name, {}),
