@@ -225,6 +225,7 @@ TINY = Plan(
 def _gpu_run(tmp_path, plan=TINY, until=math.inf):
     run = gpu.Run({"slug": "some-gpu", "l2_bytes": 1000}, tmp_path)
     gpu.measure(run, plan, GPU_OPS, "cpu", until)
+    run.write()
     return run, results.read(tmp_path / "some-gpu.json")
 
 
@@ -409,3 +410,18 @@ def test_the_command_measures_writes_and_prints(
     ops = {row["op"] for row in saved["rows"] if row["op"]}
     assert ops == ({"int8_linear"} if options else set(GPU_OPS))
     assert "goals" in capsys.readouterr().out
+
+
+def test_a_layer_that_does_not_fit_is_a_failure_and_the_run_goes_on(
+    no_gpu_needed, monkeypatch, tmp_path
+):
+    def layer(ops, n, k, *rest):
+        if n == 48:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return make(ops, n, k, *rest)
+
+    make = gpu_layers.Layer
+    monkeypatch.setattr("benchmarks.gpu.plan.Layer", layer)
+    run, saved = _gpu_run(tmp_path)
+    assert ["2 GiB" in failure["reason"] for failure in run.failures[:2]] == [True, True]
+    assert {row.get("N") for row in saved["rows"]} == {32, None}

@@ -3,7 +3,7 @@ first."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 
 from benchmarks.case import Comparison
@@ -29,19 +29,29 @@ class Plan:
         self, ops: Sequence[str], device: str, rotated: int
     ) -> Iterator[tuple[str, Callable[[], Comparison]]]:
         """The suite of each, and what makes it; `rotated`: bytes of copies of each weight."""
-        for shape in self.quantized if "quantize_rows" in ops else ():
-            yield "quantize_rows", partial(rows.comparison, shape, device, rotated)
         linear = [
             variant
             for op in LINEAR
             if op in ops
             for variant in import_module(f"benchmarks.bench_{op}").OPS
         ]
-        for suite, entries in (("linear", self.layers), ("linear, Triton too", self.slow_start)):
+
+        def of_layers(
+            entries: Sequence[tuple[Shape, Rows]], slow_start: bool
+        ) -> Iterator[Callable]:
             for (n, k), counts in entries if linear else ():
-                layer = Layer(linear, n, k, max(counts), device, rotated)
-                make = partial(layer.comparison, slow_start=entries is self.slow_start)
-                yield from ((suite, partial(make, m)) for m in counts)
+                # Made with its first comparison, kept until the last: where it does not fit in the
+                # memory, comparisons fail and the run goes on.
+                layer = cache(partial(Layer, linear, n, k, max(counts), device, rotated))
+                yield from (
+                    lambda m=m, layer=layer: layer().comparison(m, slow_start) for m in counts
+                )
+
+        yield from (("linear", make) for make in of_layers(self.layers, slow_start=False))
+        for shape in self.quantized if "quantize_rows" in ops else ():
+            yield "quantize_rows", partial(rows.comparison, shape, device, rotated)
+        slow = of_layers(self.slow_start, slow_start=True)
+        yield from (("linear, Triton too", make) for make in slow)
 
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)

@@ -56,7 +56,7 @@ def measure(run: Run, plan: Plan, ops: tuple[str, ...], device: str, until: floa
     for suite, make in plan.comparisons(ops, device, ROTATED * run.facts["l2_bytes"]):
         if time.monotonic() > until:
             run.fail("what would have followed", "the time that was given is over", False)
-            break
+            return
         started = time.monotonic()
         try:
             comparison = make()
@@ -66,11 +66,10 @@ def measure(run: Run, plan: Plan, ops: tuple[str, ...], device: str, until: floa
             continue
         shape = " ".join(f"{key} {value}" for key, value in comparison.shape.items())
         print(f"{suite} {shape}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
-        del comparison
+        del comparison, make
         run.write()
     run.ceilings.append(ceilings.measure(device))
     run.facts["finished"] = True
-    run.write()
 
 
 def machine_facts(command: str) -> dict[str, object]:
