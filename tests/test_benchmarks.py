@@ -1,9 +1,7 @@
 """The parts of the benchmark that could mislead: what is left out, refused, and written."""
 
-import dataclasses
 import io
 import json
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -16,20 +14,8 @@ from benchmarks.bench_sparse24_linear import OPS as SPARSE_OPS
 from benchmarks.bench_ternary_linear import OPS as TERNARY_OPS
 from benchmarks.case import Comparison, Contestant, WrongResult
 from benchmarks.ceilings import Ceilings, Work, best_of
-from benchmarks.gpu import ceilings as gpu_ceilings
-from benchmarks.gpu import goals
-from benchmarks.gpu import layers as gpu_layers
-from benchmarks.gpu import peers as gpu_peers
-from benchmarks.gpu import rows as gpu_rows
-from benchmarks.gpu import run as gpu
-from benchmarks.gpu import timing as gpu_timing
-from benchmarks.gpu.ceilings import GpuCeilings
-from benchmarks.gpu.entries import rotated_copies
-from benchmarks.gpu.plan import OPS as GPU_OPS
-from benchmarks.gpu.plan import Plan
 from benchmarks.linear_cases import check
 from benchmarks.measure import Timed, Timing, in_turns
-from benchmarks.run import parse_arguments
 from benchmarks.table import standing
 
 CEILINGS = Ceilings(1, dram_gb_s=20, l3_gb_s=60, l2_gb_s=100, int8_gop_s=400, fp32_gflop_s=100)
@@ -187,175 +173,6 @@ def test_the_count_is_read_from_what_callgrind_prints():
     assert instructions.collected(report) == 20774770
 
 
-# --- on a GPU ----------------------------------------------------------------------------------
-
-GPU = {"copy_gb_s": 4000.0, "read_gb_s": 3900.0, "bf16_tflop_s": 700.0, "int8_top_s": 1200.0}
-
-
-@pytest.fixture
-def no_gpu_needed(monkeypatch):
-    """Graphs and events on the CPU, and nothing that compiles."""
-
-    def capture(calls):
-        def replay():
-            for call in calls:
-                call()
-
-        return replay
-
-    def seconds(run):
-        run()
-        return 1e-3
-
-    monkeypatch.setattr(gpu_timing, "capture", capture)
-    monkeypatch.setattr(gpu_timing, "seconds", seconds)
-    for module in (gpu_rows, gpu_peers):
-        monkeypatch.setattr(module, "compiled", lambda function: function)
-    monkeypatch.setattr(gpu_rows, "_in_triton", gpu_rows.quantize_rows)
-    monkeypatch.setattr(gpu_layers, "_in_triton", lambda op, *arguments: op.run(*arguments))
-    small = GpuCeilings(**GPU)
-    monkeypatch.setattr(gpu_ceilings, "measure", lambda device: small)
-
-
-TINY = Plan(
-    layers=(((48, 128), (1, 3)),), slow_start=(((32, 256), (2,)),), quantized=((8, 64), (1, 40))
-)
-
-
-def _gpu_run(tmp_path, plan=TINY, until=math.inf):
-    run = gpu.Run({"slug": "some-gpu", "l2_bytes": 1000}, tmp_path)
-    gpu.measure(run, plan, GPU_OPS, "cpu", until)
-    run.write()
-    return run, results.read(tmp_path / "some-gpu.json")
-
-
-def test_a_gpu_run_compares_ours_with_every_peer(no_gpu_needed, tmp_path, capsys):
-    run, saved = _gpu_run(tmp_path)
-    assert saved["rows"] == run.rows
-    assert saved["machine"]["finished"]
-    assert len(saved["ceilings"]) == 2
-    assert not any(failure["wrong"] for failure in saved["failures"])
-    names = {(row["name"], row["M"], row.get("N")) for row in saved["rows"]}
-    for op in ("ternary_linear", "int8_linear"):
-        assert {(op, 1, 48), (op, 3, 48), (op, 2, 32), (f"{op} triton", 2, 32)} <= names
-    for peer in ("nn.Linear bf16", "torch._int_mm"):
-        assert {(peer, 1, 48), (peer, 3, 48)} <= names
-    assert ("torch._int_mm compiled", 2, 32) in names
-    assert {("quantize_rows", 8, None), ("quantize_rows triton", 1, None)} <= names
-    absent = {failure["name"] for failure in saved["failures"]}
-    assert absent <= {"torchao", "bitsandbytes", "Triton bf16 matmul"}
-    (row,) = (r for r in saved["rows"] if (r["name"], r["M"]) == ("int8_linear", 3))
-    assert row["error"] < 0.03
-    assert row["baseline"] == "nn.Linear bf16"
-    gpu.show(saved)
-    assert "not measured" in capsys.readouterr().out
-
-
-def test_a_gpu_run_keeps_what_it_has_when_time_is_over(no_gpu_needed, tmp_path):
-    run, saved = _gpu_run(tmp_path, until=-1)
-    assert not saved["rows"]
-    assert [failure["reason"] for failure in run.failures] == ["the time that was given is over"]
-
-
-def test_a_wrong_cuda_kernel_is_not_timed(no_gpu_needed, monkeypatch, tmp_path):
-    spoilt = dataclasses.replace(INT8_OPS[0], run=lambda *a: INT8_OPS[0].run(*a) * 1.01)
-    monkeypatch.setattr("benchmarks.bench_int8_linear.OPS", [spoilt])
-    monkeypatch.setattr(gpu_rows, "quantize_rows", lambda x: (x.to(torch.int8), x[:, 0], x[:, 0]))
-    run, saved = _gpu_run(tmp_path)
-    refused = {failure["name"] for failure in run.failures if failure["wrong"]}
-    assert {"int8_linear", "int8_linear triton", "quantize_rows"} <= refused
-    assert "ternary_linear" not in refused
-    assert not {row["name"] for row in saved["rows"]} & refused
-
-
-def test_a_cuda_kernel_that_raises_counts_as_wrong(no_gpu_needed, monkeypatch, tmp_path):
-    def broken(*arguments):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(gpu_rows, "quantize_rows", broken)
-    run, _ = _gpu_run(tmp_path, Plan((), (), ((2, 40),)))
-    (failure,) = (f for f in run.failures if f["name"] == "quantize_rows")
-    assert failure["wrong"]
-    assert "illegal memory access" in failure["reason"]
-
-
-def test_copies_fill_what_is_rotated_and_are_never_one():
-    t = torch.zeros(100, dtype=torch.uint8)
-    assert len(rotated_copies((t,), 1000)) == 10
-    assert len(rotated_copies((t,), 10**9)) == 256
-    several = rotated_copies((t,), 10)
-    assert len(several) == 2
-    assert several[0][0].data_ptr() != several[1][0].data_ptr()
-
-
-def test_gpu_samples_are_long_and_the_first_round_is_dropped(monkeypatch):
-    monkeypatch.setattr(gpu_timing, "capture", lambda calls: list(calls))
-    # of a graph of two calls: uploaded, then 0.1 ms; so twenty times as many fill 2 ms
-    left = [9.0, 1e-4]
-    monkeypatch.setattr(gpu_timing, "seconds", lambda replay: left.pop(0))
-    recorded = gpu_timing.record([lambda: None, lambda: None])
-    assert (recorded.calls, len(recorded.replay)) == (40, 40)
-    left[:] = [9.0, 4.0, 8.0, 12.0]
-    timing = gpu_timing.in_turns({"a": gpu_timing.Recorded(None, 4)}, 3)
-    assert timing == {"a": Timing(2.0, 3, 0)}
-
-
-def _gpu_rows(times):
-    """Rows as a run would write them, from {(name, M, N, K): us}."""
-    rows = []
-    for (name, m, n, k), us in times.items():
-        bits = {"ternary_linear": 2, "int8_linear": 8}.get(name, 16)
-        size = n * k * bits // 8 if n else 3 * m * k
-        rows.append({"name": name, "M": m, "K": k, "us": us, "gb_s": size / us / 1e3})
-        rows[-1] |= {"N": n} if n else {}
-        rows[-1] |= {"bytes_moved": size} if bits < 16 else {}
-    return rows
-
-
-def test_goals_on_a_saved_run():
-    side, cube = 16384, 8192
-    times = {("ternary_linear", m, side, side): 20.0 + m / 8 for m in (1, 2, 4, 8, 16)}
-    times |= {("int8_linear", m, side, side): 100.0 for m in (1, 16)}
-    times[("int8_linear", 32, side, side)] = 80.0
-    times[("nn.Linear bf16", 1, side, side)] = 100.0
-    times |= {("nn.Linear bf16", 4096, n, n): 400.0 for n in (side, cube)}
-    times |= {
-        ("ternary_linear", 4096, side, side): 200.0,
-        ("ternary_linear", 4096, cube, cube): 300.0,
-    }
-    times |= {("int8_linear", cube, cube, cube): 1000.0, ("quantize_rows", cube, None, cube): 90.0}
-    saved = {"ceilings": [GPU, GPU | {"copy_gb_s": 3000.0}], "rows": _gpu_rows(times)}
-    judged = {goal.text: goal.judge(goals.Result(saved)) for goal in goals.GOALS}
-    share, six, flat, prefill, cubed, int8, few = judged.values()
-    assert share == ("0.83", "reached", "M 1 N 16384 K 16384")  # 67.1 MB in 20.125 us, of 4000
-    assert six == ("4.97", "not reached", "M 1 N 16384 K 16384")
-    assert flat == ("1.09", "reached", "N 16384 K 16384")
-    assert prefill == ("1.33", "not reached", "M 4096 N 8192 K 8192, the worst of 2")
-    assert cubed == ("1.01", "reached", "1208 TOPS, cuBLASLt 1200, of 1000 us all in all")
-    assert int8 == ("", "not measured", "")
-    assert few == ("0.67", "not reached", "M 1 N 16384 K 16384, the worst of 3")
-
-
-def test_goals_of_nothing_are_not_measured(tmp_path, capsys):
-    path = tmp_path / "some-gpu.json"
-    path.write_text(json.dumps({"ceilings": [], "rows": []}))
-    assert gpu.main_goals(SimpleNamespace(file=path)) == 0
-    assert capsys.readouterr().out.count("not measured") == len(goals.GOALS)
-
-
-def test_what_is_no_result_of_a_gpu_has_no_goals(tmp_path, capsys):
-    path = tmp_path / "cpu.json"
-    path.write_text(json.dumps({"ceilings": [dataclasses.asdict(CEILINGS)], "rows": []}))
-    assert gpu.main_goals(SimpleNamespace(file=path)) == 2
-    assert "is no result of a GPU" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_sentence_says_so(capsys):
-    assert gpu.main(SimpleNamespace()) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_an_unfinished_run_is_resumed_where_it_was_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "UNFINISHED", tmp_path)
     facts = {"slug": "some-processor", "isa": "avx2"}
@@ -375,53 +192,3 @@ def test_parts_of_a_run():
     assert names("--op", "int8_linear", "--quick") == ["2 threads: linear 2560 x 2560"]
     assert names("--op", "softmax_kl") == ["2 threads: softmax_kl"]
     assert len(names()) == len(run.OTHER) + 3
-
-
-def test_ceilings_of_a_gpu_are_rates(monkeypatch):
-    monkeypatch.setattr(gpu_timing, "seconds", lambda run: run() is None or 1e-3)
-    measured = gpu_ceilings.measure("cpu", copied=4000, side=32)
-    assert measured == GpuCeilings(0.008, 0.004, 2 * 32**3 / 1e9, 2 * 32**3 / 1e9)
-    assert measured.seconds(Work(bytes_moved=8_000_000), cold=True) == (1.0, "memory")
-
-
-@pytest.mark.parametrize(("options", "folder"), [((), "results"), (("--quick",), "out/gpu")])
-def test_the_command_measures_writes_and_prints(
-    no_gpu_needed, monkeypatch, tmp_path, capsys, options, folder
-):
-    found = SimpleNamespace(
-        name="Some GPU 200", major=9, minor=0, multi_processor_count=132, L2_cache_size=1000
-    )
-    found.total_memory = 1 << 30
-    measure = gpu.measure
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    monkeypatch.setattr(
-        gpu, "measure", lambda run, plan, ops, device, until: measure(run, TINY, ops, "cpu", until)
-    )
-    parsed = parse_arguments(["gpu", "--op", "int8_linear", *options] if options else ["gpu"])
-    assert gpu.main(parsed) == 0
-    path = tmp_path / folder / "some-gpu-200.json"
-    saved = results.read(path)
-    assert saved["machine"]["capability"] == "9.0"
-    assert saved["machine"]["finished"]
-    ops = {row["op"] for row in saved["rows"] if row["op"]}
-    assert ops == ({"int8_linear"} if options else set(GPU_OPS))
-    assert "goals" in capsys.readouterr().out
-
-
-def test_a_layer_that_does_not_fit_is_a_failure_and_the_run_goes_on(
-    no_gpu_needed, monkeypatch, tmp_path
-):
-    def layer(ops, n, k, *rest):
-        if n == 48:
-            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-        return make(ops, n, k, *rest)
-
-    make = gpu_layers.Layer
-    monkeypatch.setattr("benchmarks.gpu.plan.Layer", layer)
-    run, saved = _gpu_run(tmp_path)
-    assert ["2 GiB" in failure["reason"] for failure in run.failures[:2]] == [True, True]
-    assert {row.get("N") for row in saved["rows"]} == {32, None}
