@@ -64,8 +64,10 @@ def test_more_than_one_block(isa, m, n, k, groups):
     assert_matches_reference(*reference.example_inputs(m, n, k, scale_shape=scale_shape))
 
 
-def test_every_number_of_columns(isa):
-    x, packed_weight, scale, bias = reference.example_inputs(7, 70, 130)
+@pytest.mark.parametrize(("m", "groups"), [(1, 0), (7, 0), (2, 3)])
+def test_every_number_of_columns(isa, m, groups):
+    scale_shape = (70, groups) if groups else (70,)
+    x, packed_weight, scale, bias = reference.example_inputs(m, 70, 192, scale_shape=scale_shape)
     expected = reference.ternary_linear(x, packed_weight, scale, bias)
     for n in range(1, 71):
         y = ternary_linear(x, packed_weight[:n], scale[:n], bias[:n])

@@ -1,7 +1,6 @@
 // vpmaddubsw on 32 codes, whose sums stay in int16 for 64 of them: see streams.h and lanes.h.
 #include "common/x86/gemm_avx2.h"
-#include "ternary_linear/lanes.h"
-#include "ternary_linear/streams.h"
+#include "ternary_linear/few_or_many.h"
 #include "ternary_linear/vectors_avx2.h"
 
 namespace trine {
@@ -24,10 +23,7 @@ struct Simd : Vectors256 {
 
 void ternary_linear_avx2(const QuantizedRows& x, const TernaryWeight& weight,
                          const LinearOutput& out, const Tile& tile) {
-  if (weight.group_size == 0 && tile.m_end - tile.m_begin <= Simd::kFewRows)
-    linear_by_streams<Simd>(x, weight, out, tile);
-  else
-    linear_by_lanes<Simd>(x, weight, out, tile);
+  linear_by_simd<Simd>(x, weight, out, tile);
 }
 
 }  // namespace trine

@@ -1,7 +1,6 @@
 // vpdpbusd on 32 codes: see streams.h and lanes.h.
 #include "common/x86/gemm_avx2vnni.h"
-#include "ternary_linear/lanes.h"
-#include "ternary_linear/streams.h"
+#include "ternary_linear/few_or_many.h"
 #include "ternary_linear/vectors_avx2.h"
 
 namespace trine {
@@ -21,10 +20,7 @@ struct Simd : Vectors256 {
 
 void ternary_linear_avx2vnni(const QuantizedRows& x, const TernaryWeight& weight,
                              const LinearOutput& out, const Tile& tile) {
-  if (weight.group_size == 0 && tile.m_end - tile.m_begin <= Simd::kFewRows)
-    linear_by_streams<Simd>(x, weight, out, tile);
-  else
-    linear_by_lanes<Simd>(x, weight, out, tile);
+  linear_by_simd<Simd>(x, weight, out, tile);
 }
 
 }  // namespace trine

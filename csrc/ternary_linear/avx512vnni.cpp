@@ -1,7 +1,6 @@
 // vpdpbusd on 64 codes: see streams.h and lanes.h.
 #include "common/x86/gemm_avx512vnni.h"
-#include "ternary_linear/lanes.h"
-#include "ternary_linear/streams.h"
+#include "ternary_linear/few_or_many.h"
 
 namespace trine {
 namespace {
@@ -46,6 +45,24 @@ struct Simd {
     _mm_store_si128(reinterpret_cast<__m128i*>(to), sum_quarters(quarters));
   }
 
+  static void store_chunks(const Int32 (&sums)[4], int32_t* to) {
+    store((Words)sum_within_quarters((__m512i)sums[0], (__m512i)sums[1], (__m512i)sums[2],
+                                     (__m512i)sums[3]),
+          to);
+  }
+
+  // 4 x 4 quarters.
+  static void transpose_quarters(Words (&v)[4]) {
+    const __m512i a = _mm512_shuffle_i32x4((__m512i)v[0], (__m512i)v[1], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4((__m512i)v[2], (__m512i)v[3], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4((__m512i)v[0], (__m512i)v[1], 0xee);
+    const __m512i d = _mm512_shuffle_i32x4((__m512i)v[2], (__m512i)v[3], 0xee);
+    v[0] = (Words)_mm512_shuffle_i32x4(a, b, 0x88);
+    v[1] = (Words)_mm512_shuffle_i32x4(a, b, 0xdd);
+    v[2] = (Words)_mm512_shuffle_i32x4(c, d, 0x88);
+    v[3] = (Words)_mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+
   // 16 x 16 dwords.
   static void transpose(Words (&lines)[16]) {
     __m512i pairs[16], fours[16];
@@ -77,10 +94,7 @@ struct Simd {
 
 void ternary_linear_avx512vnni(const QuantizedRows& x, const TernaryWeight& weight,
                                const LinearOutput& out, const Tile& tile) {
-  if (weight.group_size == 0 && tile.m_end - tile.m_begin <= Simd::kFewRows)
-    linear_by_streams<Simd>(x, weight, out, tile);
-  else
-    linear_by_lanes<Simd>(x, weight, out, tile);
+  linear_by_simd<Simd>(x, weight, out, tile);
 }
 
 }  // namespace trine

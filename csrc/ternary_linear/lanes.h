@@ -1,4 +1,4 @@
-// Many activation rows, or groups: vectors across weight rows.
+// Many activation rows: vectors across weight rows.
 //
 // A block of two times kLanes weight rows is transposed, kPanelWords at a time, so that a vector
 // holds one packed word, 16 consecutive k, of each of kLanes rows. Plane i of it, bits 2i..2i+1 of
@@ -15,8 +15,8 @@
 // for each vector of words, start beside them: 90 to 94% of the peak at 32 rows and more, with
 // groups of 64, 128 and 256 78, 83 and 88%. A processor with two ports for all of it can reach 82%.
 // With AVX2 a word of 4 x 16 sums takes 78 instructions, 20 cycles on four ports; 25 are measured.
-// With one row and groups, the transposition, two shuffles for each 32 packed bytes: half of the
-// time from the caches; from memory the block ahead arrives at half of the memory's speed.
+// With few rows, the transposition, two shuffles for each 32 packed bytes; and memory, which
+// arrives at half of its speed where prefetches alone ask for it.
 #pragma once
 
 #include <algorithm>

@@ -29,8 +29,9 @@ namespace trine {
 namespace {
 
 inline constexpr int64_t kStreams = 4;
-// Helps each stream over the page borders, which stop the processor's own prefetcher.
-inline constexpr int64_t kPrefetchBytes = 1024;
+// Helps each stream over the page borders, which stop the processor's own prefetcher. With groups
+// it also bridges the time in which they are summed and nothing is read.
+inline constexpr int64_t kPrefetchBytes = 1024, kGroupedPrefetchBytes = 3072;
 
 // `to` gets the blocks of row `q`; what lies beyond its `words` words is zero.
 template <int64_t kLanes>
@@ -50,11 +51,14 @@ void transpose_activations(const int8_t* q, int64_t words, int8_t* to) {
 struct Streams {
   const uint8_t* row[kStreams];
   int32_t* sums[kStreams];
+  int32_t* chunk_sums;  // see grouped_streams.h
 };
 
 // streams.sums[s][i * sums_stride + j] = the products of activation row i with the codes of weight
-// row j of stream s, for `count` rows of each stream.
-template <class Simd, int kRows>
+// row j of stream s, for `count` rows of each stream. With `chunks`, one activation row's products
+// are added up over each 16 packed bytes only: to streams.chunk_sums, a vector for each step along
+// k and each j: [step][j][chunk of the step][s].
+template <class Simd, int kRows, bool chunks = false>
 void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t stride, int64_t count,
                  int64_t sums_stride) {
   using Words = typename Simd::Words;
@@ -62,8 +66,9 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
   using Int32 = typename Simd::Int32;
   // One row leaves registers for a sum of each plane, whose codes then stay where they lie in their
   // bytes, 4^i times too large.
-  constexpr int kPlaneSums = Simd::kScalesPlanes && kRows == 1 ? 4 : 1;
+  constexpr int kPlaneSums = Simd::kScalesPlanes && kRows == 1 && !chunks ? 4 : 1;
   constexpr int64_t kVectorBytes = Simd::kLanes * 4;
+  constexpr int64_t kAhead = chunks ? kGroupedPrefetchBytes : kPrefetchBytes;
   const int64_t steps = stride / kVectorBytes, words_left = stride % kVectorBytes / 4;
   for (int64_t j = 0; j < count; ++j) {
     Sums acc[kRows * kPlaneSums][kStreams];
@@ -104,16 +109,26 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
       });
     };
 
+    const auto store_chunks = [&](int64_t step) __attribute__((always_inline)) {
+      Int32 sum[kStreams];
+      unrolled<kStreams>([&](auto s)
+                             __attribute__((always_inline)) { sum[s] = Simd::widened(acc[0][s]); });
+      Simd::store_chunks(sum, streams.chunk_sums + (step * (Simd::kLanes / 4) + j) * Simd::kLanes);
+    };
+
     clear();
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t at = step * kVectorBytes;
       Words words[kStreams];
       unrolled<kStreams>([&](auto s) __attribute__((always_inline)) {
-        if (at % 64 == 0) _mm_prefetch(streams.row[s] + at + kPrefetchBytes, _MM_HINT_T1);
+        if (at % 64 == 0) _mm_prefetch(streams.row[s] + at + kAhead, _MM_HINT_T1);
         words[s] = Simd::load(streams.row[s] + at);
       });
       multiply(words, at);
-      if constexpr (Simd::kDotsPerSum > 0)
+      if constexpr (chunks) {
+        store_chunks(step);
+        clear();
+      } else if constexpr (Simd::kDotsPerSum > 0)
         if ((step + 1) % (Simd::kDotsPerSum / 4) == 0) {
           flush();
           clear();
@@ -125,13 +140,16 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
         words[s] = Simd::load_first(streams.row[s] + steps * kVectorBytes, words_left);
       });
       multiply(words, steps * kVectorBytes);
+      if constexpr (chunks) store_chunks(steps);
     }
-    flush();
-    unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
-      alignas(16) int32_t sum[kStreams];
-      Simd::sum_lanes(total[i], sum);
-      unrolled<kStreams>([&](auto s) { streams.sums[s][i * sums_stride + j] = sum[s]; });
-    });
+    if constexpr (!chunks) {
+      flush();
+      unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
+        alignas(16) int32_t sum[kStreams];
+        Simd::sum_lanes(total[i], sum);
+        unrolled<kStreams>([&](auto s) { streams.sums[s][i * sums_stride + j] = sum[s]; });
+      });
+    }
     for (const uint8_t*& row : streams.row) row += stride;
   }
 }

@@ -40,6 +40,19 @@ struct Vectors256 {
         trine::sum_lanes((__m256i)sums[0], (__m256i)sums[1], (__m256i)sums[2], (__m256i)sums[3]));
   }
 
+  static void store_chunks(const Int32 (&sums)[4], int32_t* to) {
+    store((Words)sum_within_halves((__m256i)sums[0], (__m256i)sums[1], (__m256i)sums[2],
+                                   (__m256i)sums[3]),
+          to);
+  }
+
+  // Quarters of kLanes / 4 words each, which are halves here: 2 x 2.
+  static void transpose_quarters(Words (&v)[2]) {
+    const Words first = v[0];
+    v[0] = (Words)_mm256_permute2x128_si256((__m256i)first, (__m256i)v[1], 0x20);
+    v[1] = (Words)_mm256_permute2x128_si256((__m256i)first, (__m256i)v[1], 0x31);
+  }
+
   // 8 x 8 dwords.
   static void transpose(Words (&lines)[8]) {
     __m256i pairs[8], fours[8];

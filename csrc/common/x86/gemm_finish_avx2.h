@@ -10,12 +10,16 @@
 namespace trine {
 namespace {
 
-// The sums of the int32 lanes of a, b, c, d.
-[[maybe_unused]] inline __m128i sum_lanes(__m256i a, __m256i b, __m256i c, __m256i d) {
+// Each half of the result holds the sums of that half of a, b, c, d.
+[[maybe_unused]] inline __m256i sum_within_halves(__m256i a, __m256i b, __m256i c, __m256i d) {
   const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
   const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-  const __m256i abcd =
-      _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+
+// The sums of the int32 lanes of a, b, c, d.
+[[maybe_unused]] inline __m128i sum_lanes(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i abcd = sum_within_halves(a, b, c, d);
   return _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
 }
 

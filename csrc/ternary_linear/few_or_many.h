@@ -1,0 +1,27 @@
+// Which of the ways of computing on x86 serves a tile.
+#pragma once
+
+#include "ternary_linear/grouped_streams.h"
+#include "ternary_linear/lanes.h"
+#include "ternary_linear/streams.h"
+
+namespace trine {
+namespace {
+
+// As many are from the caches as fast in both ways, from memory 1.3 times as fast in streams.
+inline constexpr int64_t kFewGroupedRows = 2;
+
+template <class Simd>
+void linear_by_simd(const QuantizedRows& x, const TernaryWeight& weight, const LinearOutput& out,
+                    const Tile& tile) {
+  const int64_t rows = tile.m_end - tile.m_begin;
+  if (weight.group_size == 0 && rows <= Simd::kFewRows)
+    linear_by_streams<Simd>(x, weight, out, tile);
+  else if (weight.group_size > 0 && rows <= kFewGroupedRows)
+    grouped_by_streams<Simd>(x, weight, out, tile);
+  else
+    linear_by_lanes<Simd>(x, weight, out, tile);
+}
+
+}  // namespace
+}  // namespace trine
