@@ -15,11 +15,13 @@ from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguo
 from torch import Tensor
 from trine.ops import _triton_kernels
 from trine.ops.int8_linear import reference as int8
-from trine.ops.int8_linear.triton import int8_linear
+from trine.ops.int8_linear.triton import int8_linear, int8_linear_rows
 from trine.ops.quantize_rows import reference as rows
 from trine.ops.quantize_rows.triton import quantize_rows
+from trine.ops.rms_norm_quantize_rows import reference as norm
+from trine.ops.rms_norm_quantize_rows.triton import rms_norm_quantize_rows
 from trine.ops.ternary_linear import reference as ternary
-from trine.ops.ternary_linear.triton import ternary_linear
+from trine.ops.ternary_linear.triton import ternary_linear, ternary_linear_rows
 
 SHAPES = ((1, 1, 1), (1, 17, 100), (3, 16, 16), (17, 33, 65), (5, 3, 200), (0, 4, 32), (2, 3, 0))
 
@@ -36,13 +38,31 @@ def check(run, reference, device: str, *arguments, **named) -> None:
         assert_same_bits(a.cpu(), e)
 
 
+fused = norm.rms_norm_quantize_rows
+
+
 def main(device: str) -> None:
     smallest_tiles()
     torch.manual_seed(0)
     for dtype in DTYPES:
         for k in (1, 37, 130):
             check(quantize_rows, rows.quantize_rows, device, difficult_rows(k, dtype))
+            check(rms_norm_quantize_rows, fused, device, difficult_rows(k, dtype), None, 1e-5)
+        for k in (0, 1, 5, 300, norm.SUM_LANES + 3):
+            check(rms_norm_quantize_rows, fused, device, *norm.example_inputs(2, k, dtype))
+        x, weight, _ = norm.example_inputs(4, 70, dtype)
+        for rows_of_x in non_contiguous(x):
+            check(rms_norm_quantize_rows, fused, device, rows_of_x, weight.float(), 0.0)
         for m, n, k in SHAPES:
+            for op, op_reference in (
+                (int8_linear_rows, int8.int8_linear),
+                (ternary_linear_rows, ternary.ternary_linear),
+            ):
+                module = int8 if op is int8_linear_rows else ternary
+                x, *weight = module.example_inputs(m, n, k, dtype)
+                expected = op_reference(x, *weight)
+                given = (*rows.quantize_rows(x), *weight, dtype)
+                check(op, lambda *_, y=expected: y, device, *given)
             check(int8_linear, int8.int8_linear, device, *int8.example_inputs(m, n, k, dtype))
             check(
                 ternary_linear,

@@ -100,7 +100,7 @@ def test_quantize_rows_matches_reference(trial, outcome):
 
 
 REDUCE = "common/cuda/reduce.cuh"
-KERNEL = "quantize_rows/cuda.cu"
+KERNEL = "quantize_rows/rows.cuh"
 MUTANTS = (
     Mutant("missing barrier", REDUCE, "    __syncthreads();\n", ""),
     Mutant(
@@ -157,8 +157,8 @@ MUTANTS = (
     Mutant(
         "early return before a shuffle",
         KERNEL,
-        "  const int64_t chunks = has_row",
-        "  if (!has_row) return;\n  const int64_t chunks = has_row",
+        "    uint32_t largest = 0;",
+        "    if (!has_row) return;\n    uint32_t largest = 0;",
         r"deadlock(.|\n)*returned",
     ),
     Mutant(

@@ -42,6 +42,13 @@ GATES = {
         Gate("quantize_rows_kernel.*Lb0E", ("LDG", "STG"), 64, 15),
         Gate("quantize_rows_static_kernel", ("LDG", r"STG\.E"), 40, 1),
     ),
+    "rms_norm_quantize_rows/cuda": (
+        # MUFU.RSQ begins the square root; the norm needs what the quantiser does, and its weights.
+        Gate(
+            "rms_norm_quantize_rows_kernel.*Lb1E", (r"LDG\.E\.128", r"STG\.E", r"MUFU\.RSQ"), 64, 12
+        ),
+        Gate("rms_norm_quantize_rows_kernel.*Lb0E", ("LDG", "STG", r"MUFU\.RSQ"), 64, 12),
+    ),
     "int8_linear/cuda": (
         # Weight tiles, batch tiles, warps. Two blocks of 256 threads, or one of 512, fit an SM with
         # 128 registers a thread; more rows have more sums.
@@ -122,7 +129,7 @@ def build_tool(name: str) -> str:
 def compiled(source: str, target: str) -> Path:
     """The machine code of a source of csrc for one GPU, compiled once."""
     op = source.split("/")[0]
-    digest = cuda_kernels.sources_digest(ROOT / "csrc" / op)
+    digest = cuda_kernels.sources_digest(ROOT / "csrc" / op, ROOT / "csrc" / "quantize_rows")
     cubin = BUILD / "sass" / f"{source.replace('/', '-')}-{target}-{digest}.cubin"
     if not cubin.exists():
         cubin.parent.mkdir(parents=True, exist_ok=True)

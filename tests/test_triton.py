@@ -69,6 +69,15 @@ def quantize_ptx(capability: int) -> str:
     return ptx(quantize_rows_kernel, pointers, {"BLOCK": 1024}, capability)
 
 
+def norm_ptx(capability: int) -> str:
+    from trine.ops.rms_norm_quantize_rows.triton import rms_norm_quantize_rows_kernel
+
+    pointers = {"x": "*bf16", "weight": "*fp32", "q": "*i8", "scale": "*fp32", "total": "*i32"}
+    pointers |= {"count": "fp32", "eps": "fp32"}
+    constants = {"HAS_WEIGHT": True, "LEVELS": 12, "BLOCK": 4096}
+    return ptx(rms_norm_quantize_rows_kernel, pointers, constants, capability)
+
+
 def static_ptx(capability: int) -> str:
     from trine.ops._triton import quantize_rows_static_kernel
 
@@ -78,13 +87,17 @@ def static_ptx(capability: int) -> str:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("compile_kernel", [int8_ptx, ternary_ptx, quantize_ptx, static_ptx])
+@pytest.mark.parametrize(
+    "compile_kernel", [int8_ptx, ternary_ptx, quantize_ptx, norm_ptx, static_ptx]
+)
 def test_compiled_kernels_round_as_the_others(compile_kernel, capability):
     """What the interpreter cannot show: no approximate division, no product fused with a sum."""
     code = compile_kernel(capability)
     assert not re.search(r"\bdiv\.(full|approx)", code)
     assert not re.search(r"\bfma\.", code)
-    if compile_kernel in (quantize_ptx, static_ptx):
+    if compile_kernel in (quantize_ptx, norm_ptx, static_ptx):
         assert "div.rn.f32" in code
+        assert ("sqrt.rn.f32" in code) == (compile_kernel is norm_ptx)
+        assert "sqrt.approx" not in code
     else:
         assert re.search(r"\b(mma\.sync|wgmma\.mma_async)\S*\.s32\.s8\.s8", code)

@@ -22,8 +22,8 @@ namespace trine {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline FloatType float_type(const Tensor& tensor, const char* op, const char* name) {
-  switch (tensor.scalar_type()) {
+inline FloatType float_type(ScalarType type, const char* op, const char* name) {
+  switch (type) {
     case ScalarType::Float:
       return FloatType::float32;
     case ScalarType::BFloat16:
@@ -32,9 +32,13 @@ inline FloatType float_type(const Tensor& tensor, const char* op, const char* na
       return FloatType::float16;
     default:
       check(false, op, ": ", name, " must be float32, bfloat16 or float16, it is ",
-            torch::headeronly::toString(tensor.scalar_type()), "; convert it with .to()");
+            torch::headeronly::toString(type), "; convert it with .to()");
       return FloatType::float32;
   }
+}
+
+inline FloatType float_type(const Tensor& tensor, const char* op, const char* name) {
+  return float_type(tensor.scalar_type(), op, name);
 }
 
 inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* dtype_name,
@@ -71,6 +75,11 @@ struct Matrix {
   const void* row(int64_t i) const { return data + i * row_bytes; }
 };
 
+inline void check_k(int64_t k, int64_t max_k, const char* op) {
+  check(k <= max_k, op, ": K = ", k, " exceeds ", max_k,
+        ", beyond which int32 sums could overflow");
+}
+
 // Copies only where one row stride cannot describe the tensor, and not before it is checked.
 inline Matrix as_matrix(const Tensor& x, const char* op, const char* name,
                         int64_t max_k = std::numeric_limits<int64_t>::max()) {
@@ -78,8 +87,7 @@ inline Matrix as_matrix(const Tensor& x, const char* op, const char* name,
   const int64_t dim = x.dim();
   check(dim >= 1, op, ": ", name, " must have at least one dimension, [..., K]; it is a scalar");
   const int64_t k = x.size(dim - 1);
-  check(k <= max_k, op, ": K = ", k, " exceeds ", max_k,
-        ", beyond which int32 sums could overflow");
+  check_k(k, max_k, op);
   int64_t m = 1;
   for (int64_t d = 0; d + 1 < dim; ++d) m *= x.size(d);
 
@@ -90,11 +98,44 @@ inline Matrix as_matrix(const Tensor& x, const char* op, const char* name,
           k,     row_stride * kFloatBytes[static_cast<int>(type)], type};
 }
 
-// [..., k] becomes [..., n].
-inline std::vector<int64_t> linear_shape(const Tensor& x, int64_t n) {
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = n;
-  return shape;
+// What quantize_rows gives, for ops that take it in place of x.
+struct RowTensors {
+  Tensor q, scale, sum;
+  int64_t m, k;
+};
+
+inline RowTensors read_quantized_rows(const Tensor& q, const Tensor& scale, const Tensor& sum,
+                                      const char* op, int64_t max_k) {
+  check(q.dim() == 2 && q.scalar_type() == ScalarType::Char, op, ": q must be int8 [M, K]");
+  const int64_t m = q.size(0), k = q.size(1);
+  check(scale.dim() == 1 && scale.size(0) == m && scale.scalar_type() == ScalarType::Float, op,
+        ": scale must be float32 [", m, "], one value per row of q");
+  check(sum.dim() == 1 && sum.size(0) == m && sum.scalar_type() == ScalarType::Int, op,
+        ": sum must be int32 [", m, "], one value per row of q");
+  check_k(k, max_k, op);
+  return {as_contiguous(q), as_contiguous(scale), as_contiguous(sum), m, k};
+}
+
+// What a linear op multiplies, and the shape and type of the result.
+struct LinearShape {
+  std::vector<int64_t> sizes;  // [..., k]
+  int64_t m, k;
+  ScalarType dtype;
+  FloatType type;
+
+  Tensor new_output(const Tensor& like, int64_t n) const {
+    std::vector<int64_t> shape = sizes;
+    shape.back() = n;
+    return new_tensor(like, shape, dtype);
+  }
+};
+
+inline LinearShape linear_shape(const Tensor& x, const Matrix& rows) {
+  return {{x.sizes().begin(), x.sizes().end()}, rows.m, rows.k, x.scalar_type(), rows.type};
+}
+
+inline LinearShape linear_shape(const RowTensors& rows, ScalarType dtype, const char* op) {
+  return {{rows.m, rows.k}, rows.m, rows.k, dtype, float_type(dtype, op, "dtype")};
 }
 
 // A small floating tensor (bias, scales) as float32, copied only where it must be widened.
@@ -169,6 +210,20 @@ class QuantizedInput {
       }
     });
     rows_ = {q, stride_, scale, sum};
+  }
+
+  // Rows that were quantised before. `x` must outlive this.
+  QuantizedInput(const RowTensors& x, int64_t k_multiple)
+      : stride_(row_stride(std::max(round_up(x.k, k_multiple), k_multiple), k_multiple)),
+        storage_(x.m * stride_) {
+    const auto* from = static_cast<const int8_t*>(x.q.const_data_ptr());
+    int8_t* q = storage_.data<int8_t>();
+    for (int64_t i = 0; i < x.m; ++i) {
+      std::copy_n(from + i * x.k, x.k, q + i * stride_);
+      std::fill(q + i * stride_ + x.k, q + (i + 1) * stride_, int8_t{0});
+    }
+    rows_ = {q, stride_, static_cast<const float*>(x.scale.const_data_ptr()),
+             static_cast<const int32_t*>(x.sum.const_data_ptr())};
   }
 
   const QuantizedRows& rows() const { return rows_; }

@@ -144,7 +144,7 @@ Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& 
   const Tensor whole_indices = as_contiguous(indices);
   const auto* index_data = static_cast<const uint8_t*>(whole_indices.const_data_ptr());
   const auto bias_values = read_bias(bias, n, kOp);
-  Tensor y = new_tensor(x, linear_shape(x, n));
+  Tensor y = linear_shape(x, rows).new_output(x, n);
   if (rows.m == 0 || n == 0) return y;
 
   const LinearOutput out{y.mutable_data_ptr(), n, rows.type,

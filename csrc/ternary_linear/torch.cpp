@@ -20,31 +20,49 @@ constexpr TernaryLinearKernel kKernels[] = {
 };
 [[maybe_unused]] const bool announced = announce(kOp, kKernels);
 
-Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
-                          const std::optional<Tensor>& bias) {
-  const Matrix rows = as_matrix(x, kOp, "x", kTernaryMaxK);
-  const auto [n, words, group_size] = check_ternary_weight(kOp, rows, packed_weight, weight_scale);
+// `quantize` gives the rows of `shape`; it is called once everything is checked.
+template <class Quantize>
+Tensor multiply(const Tensor& like, const LinearShape& shape, const Tensor& packed_weight,
+                const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                const Quantize& quantize) {
+  const auto [n, words, group_size] =
+      check_ternary_weight(kOp, shape.k, packed_weight, weight_scale);
 
   const Tensor weight = as_contiguous(packed_weight);
   const Tensor scale = as_contiguous(weight_scale);
   const auto bias_values = read_bias(bias, n, kOp);
-  Tensor y = new_tensor(x, linear_shape(x, n));
-  if (rows.m == 0 || n == 0) return y;
+  Tensor y = shape.new_output(like, n);
+  if (shape.m == 0 || n == 0) return y;
 
   const TernaryLinearKernel& kernel = select(kKernels);
-  const QuantizedInput input(rows, kTernaryChunk);
+  const QuantizedInput input = quantize();
   const bool per_tensor = group_size == 0 && scale.numel() == 1;
   const TernaryWeight packed{static_cast<const uint8_t*>(weight.const_data_ptr()),
                              words * int64_t(sizeof(int32_t)),
-                             rows.k,
+                             shape.k,
                              static_cast<const float*>(scale.const_data_ptr()),
                              per_tensor,
                              group_size};
-  const LinearOutput out{y.mutable_data_ptr(), n, rows.type,
+  const LinearOutput out{y.mutable_data_ptr(), n, shape.type,
                          bias_values.has_value() ? bias_values->data() : nullptr};
-  parallel_tiles(rows.m, n, rows.k,
+  parallel_tiles(shape.m, n, shape.k,
                  [&](const Tile& tile) { kernel.run(input.rows(), packed, out, tile); });
   return y;
+}
+
+Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
+                          const std::optional<Tensor>& bias) {
+  const Matrix rows = as_matrix(x, kOp, "x", kTernaryMaxK);
+  return multiply(x, linear_shape(x, rows), packed_weight, weight_scale, bias,
+                  [&] { return QuantizedInput(rows, kTernaryChunk); });
+}
+
+Tensor ternary_linear_rows_cpu(const Tensor& q, const Tensor& scale, const Tensor& sum,
+                               const Tensor& packed_weight, const Tensor& weight_scale,
+                               const std::optional<Tensor>& bias, ScalarType dtype) {
+  const RowTensors rows = read_quantized_rows(q, scale, sum, kOp, kTernaryMaxK);
+  return multiply(q, linear_shape(rows, dtype, kOp), packed_weight, weight_scale, bias,
+                  [&] { return QuantizedInput(rows, kTernaryChunk); });
 }
 
 }  // namespace
@@ -54,7 +72,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
   m.def(
       "ternary_linear(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias=None) -> "
       "Tensor");
+  m.def(
+      "ternary_linear_rows(Tensor q, Tensor scale, Tensor sum, Tensor packed_weight, Tensor "
+      "weight_scale, Tensor? bias, ScalarType dtype) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
   m.impl("ternary_linear", TORCH_BOX(&trine::ternary_linear_cpu));
+  m.impl("ternary_linear_rows", TORCH_BOX(&trine::ternary_linear_rows_cpu));
 }

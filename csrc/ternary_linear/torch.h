@@ -26,17 +26,17 @@ inline int64_t read_group_size(const char* op, const Tensor& weight_scale, int64
   return 0;
 }
 
-inline TernaryShape check_ternary_weight(const char* op, const Matrix& rows,
-                                         const Tensor& packed_weight, const Tensor& weight_scale) {
+inline TernaryShape check_ternary_weight(const char* op, int64_t k, const Tensor& packed_weight,
+                                         const Tensor& weight_scale) {
   check_dtype(packed_weight, ScalarType::Int, "int32", op, "packed_weight");
   check_dtype(weight_scale, ScalarType::Float, "float32", op, "weight_scale");
   check(packed_weight.dim() == 2, op, ": packed_weight must be [N, 4 * ceil(K / 64)]");
   const int64_t n = packed_weight.size(0);
-  const int64_t words = round_up(rows.k, kTernaryChunk) / kTernaryPerWord;
-  check(packed_weight.size(1) == words, op, ": x has K = ", rows.k,
+  const int64_t words = round_up(k, kTernaryChunk) / kTernaryPerWord;
+  check(packed_weight.size(1) == words, op, ": x has K = ", k,
         " columns, which needs a packed_weight of ", words, " columns; it has ",
         packed_weight.size(1));
-  return {n, words, read_group_size(op, weight_scale, n, rows.k)};
+  return {n, words, read_group_size(op, weight_scale, n, k)};
 }
 
 }  // namespace trine

@@ -33,8 +33,17 @@ def reference(op: str) -> types.ModuleType:
     return importlib.import_module(f"trine.ops.{op}.reference")
 
 
-OPS = ("quantize_rows", "int8_linear", "ternary_linear", "sparse24_linear", "softmax_kl")
-quantize_rows, int8_linear, ternary_linear, sparse24_linear, softmax_kl = map(reference, OPS)
+OPS = (
+    "quantize_rows",
+    "rms_norm_quantize_rows",
+    "int8_linear",
+    "ternary_linear",
+    "sparse24_linear",
+    "softmax_kl",
+)
+quantize_rows, rms_norm, int8_linear, ternary_linear, sparse24_linear, softmax_kl = map(
+    reference, OPS
+)
 
 # ---- calls ----
 
@@ -135,6 +144,38 @@ def calls_of_quantize_rows() -> Iterator[Call]:
             yield Call("quantize_rows", (x,), same_bits(*quantize_rows.quantize_rows(x)))
 
 
+def calls_of_rms_norm_quantize_rows() -> Iterator[Call]:
+    def call(x: Tensor, weight: Tensor | None, eps: float, threads: int = 1) -> Call:
+        expected = rms_norm.rms_norm_quantize_rows(x, weight, eps)
+        check = same_bits(*expected)
+        return Call("rms_norm_quantize_rows", (x, weight), check, (eps,), threads=threads)
+
+    for dtype in DTYPES:
+        for m, k in (
+            (1, 1),
+            (3, 7),
+            (2, 8),
+            (5, 37),
+            (4, 64),
+            (3, 1001),
+            (2, 8200),
+            (0, 5),
+            (2, 0),
+        ):
+            x, weight, eps = rms_norm.example_inputs(m, k, dtype)
+            yield call(padded(x), weight, eps, threads=1 + m % 3)
+            yield call(x, None, eps)
+        for k in (1, 16, 45):
+            yield call(difficult_rows(k, dtype), torch.randn(k), 0.0)
+
+
+def on_rows(call: Call, x: Tensor) -> Call:
+    """The same call of a linear op, of rows quantised before."""
+    tensors = (*quantize_rows.quantize_rows(x), *call.tensors[1:4])
+    number = float(TYPES.index(x.dtype))
+    return Call(f"{call.op}_rows", tensors, call.check, (number,), threads=call.threads)
+
+
 def calls_of_int8_linear() -> Iterator[Call]:
     def call(x, packed, scale, bias=None, static=None, threads=1) -> Call:
         tensors, options = (x, packed, scale, bias, None, None), {}
@@ -147,7 +188,8 @@ def calls_of_int8_linear() -> Iterator[Call]:
 
     for shape, dtype, bias, threads in linear_cases():
         x, *weight = int8_linear.example_inputs(*shape, dtype, bias)
-        yield call(x, *weight, threads=threads)
+        yield (dynamic := call(x, *weight, threads=threads))
+        yield on_rows(dynamic, x)
         yield call(padded(x), *weight, (0.03, 5), threads)
     for k, dtype in product((1, 37, 130), DTYPES):
         _, *weight = int8_linear.example_inputs(1, 7, k, dtype)
@@ -167,7 +209,8 @@ def calls_of_ternary_linear() -> Iterator[Call]:
     for shape, dtype, bias, threads in linear_cases():
         for scale_shape in ((), None):
             x, *weight = ternary_linear.example_inputs(*shape, dtype, bias, scale_shape)
-            yield call(padded(x) if bias else x, *weight, threads=threads)
+            yield (called := call(padded(x) if bias else x, *weight, threads=threads))
+            yield on_rows(called, x)
     for m, n, k, groups in ((1, 5, 64, 1), (2, 17, 256, 4), (7, 33, 384, 3), (20, 20, 1280, 20)):
         for dtype in DTYPES:
             inputs = ternary_linear.example_inputs(m, n, k, dtype, True, (n, groups))
@@ -298,6 +341,7 @@ PROCESSORS = {
 FLOAT, INTEGER = ["scalar", "neon"], ["scalar", "dotprod", "i8mm"]
 KERNELS = {
     "quantize_rows": FLOAT,
+    "rms_norm_quantize_rows": FLOAT,
     "softmax_kl": FLOAT,
     "sparse24_linear (float values)": FLOAT,
     "sparse24_linear (int8 values)": INTEGER,

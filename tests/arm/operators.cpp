@@ -107,6 +107,17 @@ std::vector<Tensor> run(const Call& call) {
         "quantize_rows")(call.tensor(0));
     return {q, scale, sum};
   }
+  if (call.op == "rms_norm_quantize_rows") {
+    const auto [q, scale, sum] =
+        registered_as<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Optional&, double)>(
+            call.op)(call.tensor(0), call.tensors.at(1), call.numbers.at(0));
+    return {q, scale, sum};
+  }
+  if (call.op == "int8_linear_rows" || call.op == "ternary_linear_rows")
+    return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                 const Tensor&, const Optional&, ScalarType)>(call.op)(
+        call.tensor(0), call.tensor(1), call.tensor(2), call.tensor(3), call.tensor(4),
+        call.tensors.at(5), static_cast<ScalarType>(int(call.numbers.at(0))))};
   if (call.op == "int8_linear")
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&,
                                  const Optional&, const Optional&)>("int8_linear")(

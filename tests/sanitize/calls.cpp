@@ -97,13 +97,45 @@ Call quantize_rows(const Shape& shape, ScalarType type, int variant, Values valu
   };
 }
 
-// 0: dynamic; 1: dynamic, strided, no bias; 2: static with a zero point.
+// 0: weight in float; 1: strided, weight in x's type; 2: no weight.
+Call rms_norm_quantize_rows(const Shape& shape, ScalarType type, int variant, Values values) {
+  const Tensor x = float_rows(shape.m, shape.k, type, variant, values);
+  Optional weight;
+  if (variant < 2) weight = floats({shape.k}, variant ? type : ScalarType::Float, values);
+  return [=] {
+    const auto [q, scale, sum] =
+        registered_as<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Optional&, double)>(
+            "rms_norm_quantize_rows")(x, weight, 1e-5);
+    return std::vector{q, scale, sum};
+  };
+}
+
+// A linear op on rows that were quantised before.
+Call on_rows(const std::string& op, const Shape& shape, ScalarType type, const Tensor& packed,
+             const Tensor& weight_scale, const Optional& bias, Values values) {
+  const auto [m, n, k] = shape;
+  const Tensor q = int8_rows(m, k, k, values == Values::impossible ? Values::random : values);
+  const Tensor scale = floats({m}, ScalarType::Float, values), sum({m}, ScalarType::Int);
+  for (int64_t i = 0; i < m; ++i) {
+    int32_t& total = values_of<int32_t>(sum)[i] = 0;
+    for (int64_t j = 0; j < k; ++j) total += values_of<int8_t>(q)[i * k + j];
+  }
+  return [=] {
+    return std::vector{
+        registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const Tensor&, const Optional&, ScalarType)>(op)(
+            q, scale, sum, packed, weight_scale, bias, type)};
+  };
+}
+
+// 0: dynamic; 1: dynamic, strided, no bias; 2: static with a zero point; 3: quantised before.
 Call int8_linear(const Shape& shape, ScalarType type, int variant, Values values) {
   const auto [m, n, k] = shape;
   const Tensor x = float_rows(m, k, type, variant == 1 ? 3 : 0, values);
   const Tensor packed = int8_rows(n, k, trine::round_up(k, trine::kInt8Chunk), values);
   const Tensor scale = floats({n}, ScalarType::Float, values);
   const Optional bias = bias_of(n, type, variant != 1, values);
+  if (variant == 3) return on_rows("int8_linear_rows", shape, type, packed, scale, bias, values);
   Optional input_scale, zero_point;
   if (variant == 2) {
     input_scale.emplace(Tensor::Sizes{1}, ScalarType::Float);
@@ -118,7 +150,8 @@ Call int8_linear(const Shape& shape, ScalarType type, int variant, Values values
   };
 }
 
-// 0: a scale per row; 1: per tensor, strided, no bias; 2: groups of 64, where they fit.
+// 0: a scale per row; 1: per tensor, strided, no bias; 2: groups of 64, where they fit; 3: as 0,
+// quantised before.
 Call ternary_linear(const Shape& shape, ScalarType type, int variant, Values values) {
   const auto [m, n, k] = shape;
   const Tensor x = float_rows(m, k, type, variant == 1 ? 3 : 0, values);
@@ -135,6 +168,7 @@ Call ternary_linear(const Shape& shape, ScalarType type, int variant, Values val
   if (variant == 2 && k > 0 && k % 64 == 0) scales = {n, k / 64};
   const Tensor scale = floats(scales, ScalarType::Float, values);
   const Optional bias = bias_of(n, type, variant != 1, values);
+  if (variant == 3) return on_rows("ternary_linear_rows", shape, type, packed, scale, bias, values);
   return [=] {
     return std::vector{
         registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
@@ -191,8 +225,9 @@ Call softmax_kl(const Shape& shape, ScalarType type, int variant, Values values)
 
 const std::vector<Op> kOps{
     {"quantize_rows", 2, quantize_rows, {{0, trine::kQuantizeRowsMaxK}}},
-    {"int8_linear", 3, int8_linear, {{0, trine::kInt8MaxK}, {2, trine::kInt8MaxKStatic}}},
-    {"ternary_linear", 3, ternary_linear, {{0, trine::kTernaryMaxK}}},
+    {"rms_norm_quantize_rows", 3, rms_norm_quantize_rows, {}},
+    {"int8_linear", 4, int8_linear, {{0, trine::kInt8MaxK}, {2, trine::kInt8MaxKStatic}}},
+    {"ternary_linear", 4, ternary_linear, {{0, trine::kTernaryMaxK}}},
     {"sparse24_linear", 4, sparse24_linear, {{3, trine::kSparse24Int8MaxK}}},
     {"softmax_kl", 2, softmax_kl, {}},
 };

@@ -29,6 +29,18 @@ class QuantizedInputOnDevice {
       quantize_rows_cuda(rows.data, rows.type, rows.m, rows.k, rows.row_bytes, to, stream);
   }
 
+  // Rows that were quantised before, without a copy where they lie as the kernels want them.
+  explicit QuantizedInputOnDevice(const RowTensors& rows)
+      : width_(std::max(round_up(rows.k, kActivationAlignment), kActivationAlignment)),
+        q_(rows.q),
+        scale_(rows.scale),
+        sum_(rows.sum) {
+    if (width_ != rows.k)
+      q_ = torch::stable::pad(q_, {0, width_ - rows.k});
+    else if (reinterpret_cast<uintptr_t>(q_.const_data_ptr()) % 16 != 0)
+      q_ = torch::stable::clone(q_);
+  }
+
   // All but what belongs to the weight.
   DeviceLinear linear() const {
     DeviceLinear linear = {};

@@ -4,12 +4,14 @@ from torch import nn
 
 from trine.nn.int8 import Int8Linear
 from trine.nn.packed import PackedLinear
+from trine.nn.quantizing_norm import QuantizingRMSNorm
 from trine.nn.sparse24 import Sparse24Linear
 from trine.nn.ternary import TernaryLinear
 
 __all__ = [
     "Int8Linear",
     "PackedLinear",
+    "QuantizingRMSNorm",
     "Sparse24Linear",
     "TernaryLinear",
     "layer_kinds",

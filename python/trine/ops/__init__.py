@@ -2,16 +2,20 @@
 
 from trine.ops.int8_linear import int8_linear, pack_int8, unpack_int8
 from trine.ops.quantize_rows import quantize_rows
+from trine.ops.quantized_rows import QuantizedRows
+from trine.ops.rms_norm_quantize_rows import rms_norm_quantize_rows
 from trine.ops.softmax_kl import softmax_kl
 from trine.ops.sparse24_linear import pack_sparse24, sparse24_linear, unpack_sparse24
 from trine.ops.ternary_linear import pack_ternary, ternary_linear, unpack_ternary
 
 __all__ = [
+    "QuantizedRows",
     "int8_linear",
     "pack_int8",
     "pack_sparse24",
     "pack_ternary",
     "quantize_rows",
+    "rms_norm_quantize_rows",
     "softmax_kl",
     "sparse24_linear",
     "ternary_linear",

@@ -15,10 +15,28 @@ def check_rows(op: str, x: Tensor, max_k: int | None = None) -> None:
         )
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, [..., K]; it is a scalar")
-    if max_k is not None and x.shape[-1] > max_k:
-        raise ValueError(
-            f"{op}: K = {x.shape[-1]} exceeds {max_k}, beyond which int32 sums could overflow"
-        )
+    if max_k is not None:
+        _check_k(op, x.shape[-1], max_k)
+
+
+def _check_k(op: str, k: int, max_k: int) -> None:
+    if k > max_k:
+        raise ValueError(f"{op}: K = {k} exceeds {max_k}, beyond which int32 sums could overflow")
+
+
+def check_quantized_rows(
+    op: str, q: Tensor, scale: Tensor, sum: Tensor, dtype: torch.dtype, max_k: int
+) -> None:
+    """Raise ValueError unless these are what `quantize_rows` gives, with K <= `max_k`."""
+    if q.dim() != 2 or q.dtype != torch.int8:
+        raise ValueError(f"{op}: q must be int8 [M, K]")
+    for name, tensor, expected in (("scale", scale, torch.float32), ("sum", sum, torch.int32)):
+        if tensor.dim() != 1 or tensor.shape[0] != q.shape[0] or tensor.dtype != expected:
+            kind = str(expected).removeprefix("torch.")
+            raise ValueError(f"{op}: {name} must be {kind} [{q.shape[0]}], one value per row of q")
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{op}: dtype must be float32, bfloat16 or float16, it is {dtype}")
+    _check_k(op, q.shape[1], max_k)
 
 
 def check_one_device(op: str, *tensors: Tensor | None) -> None:

@@ -27,9 +27,26 @@ ALIGNMENT = 128
 
 
 @triton.jit
-def _round(value):
+def round_to_int(value):
     rounded = value + _ROUNDS_TO_INTEGER
     return rounded.to(tl.int32, bitcast=True) - _BITS_OF_IT
+
+
+@triton.jit
+def row_scaling(magnitude):
+    """Of a row with this largest magnitude (its bits): whether it has q, the factor, the scale."""
+    absmax = magnitude.to(tl.float32, bitcast=True)
+    finite = magnitude < _INFINITY
+    zero = absmax < _SMALLEST_ABSMAX
+    to_q = tl.div_rn(tl.full([], 127.0, tl.float32), absmax)
+    scale = tl.where(finite, tl.div_rn(absmax, tl.full([], 127.0, tl.float32)), float("nan"))
+    return finite & (zero == 0), to_q, tl.where(zero, 0.0, scale)
+
+
+@triton.jit
+def magnitude_bits(value):
+    """Without their sign the bits of floats order as integers do, NaN above infinity."""
+    return value.to(tl.int32, bitcast=True) & _MAGNITUDE
 
 
 @triton.jit
@@ -37,26 +54,20 @@ def quantize_rows_kernel(x, q, scale, total, K, WIDTH, row_stride, BLOCK: tl.con
     """One row for each program; q is zero from K to WIDTH."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
-    # Without their sign the bits of floats order as integers do, NaN above infinity.
     largest = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, K, BLOCK):
         at = begin + offsets
         value = tl.load(x + row * row_stride + at, mask=at < K, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & _MAGNITUDE)
-    magnitude = tl.max(largest, 0)
-    absmax = magnitude.to(tl.float32, bitcast=True)
-    finite = magnitude < _INFINITY
-    zero = absmax < _SMALLEST_ABSMAX
-    to_q = tl.div_rn(tl.full([], 127.0, tl.float32), absmax)
+        largest = tl.maximum(largest, magnitude_bits(value))
+    quantized, to_q, row_scale = row_scaling(tl.max(largest, 0))
     sums = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, WIDTH, BLOCK):
         at = begin + offsets
         value = tl.load(x + row * row_stride + at, mask=at < K, other=0.0).to(tl.float32)
-        rounded = tl.where(finite & (zero == 0) & (at < K), _round(value * to_q), 0)
+        rounded = tl.where(quantized & (at < K), round_to_int(value * to_q), 0)
         sums += rounded
         tl.store(q + row * WIDTH + at, rounded.to(tl.int8), mask=at < WIDTH)
-    row_scale = tl.where(finite, tl.div_rn(absmax, tl.full([], 127.0, tl.float32)), float("nan"))
-    tl.store(scale + row, tl.where(zero, 0.0, row_scale))
+    tl.store(scale + row, row_scale)
     tl.store(total + row, tl.sum(sums, 0))
 
 
@@ -73,7 +84,7 @@ def quantize_rows_static_kernel(
     for begin in range(0, K, BLOCK):
         at = begin + offsets
         value = tl.load(x + row * row_stride + at, mask=at < K, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & _MAGNITUDE)
+        largest = tl.maximum(largest, magnitude_bits(value))
     finite = tl.max(largest, 0) < _INFINITY
     for begin in range(0, WIDTH, BLOCK):
         at = begin + offsets
@@ -81,7 +92,7 @@ def quantize_rows_static_kernel(
         # Clamped to whole numbers before it is rounded: what is far beyond them could not be.
         scaled = tl.div_rn(tl.where(finite, value, 0.0), fixed + tl.zeros_like(value))
         clamped = tl.minimum(tl.maximum(scaled, -128.0 - zero), 127.0 - zero)
-        rounded = _round(clamped) + zero.to(tl.int32)
+        rounded = round_to_int(clamped) + zero.to(tl.int32)
         rounded = tl.where(finite & (at < K), rounded, 0)
         tl.store(q + row * WIDTH + at, rounded.to(tl.int8), mask=at < WIDTH)
     tl.store(scale + row, tl.where(finite, fixed, float("nan")))
@@ -100,7 +111,7 @@ def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _narrow(value, dtype: tl.constexpr):
+def narrow(value, dtype: tl.constexpr):
     """Round to nearest even. Triton's interpreter cuts bfloat16 off instead."""
     if dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
@@ -116,7 +127,7 @@ def store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         scaled = scaled + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = y + m.to(tl.int64)[:, None] * N + n[None, :]
-    narrowed = _narrow(scaled, y.dtype.element_ty)
+    narrowed = narrow(scaled, y.dtype.element_ty)
     tl.store(at, narrowed, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
@@ -155,6 +166,11 @@ def quantize(
             x, q, scale, input_scale, zero_point, k, width, x.stride(0), BLOCK=block, **LAUNCH
         )
     return q, scale, total
+
+
+def padded_rows(q: Tensor) -> Tensor:
+    """Rows that were quantised before, int8 [M, K], as `quantize` gives them to a linear op."""
+    return torch.nn.functional.pad(q, (0, padded(q.shape[1]) - q.shape[1])).contiguous()
 
 
 def padded(k: int) -> int:

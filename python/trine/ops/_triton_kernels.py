@@ -9,14 +9,22 @@ import torch
 
 from trine import _library
 
-OPS = ("quantize_rows", "int8_linear", "ternary_linear")
+# Operators and the folders of their kernels.
+OPS = {
+    "quantize_rows": "quantize_rows",
+    "rms_norm_quantize_rows": "rms_norm_quantize_rows",
+    "int8_linear": "int8_linear",
+    "int8_linear_rows": "int8_linear",
+    "ternary_linear": "ternary_linear",
+    "ternary_linear_rows": "ternary_linear",
+}
 
 
 def _kernel(op: str) -> Callable:
     """Imported at the first call: Triton is slow to import, and most processes never need it."""
 
     def run(*args, **kwargs):
-        return getattr(import_module(f"trine.ops.{op}.triton"), op)(*args, **kwargs)
+        return getattr(import_module(f"trine.ops.{OPS[op]}.triton"), op)(*args, **kwargs)
 
     return run
 

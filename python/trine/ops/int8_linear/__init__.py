@@ -4,20 +4,28 @@ import torch
 from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
-from trine.ops._checks import check_one_device, check_rows, explain_missing_kernel
+from trine.ops._checks import (
+    check_one_device,
+    check_quantized_rows,
+    check_rows,
+    explain_missing_kernel,
+)
 from trine.ops._linear import in_autocast_dtype, linear_with_gradient, needs_grad
 from trine.ops.int8_linear.pack import pack_int8, unpack_int8
+from trine.ops.quantized_rows import QuantizedRows
 
 __all__ = ["int8_linear", "pack_int8", "unpack_int8"]
 
 _op = torch.ops.trine.int8_linear.default
+_op_on_rows = torch.ops.trine.int8_linear_rows.default
 explain_missing_kernel("int8_linear")
+explain_missing_kernel("int8_linear_rows")
 
 _MAX_K, _MAX_K_STATIC = 131072, 65536  # int8_linear.h gives the reasons
 
 
 def int8_linear(
-    x: Tensor,
+    x: Tensor | QuantizedRows,
     packed_weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None = None,
@@ -33,7 +41,7 @@ def int8_linear(
     so every backend gives the same bits. Gradients flow to x and bias (straight-through).
 
     Args:
-        x: [..., K], float32, bfloat16 or float16.
+        x: [..., K], float32, bfloat16 or float16; or already quantised.
         packed_weight: int8 [N, 16 * ceil(K / 16)], from `pack_int8`.
         weight_scale: float32 [N].
         bias: [N], floating, or None.
@@ -46,8 +54,12 @@ def int8_linear(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, K > 131072 (int32 could overflow; 65536 with
-            `input_scale`), a packed weight or scale that requires a gradient.
+            `input_scale`), a packed weight or scale that requires a gradient, quantised x with
+            `input_scale`.
     """
+    if isinstance(x, QuantizedRows):
+        _check(input_scale is None, "input_scale is for x that is not quantised yet")
+        return x.linear(_op_on_rows, packed_weight, weight_scale, bias)
     x = in_autocast_dtype(x)
     weight = (packed_weight, weight_scale, input_scale, input_zero_point)
     if needs_grad(x, bias, *weight):
@@ -86,7 +98,19 @@ def _fake(x, packed_weight, weight_scale, bias=None, *, input_scale=None, input_
         "int8_linear", x, packed_weight, weight_scale, bias, input_scale, input_zero_point
     )
     check_rows("int8_linear", x, _MAX_K if input_scale is None else _MAX_K_STATIC)
-    k = x.shape[-1]
+    return x.new_empty(*x.shape[:-1], _check_weight(x.shape[-1], packed_weight, weight_scale, bias))
+
+
+@torch.library.register_fake("trine::int8_linear_rows")
+def _fake_on_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
+    check_one_device("int8_linear", q, scale, sum, packed_weight, weight_scale, bias)
+    check_quantized_rows("int8_linear", q, scale, sum, dtype, _MAX_K)
+    n = _check_weight(q.shape[1], packed_weight, weight_scale, bias)
+    return q.new_empty(q.shape[0], n, dtype=dtype)
+
+
+def _check_weight(k: int, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> int:
+    """N, if everything fits rows of `k` columns."""
     _check(packed_weight.dtype == torch.int8, "packed_weight must be int8")
     _check(packed_weight.dim() == 2, "packed_weight must be [N, 16 * ceil(K / 16)]")
     n, columns = packed_weight.shape
@@ -102,7 +126,7 @@ def _fake(x, packed_weight, weight_scale, bias=None, *, input_scale=None, input_
         bias is None or (bias.dim() == 1 and bias.shape[0] == n),
         f"bias must have shape [{n}], one value per output feature",
     )
-    return x.new_empty(*x.shape[:-1], n)
+    return n
 
 
 def _check(condition: bool, message: str) -> None:

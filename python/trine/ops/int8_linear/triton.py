@@ -8,6 +8,7 @@ from torch import Tensor
 from trine.ops import _triton
 from trine.ops._triton import store_outputs, tile_position
 from trine.ops.int8_linear import _fake as check_and_allocate
+from trine.ops.int8_linear import _fake_on_rows as check_rows_and_allocate
 
 
 @triton.jit
@@ -72,14 +73,43 @@ def int8_linear(
     )
     if y.numel() == 0:
         return y
-    rows, weight = _triton.as_rows(x), packed_weight.contiguous()
+    rows = _triton.as_rows(x)
     static = None if input_scale is None else (input_scale, input_zero_point)
-    width = _triton.padded(rows.shape[1])
-    q, x_scale, _ = _triton.quantize(rows, width, static)
+    q, x_scale, _ = _triton.quantize(rows, _triton.padded(rows.shape[1]), static)
     minus = None
     if input_zero_point is not None:
-        minus = (weight.sum(1, dtype=torch.int32) * input_zero_point).to(torch.int32)
-    (m, _), n = rows.shape, weight.shape[0]
+        minus = (packed_weight.sum(1, dtype=torch.int32) * input_zero_point).to(torch.int32)
+    _multiply(y, q, x_scale, packed_weight, weight_scale, bias, minus)
+    return y
+
+
+def int8_linear_rows(
+    q: Tensor,
+    scale: Tensor,
+    sum: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = check_rows_and_allocate(q, scale, sum, packed_weight, weight_scale, bias, dtype)
+    if y.numel() > 0:
+        rows = _triton.padded_rows(q)
+        _multiply(y, rows, scale.contiguous(), packed_weight, weight_scale, bias, None)
+    return y
+
+
+def _multiply(
+    y: Tensor,
+    q: Tensor,
+    x_scale: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    minus: Tensor | None,
+) -> None:
+    weight = packed_weight.contiguous()
+    (m, width), n = q.shape, weight.shape[0]
 
     def grid(meta: dict) -> tuple[int]:
         return (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
@@ -103,4 +133,3 @@ def int8_linear(
         **tiles,
         **_triton.LAUNCH,
     )
-    return y

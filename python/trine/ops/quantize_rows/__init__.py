@@ -36,7 +36,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("trine::quantize_rows")
 def _fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check_rows("quantize_rows", x, _MAX_K)
+    return check_and_allocate("quantize_rows", x)
+
+
+def check_and_allocate(op: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors for what `op` gives for the rows of `x`; the errors of `quantize_rows`."""
+    check_rows(op, x, _MAX_K)
     k = x.shape[-1]
     m = 1
     for size in x.shape[:-1]:

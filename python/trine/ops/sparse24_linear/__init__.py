@@ -53,6 +53,8 @@ def sparse24_linear(
         ValueError: shapes or dtypes that do not fit, int8 values with K > 131072 (int32 could
             overflow), values or weight_scale that require a gradient.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError("sparse24_linear: x must be a tensor; give it the one before quantisation")
     x = in_autocast_dtype(x)
     if needs_grad(x, bias, values, indices, weight_scale):
         return linear_with_gradient(_run, _dense_weight, x, bias, values, indices, weight_scale)

@@ -4,20 +4,31 @@ import torch
 from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
-from trine.ops._checks import check_one_device, check_rows, explain_missing_kernel
+from trine.ops._checks import (
+    check_one_device,
+    check_quantized_rows,
+    check_rows,
+    explain_missing_kernel,
+)
 from trine.ops._linear import in_autocast_dtype, linear_with_gradient, needs_grad
+from trine.ops.quantized_rows import QuantizedRows
 from trine.ops.ternary_linear.pack import pack_ternary, unpack_ternary
 
 __all__ = ["pack_ternary", "ternary_linear", "unpack_ternary"]
 
 _op = torch.ops.trine.ternary_linear.default
+_op_on_rows = torch.ops.trine.ternary_linear_rows.default
 explain_missing_kernel("ternary_linear")
+explain_missing_kernel("ternary_linear_rows")
 
 _MAX_K = 2**22  # kTernaryMaxK in ternary_linear.h gives the reason
 
 
 def ternary_linear(
-    x: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+    x: Tensor | QuantizedRows,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Multiply `x` by a ternary weight: y = (acc * x_scale) * weight_scale + bias.
 
@@ -29,7 +40,7 @@ def ternary_linear(
     arXiv:2402.17764).
 
     Args:
-        x: [..., K], float32, bfloat16 or float16.
+        x: [..., K], float32, bfloat16 or float16; or already quantised.
         packed_weight: int32 [N, 4 * ceil(K / 64)], from `pack_ternary`.
         weight_scale: float32; one value ([] or [1]), one per row ([N]), or one per row and group
             ([N, G], where K / G is a multiple of 64).
@@ -43,6 +54,8 @@ def ternary_linear(
         ValueError: shapes or dtypes that do not fit, K > 2**22 (int32 could overflow), a packed
             weight or scale that requires a gradient.
     """
+    if isinstance(x, QuantizedRows):
+        return x.linear(_op_on_rows, packed_weight, weight_scale, bias)
     x = in_autocast_dtype(x)
     if needs_grad(x, bias, packed_weight, weight_scale):
         return linear_with_gradient(_run, _dense_weight, x, bias, packed_weight, weight_scale)
@@ -67,7 +80,19 @@ def _fake(
 ) -> Tensor:
     check_one_device("ternary_linear", x, packed_weight, weight_scale, bias)
     check_rows("ternary_linear", x, _MAX_K)
-    k = x.shape[-1]
+    return x.new_empty(*x.shape[:-1], _check_weight(x.shape[-1], packed_weight, weight_scale, bias))
+
+
+@torch.library.register_fake("trine::ternary_linear_rows")
+def _fake_on_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
+    check_one_device("ternary_linear", q, scale, sum, packed_weight, weight_scale, bias)
+    check_quantized_rows("ternary_linear", q, scale, sum, dtype, _MAX_K)
+    n = _check_weight(q.shape[1], packed_weight, weight_scale, bias)
+    return q.new_empty(q.shape[0], n, dtype=dtype)
+
+
+def _check_weight(k: int, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> int:
+    """N, if everything fits rows of `k` columns."""
     _check(packed_weight.dim() == 2, "packed_weight must be [N, 4 * ceil(K / 64)]")
     n, words = packed_weight.shape
     _check(packed_weight.dtype == torch.int32, "packed_weight must be int32")
@@ -94,7 +119,7 @@ def _fake(
             bias.dim() == 1 and bias.shape[0] == n,
             f"bias must have shape [{n}], one value per output feature",
         )
-    return x.new_empty(*x.shape[:-1], n)
+    return n
 
 
 def _check(condition: bool, message: str) -> None:

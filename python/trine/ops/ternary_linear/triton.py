@@ -13,6 +13,7 @@ from torch import Tensor
 from trine.ops import _triton
 from trine.ops._triton import store_outputs, tile_position
 from trine.ops.ternary_linear import _fake as check_and_allocate
+from trine.ops.ternary_linear import _fake_on_rows as check_rows_and_allocate
 
 
 @triton.jit
@@ -90,10 +91,37 @@ def ternary_linear(
     if y.numel() == 0:
         return y
     rows = _triton.as_rows(x)
+    q, x_scale, _ = _triton.quantize(rows, _triton.padded(rows.shape[1]))
+    _multiply(y, q, x_scale, packed_weight, weight_scale, bias)
+    return y
+
+
+def ternary_linear_rows(
+    q: Tensor,
+    scale: Tensor,
+    sum: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = check_rows_and_allocate(q, scale, sum, packed_weight, weight_scale, bias, dtype)
+    if y.numel() > 0:
+        rows = _triton.padded_rows(q)
+        _multiply(y, rows, scale.contiguous(), packed_weight, weight_scale, bias)
+    return y
+
+
+def _multiply(
+    y: Tensor,
+    q: Tensor,
+    x_scale: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+) -> None:
     weight = packed_weight.contiguous().view(torch.uint8)
-    width = _triton.padded(rows.shape[1])
-    q, x_scale, _ = _triton.quantize(rows, width)
-    (m, _), n = rows.shape, weight.shape[0]
+    (m, width), n = q.shape, weight.shape[0]
     grouped = weight_scale.dim() == 2
 
     def grid(meta: dict) -> tuple[int]:
@@ -119,4 +147,3 @@ def ternary_linear(
         **tiles,
         **_triton.LAUNCH,
     )
-    return y

@@ -1,0 +1,60 @@
+#include "rms_norm_quantize_rows/torch.h"
+
+#include <tuple>
+
+#include "common/dispatch.h"
+
+namespace trine {
+namespace {
+
+constexpr const char* kOp = "rms_norm_quantize_rows";
+
+constexpr RmsNormKernel kKernels[] = {
+#ifdef TRINE_X86
+    {Isa::avx512, rms_norm_row_avx512},
+    {Isa::avx2, rms_norm_row_avx2},
+#elif defined(TRINE_ARM64)
+    {Isa::neon, rms_norm_row_neon},
+#endif
+    {Isa::scalar, rms_norm_row_scalar},
+};
+[[maybe_unused]] const bool announced = announce(kOp, kKernels);
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_rows_cpu(const Tensor& x,
+                                                              const std::optional<Tensor>& weight,
+                                                              double eps) {
+  const Matrix rows = read_rows_to_norm(kOp, x, weight);
+  std::optional<Float32Vector> weights;
+  if (weight.has_value()) weights.emplace(*weight, kOp, "weight");
+  const float* weight_data = weights.has_value() ? weights->data() : nullptr;
+  Tensor q = new_tensor(x, {rows.m, rows.k}, ScalarType::Char);
+  Tensor scale = new_tensor(x, {rows.m}, ScalarType::Float);
+  Tensor sum = new_tensor(x, {rows.m}, ScalarType::Int);
+  auto* q_data = static_cast<int8_t*>(q.mutable_data_ptr());
+  auto* scale_data = static_cast<float*>(scale.mutable_data_ptr());
+  auto* sum_data = static_cast<int32_t*>(sum.mutable_data_ptr());
+  const RmsNormKernel& norm = select(kKernels);
+  const QuantizeRowsKernel& quantizer = quantize_rows_kernel();
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(rows.k, 1));
+  torch::stable::parallel_for(0, rows.m, grain, [&](int64_t begin, int64_t end) {
+    // A row between the two steps: it stays in the L1 cache.
+    const Scratch y(rows.k * kFloatBytes[static_cast<int>(rows.type)]);
+    for (int64_t i = begin; i < end; ++i) {
+      norm.row(rows.row(i), rows.type, rows.k, weight_data, static_cast<float>(eps),
+               y.data<void>());
+      quantizer.dynamic_row(y.data<void>(), rows.type, rows.k, q_data + i * rows.k, scale_data + i,
+                            sum_data + i);
+    }
+  });
+  return {q, scale, sum};
+}
+
+}  // namespace
+}  // namespace trine
+
+STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
+  m.def("rms_norm_quantize_rows(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
+  m.impl("rms_norm_quantize_rows", TORCH_BOX(&trine::rms_norm_quantize_rows_cpu));
+}

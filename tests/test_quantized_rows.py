@@ -1,0 +1,186 @@
+"""Rows quantised once: every linear op that takes them gives the bits that it gives for the tensor,
+and RMSNorm before a layer quantises for all that read it."""
+
+import pytest
+import torch
+from linear_inputs import DTYPES, SHAPES, assert_same_bits, difficult_rows
+from memory_guard import at_end_of_memory
+from torch import Tensor, nn
+from trine import nn as packed_nn
+from trine.nn import QuantizingRMSNorm
+from trine.ops import QuantizedRows, int8_linear, quantize_rows, ternary_linear
+from trine.ops.int8_linear import reference as int8_reference
+from trine.ops.rms_norm_quantize_rows import reference as norm_reference
+from trine.ops.ternary_linear import reference as ternary_reference
+
+OPS = {
+    "int8": (int8_linear, int8_reference),
+    "ternary": (ternary_linear, ternary_reference),
+}
+each_op = pytest.mark.parametrize("choice", OPS)
+
+
+@each_op
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gives_what_the_float_tensor_gives(isa, choice, shape, dtype):
+    op, reference = OPS[choice]
+    x, *weight = reference.example_inputs(*shape, dtype)
+    assert_same_bits(op(QuantizedRows.of(x), *weight), op(x, *weight))
+
+
+@each_op
+def test_difficult_rows_and_layouts(isa, choice):
+    op, reference = OPS[choice]
+    _, *weight = reference.example_inputs(1, 7, 37)
+    x = difficult_rows(37, torch.float16)
+    assert_same_bits(op(QuantizedRows.of(x), *weight), op(x, *weight))
+    x = torch.randn(2, 3, 37)
+    rows = QuantizedRows.of(x)
+    y = op(rows, *weight)
+    assert y.shape == (2, 3, 7)
+    assert_same_bits(y, op(x, *weight))
+    strided = rows.q.repeat_interleave(2, 1)[:, ::2]
+    for q in (rows.q.T.contiguous().T, strided, at_end_of_memory(rows.q)):
+        other = QuantizedRows(q, rows.scale.repeat(2)[:6], rows.sum, rows.shape, rows.dtype)
+        assert_same_bits(op(other, *weight), y)
+
+
+@each_op
+def test_number_of_threads_changes_nothing(choice, threads):
+    op, reference = OPS[choice]
+    x, *weight = reference.example_inputs(40, 300, 500)
+    rows = QuantizedRows.of(x)
+    threads(1)
+    alone = op(rows, *weight)
+    threads(3)
+    assert torch.equal(op(rows, *weight), alone)
+
+
+@each_op
+def test_autocast_gives_its_dtype(choice):
+    op, reference = OPS[choice]
+    x, *weight = reference.example_inputs(3, 5, 37)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = op(QuantizedRows.of(x.bfloat16().float()), *weight)
+        assert_same_bits(y, op(x.bfloat16(), *weight))
+
+
+@each_op
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_errors(choice, device):
+    op, reference = OPS[choice]
+    x, *weight = (t.to(device) for t in reference.example_inputs(3, 5, 37))
+    rows = QuantizedRows.of(x)
+
+    def call(q=rows.q, scale=rows.scale, sum=rows.sum, dtype=rows.dtype):
+        return op(QuantizedRows(q, scale, sum, q.shape, dtype), *weight)
+
+    with pytest.raises(ValueError, match=r"q must be int8 \[M, K\]"):
+        call(q=rows.q.int())
+    with pytest.raises(ValueError, match=r"q must be int8 \[M, K\]"):
+        call(q=rows.q[None])
+    with pytest.raises(ValueError, match=r"scale must be float32 \[3\], one value per row"):
+        call(scale=rows.scale[:2])
+    with pytest.raises(ValueError, match=r"scale must be float32 \[3\], one value per row"):
+        call(scale=rows.scale.double())
+    with pytest.raises(ValueError, match=r"sum must be int32 \[3\], one value per row"):
+        call(sum=rows.sum[:, None])
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
+        call(dtype=torch.float64)
+    with pytest.raises(ValueError, match="x has K = 100 columns"):
+        op(QuantizedRows.of(torch.randn(3, 100, device=device)), *weight)
+    wide = torch.zeros(1, 1, dtype=torch.int8, device=device).expand(3, 2**22 + 1)
+    with pytest.raises(ValueError, match="K = 4194305 exceeds"):
+        call(q=wide)
+    with pytest.raises(ValueError, match="on one device"):
+        call(q=rows.q.to("meta"), scale=torch.zeros(3))
+    with pytest.raises(ValueError, match="carry no gradient"):
+        op(rows, *weight[:-1], weight[-1].requires_grad_())
+
+
+def test_what_takes_no_quantised_rows_says_so():
+    rows = QuantizedRows.of(torch.randn(2, 36))
+    with pytest.raises(ValueError, match="x must be a tensor"):
+        packed_nn.pack_linear(nn.Linear(36, 5), "sparse24-int8")(rows)
+    static = packed_nn.Int8Linear.from_linear(nn.Linear(36, 5), input_scale=torch.tensor(0.1))
+    with pytest.raises(ValueError, match="input_scale is for x that is not quantised yet"):
+        static(rows)
+    with pytest.raises(ValueError, match=r"has shape \[2, 36\], expected \[\.\.\., 40\]"):
+        packed_nn.pack_linear(nn.Linear(40, 5), "int8")(rows)
+
+
+@each_op
+def test_opcheck(choice):
+    _, reference = OPS[choice]
+    op = getattr(torch.ops.trine, f"{choice}_linear_rows").default
+    for dtype in (torch.float32, torch.bfloat16):
+        x, *weight = reference.example_inputs(3, 5, 37, dtype)
+        torch.library.opcheck(op, (*quantize_rows(x), *weight, dtype))
+
+
+class Attention(nn.Module):
+    """The beginning of one: three projections of a norm."""
+
+    def __init__(self, choice: str, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.projections = nn.ModuleList(
+            packed_nn.pack_linear(nn.Linear(48, n), choice) for n in (48, 16, 16)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        normed = self.norm(x)
+        shape = (*normed.shape[:-1], -1, 16)  # models ask it of what the norm returns
+        return [projection(normed).view(shape) for projection in self.projections]
+
+
+@each_op
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_before_projections(choice, dtype):
+    norm = QuantizingRMSNorm(nn.Parameter(1 + torch.randn(48) / 4), 1e-5)
+    model = Attention(choice, norm).to(dtype)
+    x = torch.randn(2, 3, 48).to(dtype)
+    normed = norm_reference.rms_norm(x, norm.weight.detach(), 1e-5).view_as(x)
+    with torch.no_grad():
+        expected = [projection(normed).view(2, 3, -1, 16) for projection in model.projections]
+        for actual, one in zip(model(x), expected, strict=True):
+            assert_same_bits(actual, one)
+        compiled = torch.compile(model, fullgraph=True) if dtype == torch.float32 else model
+        for actual, one in zip(compiled(x), expected, strict=True):
+            assert_same_bits(actual, one)
+    assert model.state_dict()["norm.weight"] is not None
+
+
+def test_norm_gives_a_tensor_where_a_gradient_is_wanted():
+    weight = nn.Parameter(torch.rand(48))
+    ours, torchs = QuantizingRMSNorm(weight), nn.RMSNorm(48)
+    torchs.weight = weight
+    x = torch.randn(3, 48, requires_grad=True)
+    assert torch.equal(ours(x), torchs(x))
+    weight.requires_grad_(False)
+    assert torch.equal(ours(x), torchs(x))
+    assert isinstance(ours(x.detach()), QuantizedRows)
+    with torch.no_grad():
+        assert isinstance(ours(x), QuantizedRows)
+    assert "48, eps=None" in repr(ours)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+@needs_gpu
+@each_op
+@pytest.mark.parametrize("k", [37, 128, 640])
+def test_gpu(choice, k):
+    op, reference = OPS[choice]
+    x, *weight = (t.cuda() for t in reference.example_inputs(5, 17, k, torch.bfloat16))
+    rows = QuantizedRows.of(x)
+    assert_same_bits(op(rows, *weight), op(x, *weight))
+    shifted = torch.empty(rows.q.numel() + 1, dtype=torch.int8, device="cuda")[1:].view_as(rows.q)
+    shifted.copy_(rows.q)
+    other = QuantizedRows(shifted, rows.scale, rows.sum, rows.shape, rows.dtype)
+    assert_same_bits(op(other, *weight), op(x, *weight))
+    with torch.no_grad():
+        norm = QuantizingRMSNorm(nn.Parameter(torch.rand(k, device="cuda")))
+        assert op(norm(x), *weight).shape == (5, 17)
