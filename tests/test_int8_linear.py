@@ -35,12 +35,12 @@ def test_every_tile_height(isa, m):
 
 
 BLOCKS_AND_SLICES = [(1, 303, 9000), (7, 33, 9000), (2, 600, 70), (13, 260, 1100)]
-BLOCKS_AND_SLICES += [(50, 70, 4500), (20, 530, 100)]
+BLOCKS_AND_SLICES += [(50, 70, 4500), (20, 530, 100), (20, 9, 0)]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), BLOCKS_AND_SLICES)
 def test_several_blocks_and_slices(isa, m, n, k):
-    """k beyond one slice, n beyond one block of weight rows."""
+    """k beyond one slice and none at all, n beyond one block of weight rows."""
     assert_matches_reference(*reference.example_inputs(m, n, k))
 
 

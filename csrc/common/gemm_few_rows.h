@@ -3,13 +3,13 @@
 //   for a tile of activation rows
 //     for a slice of k (the tile's slice stays in L1)
 //       for kTileColumns weight rows: accumulate_tile   -> int32 sums of the tile
-//     finish_row                                        -> y
+//     finish_sums                                       -> y
 //
 // A Weight has `kOffset` (what its values carry above the true ones), `kMaxTileRows` (the highest
 // tile there are registers for), `kRowStep` where a tile must begin at a multiple of so many rows,
 // and two functions beside it, found by its type:
 //   accumulate_tile<rows>(weight, x, n, last_n, k, sums)  sums[i][j] += row i of x . row n+j of w
-//   finish_row(weight, sums, count, row, y)               scales `count` sums and writes them
+//   finish_sums(weight, finish, y, y_stride)              scales sums and writes them
 #pragma once
 
 #include <algorithm>
@@ -59,14 +59,18 @@ struct Scaling {
   const int32_t* column_minus = nullptr;  // [n] from tile.n_begin, subtracted from acc; or null
 };
 
-// The same for a piece of one output row; the pointers stand at its first column.
-struct RowScaling {
-  int32_t minus;  // of every sum
-  const int32_t* column_minus;
-  float x_scale;
-  const float* weight_scale;
+// Sums of some rows and columns, and what makes outputs of them; every pointer stands at the first.
+struct Finish {
+  const int32_t* sums;
+  int64_t sums_stride;
+  int64_t rows, columns;
+  int32_t offset;               // times x_sum, subtracted from the sums of a row
+  const int32_t* x_sum;         // [rows]
+  const float* x_scale;         // [rows]
+  const int32_t* column_minus;  // [columns], or null
+  const float* weight_scale;    // [columns], or one value
   bool per_tensor;
-  const float* bias;
+  const float* bias;  // [columns], or null
 };
 
 // visit(first, count) for pieces of [0, total) of at most `most`, shared out evenly: with 6 at most
@@ -129,26 +133,26 @@ template <class Weight>
 void finish_rows(const QuantizedRows& x, const Weight& weight, const int32_t* sums, int64_t stride,
                  int32_t offset, const int32_t* column_minus, const Scaling& scaling,
                  const LinearOutput& out, const Tile& piece) {
-  const int64_t n = piece.n_begin, count = piece.n_end - n;
-  for (int64_t m = piece.m_begin; m < piece.m_end; ++m, sums += stride) {
-    const RowScaling row{wrapping_product(offset, x.sum[m]),
-                         column_minus,
-                         x.scale[m],
-                         scaling.per_tensor ? scaling.weight_scale : scaling.weight_scale + n,
-                         scaling.per_tensor,
-                         out.bias == nullptr ? nullptr : out.bias + n};
-    const int64_t at = m * out.stride + n;
-    switch (out.type) {
-      case FloatType::float32:
-        finish_row(weight, sums, count, row, static_cast<float*>(out.y) + at);
-        break;
-      case FloatType::bfloat16:
-        finish_row(weight, sums, count, row, static_cast<bfloat16*>(out.y) + at);
-        break;
-      case FloatType::float16:
-        finish_row(weight, sums, count, row, static_cast<float16*>(out.y) + at);
-        break;
-    }
+  const int64_t m = piece.m_begin, n = piece.n_begin;
+  const Finish finish{sums,
+                      stride,
+                      piece.m_end - m,
+                      piece.n_end - n,
+                      offset,
+                      x.sum + m,
+                      x.scale + m,
+                      column_minus,
+                      scaling.per_tensor ? scaling.weight_scale : scaling.weight_scale + n,
+                      scaling.per_tensor,
+                      out.bias == nullptr ? nullptr : out.bias + n};
+  const int64_t at = m * out.stride + n;
+  switch (out.type) {
+    case FloatType::float32:
+      return finish_sums(weight, finish, static_cast<float*>(out.y) + at, out.stride);
+    case FloatType::bfloat16:
+      return finish_sums(weight, finish, static_cast<bfloat16*>(out.y) + at, out.stride);
+    case FloatType::float16:
+      return finish_sums(weight, finish, static_cast<float16*>(out.y) + at, out.stride);
   }
 }
 

@@ -6,7 +6,7 @@
 //   for a block of weight rows (they stay in L2; decoded here, where they must be)
 //     for up to kMaxVectors vectors of activation rows
 //       for a slice of k, for kColumns weight rows: accumulate  -> int32 sums
-//       finish_row                                                  -> y
+//       finish_rows                                                 -> y
 //
 // A Weight takes part by naming `ManyRows`, the traits of its instruction set, and kManyRows, from
 // how many rows on this is the faster way. Its rows are read as ManyRows::Value from where row(n)
@@ -20,9 +20,9 @@
 //   interleave(q, stride, rows, groups, to, to_stride)
 //                                writes a vector for each group of `rows` rows; other lanes may
 //                                hold anything
-//   accumulate<vectors>(w, ahead, x, groups, sums)
-//                                sums[i * kManySums + j] += row i of x . row j of w; may prefetch
-//                                the weight `ahead` values further on
+//   accumulate<vectors>(w, ahead, x, groups, first, sums)
+//                                sums[i * kManySums + j] += row i of x . row j of w, or = where it
+//                                is the first; may prefetch the weight `ahead` values further on
 //   sum_rows(w, groups, sums)    sums[j] += the sum of row j of w; only where kOffset is not 0
 #pragma once
 
@@ -36,6 +36,9 @@ namespace {
 // From the sums of one activation row to those of the next. A multiple of 1 KiB would put all of
 // them into the same few sets of the L1.
 inline constexpr int64_t kManySums = kMaxBlockColumns + 16;
+
+// How many columns are finished at once, where one slice holds all of k: their sums stay in L1.
+inline constexpr int64_t kFinishedTogether = 16;
 
 // body(std::integral_constant<int, count>{}) for a count in [1, kMax].
 template <int kMax, class Body>
@@ -137,7 +140,9 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
   const int64_t m_many = last > Weight::kMaxTileRows ? tile.m_end : tile.m_end - last;
   const InterleavedRows<Vectors> activations(x, tile.m_begin, m_many, k);
 
+  constexpr int64_t kSliceGroups = Vectors::kSliceK / Vectors::kGroup;
   const int64_t columns = block_columns(k * DenseRows<Weight>::kBytes);
+  const int64_t together = activations.groups() <= kSliceGroups ? kFinishedTogether : columns;
   DenseRows<Weight> dense(weight, k, columns);
   alignas(64) int32_t sums[Vectors::kMaxVectors * Vectors::kLanes * kManySums];
   alignas(64) int32_t weight_sums[kMaxBlockColumns];
@@ -149,32 +154,36 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
         scaling.column_minus == nullptr ? nullptr : scaling.column_minus + (n - tile.n_begin);
     std::fill_n(weight_sums, kMaxBlockColumns, 0);
     activations.for_tiles([&](int64_t first, int64_t count) {
-      for (int64_t i = 0; i < count * Vectors::kLanes; ++i)
-        std::fill_n(sums + i * kManySums, round_up(n_end - n, Vectors::kColumns), 0);
-      constexpr int64_t kSliceGroups = Vectors::kSliceK / Vectors::kGroup;
-      for (int64_t begin = 0; begin < activations.groups(); begin += kSliceGroups) {
-        const int64_t groups = std::min(kSliceGroups, activations.groups() - begin);
-        for (int64_t j = n; j < n_end; j += Vectors::kColumns) {
-          const Value* w[Vectors::kColumns];
-          for (int64_t c = 0; c < Vectors::kColumns;
-               ++c)  // beyond the last: that again, never read
-            w[c] = dense.row(std::min(j + c, n_end - 1)) + begin * Vectors::kGroup;
-          if constexpr (kSumWeight)
-            if (first == 0) Vectors::sum_rows(w, groups, weight_sums + (j - n));
-          with_count<Vectors::kMaxVectors>(count, [&](auto vectors) {
-            Vectors::template accumulate<vectors>(w, Vectors::kColumns * dense.stride(),
-                                                  activations.tile(first, count, begin), groups,
-                                                  sums + (j - n));
-          });
-        }
-      }
-      if (kSumWeight && first == 0)  // now what is to be subtracted
-        for (int64_t j = 0; j < n_end - n; ++j)
-          weight_sums[j] = wrapping_product(Vectors::kOffset, weight_sums[j]) +
-                           (given == nullptr ? 0 : given[j]);
       const int64_t m = tile.m_begin + first * Vectors::kLanes;
-      finish_rows(x, weight, sums, kManySums, 0, kSumWeight ? weight_sums : given, scaling, out,
-                  {m, std::min(m + count * Vectors::kLanes, m_many), n, n_end});
+      const int64_t m_end = std::min(m + count * Vectors::kLanes, m_many);
+      for (int64_t begin = n; begin < n_end; begin += together) {
+        const int64_t end = std::min(begin + together, n_end);
+        int64_t group = 0;
+        do {  // once even if k is 0
+          const int64_t groups = std::min(kSliceGroups, activations.groups() - group);
+          for (int64_t j = begin; j < end; j += Vectors::kColumns) {
+            const Value* w[Vectors::kColumns];
+            for (int64_t c = 0; c < Vectors::kColumns;
+                 ++c)  // beyond the last: that again, never read
+              w[c] = dense.row(std::min(j + c, n_end - 1)) + group * Vectors::kGroup;
+            if constexpr (kSumWeight)
+              if (first == 0) Vectors::sum_rows(w, groups, weight_sums + (j - n));
+            with_count<Vectors::kMaxVectors>(count, [&](auto vectors) {
+              Vectors::template accumulate<vectors>(w, Vectors::kColumns * dense.stride(),
+                                                    activations.tile(first, count, group), groups,
+                                                    group == 0, sums + (j - begin));
+            });
+          }
+          group += kSliceGroups;
+        } while (group < activations.groups());
+        if (kSumWeight && first == 0)  // now what is to be subtracted
+          for (int64_t j = begin - n; j < end - n; ++j)
+            weight_sums[j] = wrapping_product(Vectors::kOffset, weight_sums[j]) +
+                             (given == nullptr ? 0 : given[j]);
+        const int32_t* minus = kSumWeight ? weight_sums : given;
+        if (minus != nullptr) minus += begin - n;
+        finish_rows(x, weight, sums, kManySums, 0, minus, scaling, out, {m, m_end, begin, end});
+      }
     });
     if (m_many < tile.m_end)
       few_rows_block(x, weight, k, given, scaling, out, {m_many, tile.m_end, n, n_end});

@@ -14,9 +14,8 @@ namespace trine {
 namespace {
 
 struct SparseWeight {
-  static constexpr bool kCodes = false;
   static constexpr int32_t kOffset = 0;
-  static constexpr int64_t kMaxTileRows = kTileRows<false>;
+  static constexpr int64_t kMaxTileRows = kTileRows;
 
   Sparse24Int8Weight weight;
   int64_t whole_k = weight.chunks * kSparse24Columns;
@@ -110,7 +109,7 @@ void sparse24_float_avx2(const FloatBlocks& x, const Sparse24FloatWeight& weight
 
 void sparse24_int8_avx2(const QuantizedRows& x, const Sparse24Int8Weight& weight,
                         const LinearOutput& out, const Tile& tile) {
-  sparse24_int8_tile<SparseWeight, PanelWeight<SparseWeight::kCodes>>(x, weight, out, tile);
+  sparse24_int8_tile<SparseWeight, PanelWeight>(x, weight, out, tile);
 }
 
 }  // namespace trine

@@ -180,24 +180,28 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
   });
 }
 
+// Adding -0 changes no float, as no bias must.
 template <class Weight, class T>
-void finish_row(const Weight&, const int32_t* sums, int64_t count, const RowScaling& row, T* y) {
+void finish_sums(const Weight&, const Finish& f, T* y, int64_t y_stride) {
   const auto subtract = [](int32x4_t a, int32x4_t b) { return vsubq_s32(a, b); };
   const auto multiply = [](float32x4_t a, float32x4_t b) { return vmulq_f32(a, b); };
   const auto add = [](float32x4_t a, float32x4_t b) { return vaddq_f32(a, b); };
-  const Ints minus = all_lanes(row.minus);
-  const Floats x_scale = all_lanes(row.x_scale);
-  Floats weight_scale = all_lanes(*row.weight_scale);
-  for (int64_t n = 0; n < count; n += 8) {
-    const int64_t lanes = std::min<int64_t>(8, count - n);
-    Ints acc = both<Ints>(subtract, load_ints(sums + n), minus);
-    if (row.column_minus != nullptr)
-      acc = both<Ints>(subtract, acc, load_ints(row.column_minus + n, lanes));
-    if (!row.per_tensor) weight_scale = load_floats(row.weight_scale + n, lanes);
-    Floats value = both<Floats>([](int32x4_t a) { return vcvtq_f32_s32(a); }, acc);
-    value = both<Floats>(multiply, both<Floats>(multiply, value, x_scale), weight_scale);
-    if (row.bias != nullptr) value = both<Floats>(add, value, load_floats(row.bias + n, lanes));
-    store_floats(value, y + n, lanes);
+  for (int64_t n = 0; n < f.columns; n += 8) {
+    const int64_t lanes = std::min<int64_t>(8, f.columns - n);
+    const Ints column_minus =
+        f.column_minus == nullptr ? all_lanes(int32_t{0}) : load_ints(f.column_minus + n, lanes);
+    const Floats weight_scale =
+        f.per_tensor ? all_lanes(*f.weight_scale) : load_floats(f.weight_scale + n, lanes);
+    const Floats bias = f.bias == nullptr ? all_lanes(-0.0f) : load_floats(f.bias + n, lanes);
+    for (int64_t i = 0; i < f.rows; ++i) {
+      const Ints minus = all_lanes(wrapping_product(f.offset, f.x_sum[i]));
+      Ints acc = both<Ints>(subtract, load_ints(f.sums + i * f.sums_stride + n), minus);
+      acc = both<Ints>(subtract, acc, column_minus);
+      Floats value = both<Floats>([](int32x4_t a) { return vcvtq_f32_s32(a); }, acc);
+      value = both<Floats>(multiply, value, all_lanes(f.x_scale[i]));
+      value = both<Floats>(add, both<Floats>(multiply, value, weight_scale), bias);
+      store_floats(value, y + i * y_stride + n, lanes);
+    }
   }
 }
 

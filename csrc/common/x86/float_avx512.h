@@ -31,7 +31,14 @@ namespace {
   return _mm512_cvtph_ps(load_16_bits(p, count));
 }
 
+// A masked store takes Zen 4 several cycles even where it writes every lane.
+[[maybe_unused]] inline void store_16_bits(__m256i bits, void* p, int64_t count) {
+  if (count >= 16) return _mm256_storeu_si256(static_cast<__m256i*>(p), bits);
+  _mm256_mask_storeu_epi16(p, first_lanes(count), bits);
+}
+
 [[maybe_unused]] inline void store_floats(__m512 v, float* p, int64_t count = 16) {
+  if (count >= 16) return _mm512_storeu_ps(p, v);
   _mm512_mask_storeu_ps(p, first_lanes(count), v);
 }
 [[maybe_unused]] inline void store_floats(__m512 v, bfloat16* p, int64_t count = 16) {
@@ -42,7 +49,7 @@ namespace {
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const __m512i result = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
-  _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtepi32_epi16(result));
+  store_16_bits(_mm512_cvtepi32_epi16(result), p, count);
 }
 // Thirty-two bf16 at once as their even and their odd ones, which costs a third of two loads and
 // two stores in order. Stored values are rounded as above; a NaN must be as arithmetic makes it,
@@ -69,8 +76,7 @@ struct EvenOdd {
   _mm512_storeu_si512(p, _mm512_add_epi16(kept, carry));
 }
 [[maybe_unused]] inline void store_floats(__m512 v, float16* p, int64_t count = 16) {
-  const __m256i narrow = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_mask_storeu_epi16(p, first_lanes(count), narrow);
+  store_16_bits(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), p, count);
 }
 
 }  // namespace

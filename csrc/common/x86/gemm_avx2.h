@@ -1,28 +1,24 @@
-// Integer matrix products on AVX2: activations int8, two kinds of weight.
+// Integer matrix products on AVX2: activations int8, weights int8 in [-127, 127].
 //
 //   y[m][n] = narrow(((float(acc) * x.scale[m]) * weight_scale[n]) + bias[n])
-//   acc     = sum over k of (w[n][k] - kOffset) * q[m][k]              (exact)
+//   acc     = sum over k of w[n][k] * q[m][k]              (exact)
 //
-// vpmaddubsw multiplies 32 unsigned by 32 signed bytes and adds pairs into int16, which saturates;
-// neither kind of weight can get there:
-//   kCodes = false  w in [-127, 127], kOffset 0: |q| times w with q's sign, a pair is at most
-//                   2 * 128 * 127 < 2^15. Each pair sum is widened to int32 at once.
-//   kCodes = true   w in {0, 1, 2} (ternary codes, kOffset 1), |q| <= 127: a pair is at most 508,
-//                   so 64 of them (2048 k) are added in int16 before they are widened.
+// vpmaddubsw multiplies 32 unsigned by 32 signed bytes and adds pairs into int16, which saturates:
+// |q| times w with q's sign cannot get there, a pair is at most 2 * 128 * 127 < 2^15. Each pair sum
+// is widened to int32 at once.
 //
 // How a kernel uses this header (its file must be named avx2.cpp):
 //
-//   1. Describe the weight by a type. `PanelWeight<codes>` takes bytes in memory: rows of `stride`
+//   1. Describe the weight by a type. `PanelWeight` takes bytes in memory: rows of `stride`
 //      bytes, a multiple of 64, 32-byte aligned; row `first_n` at `data`. Bytes beyond k may be
-//      anything within the ranges above. Decode a block of block_columns(k) rows into a Scratch,
+//      anything in [-127, 127]. Decode a block of block_columns(k) rows into a Scratch,
 //      then
-//        integer_linear(x, PanelWeight<true>{panel, stride, n}, k, {weight_scale}, out,
+//        integer_linear(x, PanelWeight{panel, stride, n}, k, {weight_scale}, out,
 //                       {tile.m_begin, tile.m_end, n, n + rows});
 //      for each block in turn: the panel stays in L2 while all activation rows pass.
 //      `PackedInt8Weight` reads packed INT8 rows directly. Your own type needs
-//        static constexpr bool kCodes;
-//        static constexpr int32_t kOffset;
-//        static constexpr int64_t kMaxTileRows = kTileRows<kCodes>;
+//        static constexpr int32_t kOffset = 0;
+//        static constexpr int64_t kMaxTileRows = kTileRows;
 //        int64_t whole_k;                              // multiple of 32: load may be used below it
 //        Row row(int64_t n) const;                     // a pointer to row n, of any kind
 //        static __m256i load(Row row, int64_t k);      // bytes k .. k + 31 of the row
@@ -35,9 +31,9 @@
 //   to kMaxTileRows rows and kMaxBlockColumns columns) and do your own scaling.
 //
 // What bounds it: the vector instructions: four per 32 products, of few rows (sign, multiply,
-// widen, add) as of many (two of multiply, add, see RowVectors); two for codes. Zen 4 starts two
-// multiplications a cycle: INT8 could reach 236 GOP/s and does 140 (few rows) and 170 (many). With
-// one row, the reading of the weight.
+// widen, add) as of many (two of multiply, add, see RowVectors). Zen 4 starts two multiplications a
+// cycle: INT8 could reach 236 GOP/s and does 140 (few rows) and 170 (many). With one row, the
+// reading of the weight.
 #pragma once
 
 #include <immintrin.h>
@@ -52,16 +48,12 @@ namespace {
 
 // As many rows of four sums as the 16 registers hold beside the operands: the signed product needs
 // q and |q| of each row in registers.
-template <bool codes>
-inline constexpr int64_t kTileRows = codes ? 3 : 2;
+inline constexpr int64_t kTileRows = 2;
 
-template <bool codes>
 struct PanelWeight {
-  static constexpr bool kCodes = codes;
-  static constexpr int32_t kOffset = codes ? 1 : 0;
-  static constexpr int64_t kMaxTileRows = kTileRows<codes>;
-  using Byte = std::conditional_t<codes, uint8_t, int8_t>;
-  using Row = const Byte*;
+  static constexpr int32_t kOffset = 0;
+  static constexpr int64_t kMaxTileRows = kTileRows;
+  using Row = const int8_t*;
 
   Row data;
   int64_t stride;
@@ -75,26 +67,15 @@ struct PanelWeight {
   __m256i load_tail(Row row, int64_t k) const { return load(row, k); }
 };
 
-// Eight 32-bit sums, or sixteen of 16 bits for codes. Unsigned: those of a damaged weight, which
-// holds the code 3, may wrap. Not __m256i, which has 64-bit lanes: gcc 12 spills sums whose type
-// changes at each instruction.
-template <bool codes>
-using Sums __attribute__((vector_size(32))) = std::conditional_t<codes, uint16_t, uint32_t>;
+// Unsigned: sums of a damaged weight may wrap. Not __m256i, which has 64-bit lanes: gcc 12 spills
+// sums whose type changes at each instruction.
+using Uint32x8 = uint32_t __attribute__((vector_size(32)));
 
-// sum + w * q, over 32 columns. `magnitude` is |q|, not used for codes.
-template <bool codes>
-inline Sums<codes> multiply_add(Sums<codes> sum, __m256i w, __m256i q, __m256i magnitude) {
-  if constexpr (codes) {
-    return sum + (Sums<codes>)_mm256_maddubs_epi16(w, q);
-  } else {
-    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w, q));
-    return sum + (Sums<codes>)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  }
-}
-
-template <bool codes>
-inline __m256i widened(Sums<codes> sum) {
-  return codes ? _mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)) : (__m256i)sum;
+// sum + w * q, over 32 columns. `magnitude` is |q|.
+[[maybe_unused]] inline Uint32x8 multiply_add(Uint32x8 sum, __m256i w, __m256i q,
+                                              __m256i magnitude) {
+  const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w, q));
+  return sum + (Uint32x8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
 // Eight activation rows to a vector, for gemm_many_rows.h. Everything is widened to int16 first, so
@@ -130,34 +111,39 @@ struct RowVectors {
     }
   }
 
-  // Flattened: gcc keeps sums in registers only where everything is inlined when it first looks.
+  // gcc keeps sums in registers only where everything is inlined when it first looks: by force.
   template <int kVectors>
-  [[gnu::flatten]] static void accumulate(const int16_t* const (&w)[kColumns], int64_t,
-                                          const char* x, int64_t groups, int32_t* sums) {
-    Sums<false> acc[kVectors][kColumns];
-    unrolled<kVectors>(
-        [&](auto i) { acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = Sums<false>{}; });
+  [[gnu::noinline]] static void accumulate(const int16_t* const (&w)[kColumns], int64_t,
+                                           const char* x, int64_t groups, bool first,
+                                           int32_t* sums) {
+    Uint32x8 acc[kVectors][kColumns];
+    unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
+      acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = Uint32x8{};
+    });
     for (int64_t group = 0; group < groups; ++group) {
       __m256i q[kVectors];
-      unrolled<kVectors>([&](auto i) {
+      unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
         q[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + (group * kVectors + i) * 32));
       });
-      unrolled<kColumns>([&](auto j) {
+      unrolled<kColumns>([&](auto j) __attribute__((always_inline)) {
         int32_t pair;
         std::memcpy(&pair, w[j] + group * kGroup, sizeof(pair));
         __m256i weight = _mm256_set1_epi32(pair);
         asm("" : "+x"(weight));  // gcc would load it once for each vector
-        unrolled<kVectors>(
-            [&](auto i) { acc[i][j] += (Sums<false>)_mm256_madd_epi16(q[i], weight); });
+        unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
+          acc[i][j] += (Uint32x8)_mm256_madd_epi16(q[i], weight);
+        });
       });
     }
+    const __m128i added_to = _mm_set1_epi32(first ? 0 : -1);
     unrolled<kVectors>([&](auto i) {
       const Halves rows = transposed((__m256i)acc[i][0], (__m256i)acc[i][1], (__m256i)acc[i][2],
                                      (__m256i)acc[i][3]);
       unrolled<4>([&](auto r) {
         const auto add = [&](int64_t row, __m128i sum) {
           auto* to = reinterpret_cast<__m128i*>(sums + (kLanes * i + row) * kManySums);
-          _mm_store_si128(to, _mm_add_epi32(_mm_load_si128(to), sum));
+          const __m128i before = _mm_and_si128(_mm_load_si128(to), added_to);
+          _mm_store_si128(to, _mm_add_epi32(before, sum));
         };
         add(r, _mm256_castsi256_si128(rows.v[r]));
         add(r + 4, _mm256_extracti128_si256(rows.v[r], 1));
@@ -184,9 +170,8 @@ struct RowVectors {
 // prefetched, and one activation row reads four streams, for the reasons given in
 // gemm_avx512vnni.h.
 struct PackedInt8Weight {
-  static constexpr bool kCodes = false;
   static constexpr int32_t kOffset = 0;
-  static constexpr int64_t kMaxTileRows = kTileRows<false>;
+  static constexpr int64_t kMaxTileRows = kTileRows;
   using ManyRows = RowVectors;
   static constexpr int64_t kManyRows = 16;
   using Row = const int8_t*;
@@ -219,31 +204,23 @@ struct PackedInt8Weight {
 template <int kRows, class Weight>
 void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t last_n,
                      const Slice& k, int32_t* sums) {
-  constexpr bool codes = Weight::kCodes;
-  if constexpr (codes) {
-    constexpr int64_t kInt16K = 64 * 32;  // 64 pairs of at most 508 stay below 2^15
-    if (k.end - k.begin > kInt16K) {
-      accumulate_tile<kRows>(weight, x, n, last_n, {k.begin, k.begin + kInt16K}, sums);
-      return accumulate_tile<kRows>(weight, x, n, last_n, {k.begin + kInt16K, k.end}, sums);
-    }
-  }
   // Columns beyond the last repeat it; their sums are never read.
   const auto row0 = weight.row(n);
   const auto row1 = weight.row(std::min(n + 1, last_n));
   const auto row2 = weight.row(std::min(n + 2, last_n));
   const auto row3 = weight.row(std::min(n + 3, last_n));
 
-  Sums<codes> acc[kRows][kTileColumns];
-  unrolled<kRows>([&](auto i) { acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = Sums<codes>{}; });
+  Uint32x8 acc[kRows][kTileColumns];
+  unrolled<kRows>([&](auto i) { acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = Uint32x8{}; });
   const auto step = [&](int64_t at, __m256i w0, __m256i w1, __m256i w2, __m256i w3) {
     unrolled<kRows>([&](auto i) {
       const __m256i q =
           _mm256_load_si256(reinterpret_cast<const __m256i*>(x.q + i * x.stride + at));
       const __m256i magnitude = _mm256_abs_epi8(q);
-      acc[i][0] = multiply_add<codes>(acc[i][0], w0, q, magnitude);
-      acc[i][1] = multiply_add<codes>(acc[i][1], w1, q, magnitude);
-      acc[i][2] = multiply_add<codes>(acc[i][2], w2, q, magnitude);
-      acc[i][3] = multiply_add<codes>(acc[i][3], w3, q, magnitude);
+      acc[i][0] = multiply_add(acc[i][0], w0, q, magnitude);
+      acc[i][1] = multiply_add(acc[i][1], w1, q, magnitude);
+      acc[i][2] = multiply_add(acc[i][2], w2, q, magnitude);
+      acc[i][3] = multiply_add(acc[i][3], w3, q, magnitude);
     });
   };
 
@@ -265,8 +242,8 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
 
   unrolled<kRows>([&](auto i) {
     auto* row = reinterpret_cast<__m128i*>(sums + i * kMaxBlockColumns);
-    const __m128i sum = sum_lanes(widened<codes>(acc[i][0]), widened<codes>(acc[i][1]),
-                                  widened<codes>(acc[i][2]), widened<codes>(acc[i][3]));
+    const __m128i sum =
+        sum_lanes((__m256i)acc[i][0], (__m256i)acc[i][1], (__m256i)acc[i][2], (__m256i)acc[i][3]);
     _mm_store_si128(row, _mm_add_epi32(_mm_load_si128(row), sum));
   });
 }

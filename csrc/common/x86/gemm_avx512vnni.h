@@ -105,27 +105,32 @@ struct RowVectors {
     }
   }
 
-  // Flattened: gcc keeps sums in registers only where everything is inlined when it first looks.
+  // gcc keeps sums in registers only where everything is inlined when it first looks: by force.
   template <int kVectors>
-  [[gnu::flatten]] static void accumulate(const int8_t* const (&w)[kColumns], int64_t ahead,
-                                          const char* x, int64_t groups, int32_t* sums) {
+  [[gnu::noinline]] static void accumulate(const int8_t* const (&w)[kColumns], int64_t ahead,
+                                           const char* x, int64_t groups, bool first,
+                                           int32_t* sums) {
     Int32x16 acc[kVectors][kColumns];
-    unrolled<kVectors * kColumns>([&](auto i) { acc[i / kColumns][i % kColumns] = Int32x16{}; });
-    const auto step = [&](int64_t group) {
+    unrolled<kVectors * kColumns>([&](auto i) __attribute__((always_inline)) {
+      acc[i / kColumns][i % kColumns] = Int32x16{};
+    });
+    const auto step = [&](int64_t group) __attribute__((always_inline)) {
       __m512i q[kVectors];
-      unrolled<kVectors>(
-          [&](auto i) { q[i] = _mm512_load_si512(x + (group * kVectors + i) * 64); });
-      unrolled<kColumns>([&](auto j) {
+      unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
+        q[i] = _mm512_load_si512(x + (group * kVectors + i) * 64);
+      });
+      unrolled<kColumns>([&](auto j) __attribute__((always_inline)) {
         int32_t bytes;
         std::memcpy(&bytes, w[j] + group * kGroup, sizeof(bytes));
         __m512i weight = _mm512_set1_epi32(bytes);
         asm("" : "+v"(weight));  // gcc would load it once for each vector
-        unrolled<kVectors>([&](auto i) { acc[i][j] = dot(acc[i][j], q[i], weight); });
+        unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
+          acc[i][j] = dot(acc[i][j], q[i], weight);
+        });
       });
     };
     int64_t group = 0;
     for (; group + 16 <= groups; group += 16) {  // a cache line of each weight row
-      // Inlined by force: gcc 12 drops a call whose only effect is a prefetch.
       unrolled<kColumns>([&](auto j) __attribute__((always_inline)) {
         _mm_prefetch(w[j] + ahead + group * kGroup, _MM_HINT_T1);
       });
@@ -133,37 +138,53 @@ struct RowVectors {
     }
     for (; group < groups; ++group) step(group);
 
-    unrolled<kVectors>([&](auto i) {
-      unrolled<kColumns / 4>([&](auto j) {
-        const Quarters rows = transposed((__m512i)acc[i][4 * j], (__m512i)acc[i][4 * j + 1],
-                                         (__m512i)acc[i][4 * j + 2], (__m512i)acc[i][4 * j + 3]);
-        unrolled<4>([&](auto quarter) {
-          unrolled<4>([&](auto r) {
-            auto* to =
-                reinterpret_cast<__m128i*>(sums + (16 * i + 4 * quarter + r) * kManySums + 4 * j);
-            const __m128i sum = _mm512_extracti32x4_epi32(rows.v[r], quarter);
-            _mm_store_si128(to, _mm_add_epi32(_mm_load_si128(to), sum));
-          });
-        });
+    static_assert(kColumns == 8);
+    const __mmask8 added_to = first ? 0 : 0xff;
+    unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
+      const auto transposed4 = [&](auto j) __attribute__((always_inline)) {
+        return transposed((__m512i)acc[i][j], (__m512i)acc[i][j + 1], (__m512i)acc[i][j + 2],
+                          (__m512i)acc[i][j + 3]);
+      };
+      const Quarters left = transposed4(std::integral_constant<int, 0>{});
+      const Quarters right = transposed4(std::integral_constant<int, 4>{});
+      unrolled<4>([&](auto r) __attribute__((always_inline)) {
+        const auto add = [&](int64_t row, __m256i sum) __attribute__((always_inline)) {
+          auto* to = reinterpret_cast<__m256i*>(sums + (16 * i + row) * kManySums);
+          _mm256_store_si256(to, _mm256_add_epi32(_mm256_maskz_load_epi32(added_to, to), sum));
+        };
+        // Two rows of eight columns each: the first two quarters of both, the last two.
+        const __m512i rows0 = _mm512_permutex2var_epi64(
+            left.v[r], _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), right.v[r]);
+        const __m512i rows2 = _mm512_permutex2var_epi64(
+            left.v[r], _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), right.v[r]);
+        add(r, _mm512_castsi512_si256(rows0));
+        add(r + 4, _mm512_extracti64x4_epi64(rows0, 1));
+        add(r + 8, _mm512_castsi512_si256(rows2));
+        add(r + 12, _mm512_extracti64x4_epi64(rows2, 1));
       });
     });
   }
 
   static void sum_rows(const int8_t* const (&w)[kColumns], int64_t groups, int32_t* sums) {
     const __m512i ones = _mm512_set1_epi8(1);
-    for (int64_t j = 0; j < kColumns; j += 4, sums += 4) {
-      Int32x16 acc[4] = {};
-      for (int64_t group = 0; group < groups; group += 16) {
+    Int32x16 acc[kColumns] = {};
+    int64_t group = 0;
+    for (; group + 16 <= groups; group += 16)
+      unrolled<kColumns>([&](auto i) __attribute__((always_inline)) {
+        acc[i] = dot(acc[i], ones, _mm512_loadu_si512(w[i] + group * kGroup));
+      });
+    if (group < groups)
+      unrolled<kColumns>([&](auto i) __attribute__((always_inline)) {
         const __mmask16 mask = first_lanes(groups - group);
-        unrolled<4>([&](auto i) {
-          acc[i] = dot(acc[i], ones, _mm512_maskz_loadu_epi32(mask, w[j + i] + group * kGroup));
-        });
-      }
-      const __m128i sum = sum_quarters(
-          sum_within_quarters((__m512i)acc[0], (__m512i)acc[1], (__m512i)acc[2], (__m512i)acc[3]));
-      auto* to = reinterpret_cast<__m128i*>(sums);
+        acc[i] = dot(acc[i], ones, _mm512_maskz_loadu_epi32(mask, w[i] + group * kGroup));
+      });
+    unrolled<kColumns / 4>([&](auto i) __attribute__((always_inline)) {
+      const __m128i sum =
+          sum_quarters(sum_within_quarters((__m512i)acc[4 * i], (__m512i)acc[4 * i + 1],
+                                           (__m512i)acc[4 * i + 2], (__m512i)acc[4 * i + 3]));
+      auto* to = reinterpret_cast<__m128i*>(sums + 4 * i);
       _mm_store_si128(to, _mm_add_epi32(_mm_load_si128(to), sum));
-    }
+    });
   }
 
  private:
@@ -172,7 +193,7 @@ struct RowVectors {
   };
 
   // Each quarter by itself: word j of its four words in a, b, c, d becomes v[j].
-  static Quarters transposed(__m512i a, __m512i b, __m512i c, __m512i d) {
+  [[gnu::always_inline]] static Quarters transposed(__m512i a, __m512i b, __m512i c, __m512i d) {
     const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
     const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
     return {{_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
@@ -274,22 +295,29 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
   });
 }
 
+// Adding -0 changes no float, as no bias must.
 template <class Weight, class T>
-void finish_row(const Weight&, const int32_t* sums, int64_t count, const RowScaling& row, T* y) {
-  const __m512i minus = _mm512_set1_epi32(row.minus);
-  const __m512 x_scale = _mm512_set1_ps(row.x_scale);
-  __m512 weight_scale = _mm512_set1_ps(*row.weight_scale);
-  for (int64_t n = 0; n < count; n += 16) {
-    const int64_t lanes = std::min<int64_t>(16, count - n);
-    __m512i acc = _mm512_sub_epi32(_mm512_load_si512(sums + n), minus);
-    if (row.column_minus != nullptr)
-      acc =
-          _mm512_sub_epi32(acc, _mm512_maskz_loadu_epi32(first_lanes(lanes), row.column_minus + n));
-    if (!row.per_tensor) weight_scale = load_floats(row.weight_scale + n, lanes);
-    __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc), x_scale), weight_scale);
-    if (row.bias != nullptr) value = _mm512_add_ps(value, load_floats(row.bias + n, lanes));
-    store_floats(value, y + n, lanes);
-  }
+void finish_sums(const Weight&, const Finish& f, T* y, int64_t y_stride) {
+  const auto finish = [&](int64_t n, int64_t lanes) __attribute__((always_inline)) {
+    const __m512i column_minus =
+        f.column_minus == nullptr
+            ? _mm512_setzero_si512()
+            : _mm512_maskz_loadu_epi32(first_lanes(lanes), f.column_minus + n);
+    const __m512 weight_scale =
+        f.per_tensor ? _mm512_set1_ps(*f.weight_scale) : load_floats(f.weight_scale + n, lanes);
+    const __m512 bias = f.bias == nullptr ? _mm512_set1_ps(-0.0f) : load_floats(f.bias + n, lanes);
+    for (int64_t i = 0; i < f.rows; ++i) {
+      const __m512i minus = _mm512_set1_epi32(wrapping_product(f.offset, f.x_sum[i]));
+      const __m512i sum = _mm512_load_si512(f.sums + i * f.sums_stride + n);
+      const __m512i acc = _mm512_sub_epi32(_mm512_sub_epi32(sum, minus), column_minus);
+      const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(f.x_scale[i]));
+      const __m512 value = _mm512_add_ps(_mm512_mul_ps(scaled, weight_scale), bias);
+      store_floats(value, y + i * y_stride + n, lanes);
+    }
+  };
+  int64_t n = 0;
+  for (; n + 16 <= f.columns; n += 16) finish(n, 16);
+  if (n < f.columns) finish(n, f.columns - n);
 }
 
 }  // namespace

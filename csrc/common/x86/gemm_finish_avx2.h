@@ -23,22 +23,29 @@ namespace {
   return _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
 }
 
+// Adding -0 changes no float, as no bias must.
 template <class Weight, class T>
-void finish_row(const Weight&, const int32_t* sums, int64_t count, const RowScaling& row, T* y) {
-  const __m256i minus = _mm256_set1_epi32(row.minus);
-  const __m256 x_scale = _mm256_set1_ps(row.x_scale);
-  __m256 weight_scale = _mm256_set1_ps(*row.weight_scale);
-  for (int64_t n = 0; n < count; n += 8) {
-    const int64_t lanes = std::min<int64_t>(8, count - n);
-    __m256i acc =
-        _mm256_sub_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(sums + n)), minus);
-    if (row.column_minus != nullptr)
-      acc = _mm256_sub_epi32(acc, _mm256_maskload_epi32(row.column_minus + n, first_lanes(lanes)));
-    if (!row.per_tensor) weight_scale = load_floats(row.weight_scale + n, lanes);
-    __m256 value = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc), x_scale), weight_scale);
-    if (row.bias != nullptr) value = _mm256_add_ps(value, load_floats(row.bias + n, lanes));
-    store_floats(value, y + n, lanes);
-  }
+void finish_sums(const Weight&, const Finish& f, T* y, int64_t y_stride) {
+  const auto finish = [&](int64_t n, int64_t lanes) __attribute__((always_inline)) {
+    const __m256i column_minus =
+        f.column_minus == nullptr ? _mm256_setzero_si256()
+                                  : _mm256_maskload_epi32(f.column_minus + n, first_lanes(lanes));
+    const __m256 weight_scale =
+        f.per_tensor ? _mm256_set1_ps(*f.weight_scale) : load_floats(f.weight_scale + n, lanes);
+    const __m256 bias = f.bias == nullptr ? _mm256_set1_ps(-0.0f) : load_floats(f.bias + n, lanes);
+    for (int64_t i = 0; i < f.rows; ++i) {
+      const __m256i minus = _mm256_set1_epi32(wrapping_product(f.offset, f.x_sum[i]));
+      const __m256i sum =
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(f.sums + i * f.sums_stride + n));
+      const __m256i acc = _mm256_sub_epi32(_mm256_sub_epi32(sum, minus), column_minus);
+      const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(f.x_scale[i]));
+      const __m256 value = _mm256_add_ps(_mm256_mul_ps(scaled, weight_scale), bias);
+      store_floats(value, y + i * y_stride + n, lanes);
+    }
+  };
+  int64_t n = 0;
+  for (; n + 8 <= f.columns; n += 8) finish(n, 8);
+  if (n < f.columns) finish(n, f.columns - n);
 }
 
 }  // namespace
