@@ -15,7 +15,9 @@ template <class Simd>
 void linear_by_simd(const QuantizedRows& x, const TernaryWeight& weight, const LinearOutput& out,
                     const Tile& tile) {
   const int64_t rows = tile.m_end - tile.m_begin;
-  if (weight.group_size == 0 && rows <= Simd::kFewRows)
+  // At the end of a weight row the streams add up lanes for each row of x: it must be long enough.
+  const bool long_enough = rows * Simd::kLanes <= 2 * weight.stride / 4;
+  if (weight.group_size == 0 && rows <= Simd::kFewRows && long_enough)
     linear_by_streams<Simd>(x, weight, out, tile);
   else if (weight.group_size > 0 && rows <= kFewGroupedRows)
     grouped_by_streams<Simd>(x, weight, out, tile);
