@@ -34,6 +34,7 @@ struct Vector {
   friend Vector operator+(Vector a, Vector b) { return Vector(_mm256_add_ps(a.v, b.v)); }
   friend Vector operator-(Vector a, Vector b) { return Vector(_mm256_sub_ps(a.v, b.v)); }
   friend Vector operator*(Vector a, Vector b) { return Vector(_mm256_mul_ps(a.v, b.v)); }
+  friend Vector operator/(Vector a, Vector b) { return Vector(_mm256_div_ps(a.v, b.v)); }
   static Vector mul_add(Vector a, Vector b, Vector c) {
     return Vector(_mm256_fmadd_ps(a.v, b.v, c.v));
   }
@@ -49,6 +50,11 @@ struct Vector {
   }
   static Vector low_bits_to_exponent(Vector x) {
     return Vector(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23)));
+  }
+  static Vector exponent(Vector x) {
+    const __m256i above =
+        _mm256_sub_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(kBitsOfSquareRootOfHalf));
+    return Vector(_mm256_cvtepi32_ps(_mm256_srai_epi32(above, 23)));
   }
   float reduce_add() const {
     return fold([](__m128 a, __m128 b) { return _mm_add_ps(a, b); });

@@ -32,6 +32,7 @@ struct Vector {
   friend Vector operator+(Vector a, Vector b) { return Vector(_mm512_add_ps(a.v, b.v)); }
   friend Vector operator-(Vector a, Vector b) { return Vector(_mm512_sub_ps(a.v, b.v)); }
   friend Vector operator*(Vector a, Vector b) { return Vector(_mm512_mul_ps(a.v, b.v)); }
+  friend Vector operator/(Vector a, Vector b) { return Vector(_mm512_div_ps(a.v, b.v)); }
   static Vector mul_add(Vector a, Vector b, Vector c) {
     return Vector(_mm512_fmadd_ps(a.v, b.v, c.v));
   }
@@ -49,6 +50,11 @@ struct Vector {
   }
   static Vector low_bits_to_exponent(Vector x) {
     return Vector(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23)));
+  }
+  static Vector exponent(Vector x) {
+    const __m512i above =
+        _mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(kBitsOfSquareRootOfHalf));
+    return Vector(_mm512_cvtepi32_ps(_mm512_srai_epi32(above, 23)));
   }
   float reduce_add() const { return _mm512_reduce_add_ps(v); }
   float reduce_max() const { return _mm512_reduce_max_ps(v); }

@@ -49,6 +49,9 @@ struct Vector {
   friend Vector operator*(Vector a, Vector b) {
     return map([](float32x4_t x, float32x4_t y) { return vmulq_f32(x, y); }, a, b);
   }
+  friend Vector operator/(Vector a, Vector b) {
+    return map([](float32x4_t x, float32x4_t y) { return vdivq_f32(x, y); }, a, b);
+  }
   static Vector mul_add(Vector a, Vector b, Vector c) {
     return map([](float32x4_t x, float32x4_t y, float32x4_t z) { return vfmaq_f32(z, x, y); }, a, b,
                c);
@@ -75,6 +78,15 @@ struct Vector {
     return map(
         [](float32x4_t y) {
           return vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(y), 23));
+        },
+        x);
+  }
+  static Vector exponent(Vector x) {
+    return map(
+        [](float32x4_t y) {
+          const int32x4_t above =
+              vsubq_s32(vreinterpretq_s32_f32(y), vdupq_n_s32(kBitsOfSquareRootOfHalf));
+          return vcvtq_f32_s32(vshrq_n_s32(above, 23));
         },
         x);
   }

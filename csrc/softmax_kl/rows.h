@@ -11,6 +11,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "softmax_kl/divergences.h"
+#include "softmax_kl/exponential.h"
 #include "softmax_kl/sums.h"
 
 namespace trine {
@@ -21,61 +23,6 @@ namespace {
 // even with 16 lanes the blocks of both rows (8 KB) stay in the L1 cache.
 template <class V>
 constexpr int64_t kBlock = 64 * V::width;
-
-// 2^x = 2^i * 2^f with i = round(x) and |f| <= 1/2. Adding 1.5 * 2^23 rounds to an integer, which
-// then lies in the low bits; 127 is the exponent bias.
-constexpr float kRound = 0x1.8p+23f + 127.0f;
-// Here the biased exponent is 0, and so 2^i becomes 0.
-constexpr float kPowerIsZero = -127.0f;
-// 2^f - 1 = f * P(f): minimax in the relative error (1.1e-8), computed with Remez' algorithm in 40
-// digits and rounded to fp32.
-constexpr float kP0 = 0x1.62e430p-1f, kP1 = 0x1.ebfbdep-3f, kP2 = 0x1.c6af6ep-5f,
-                kP3 = 0x1.3b2ba0p-7f, kP4 = 0x1.5f07b4p-10f, kP5 = 0x1.4308fap-13f;
-
-// 2^x as 2^i and 2^f - 1.
-template <class V>
-struct Power {
-  V whole, fraction_minus_1;
-
-  V value() const { return V::mul_add(whole, fraction_minus_1, whole); }
-  // Relative to the result for every x: where 2^i is 1 the difference is exactly 0.
-  V minus_1() const { return V::mul_add(whole, fraction_minus_1, whole - V(1.0f)); }
-};
-
-// From i + kRound and f.
-template <class V>
-Power<V> power(V shifted, V f) {
-  V p = V::mul_add(V(kP5), f, V(kP4));
-  p = V::mul_add(p, f, V(kP3));
-  p = V::mul_add(p, f, V(kP2));
-  p = V::mul_add(p, f, V(kP1));
-  p = V::mul_add(p, f, V(kP0));
-  return {V::low_bits_to_exponent(shifted), p * f};
-}
-
-// 2^x - 1 for x <= 0; NaN counts as -inf.
-template <class V>
-V power_minus_1(V x) {
-  x = V::max(x, V(kPowerIsZero));
-  const V shifted = x + V(kRound);
-  return power(shifted, x - (shifted - V(kRound))).minus_1();
-}
-
-// exp(d / T) for d <= 0; NaN stays NaN.
-template <class V>
-struct Exponential {
-  V rate, lowest;
-
-  explicit Exponential(float rate)
-      : rate(rate), lowest(std::max(kPowerIsZero / rate, -std::numeric_limits<float>::max())) {}
-
-  // The product is not rounded before its fraction is taken.
-  V operator()(V d) const {
-    d = V::max(lowest, d);
-    const V shifted = V::mul_add(d, rate, V(kRound));
-    return power(shifted, V::fused_mul_add(d, rate, V(kRound) - shifted)).value();
-  }
-};
 
 // Fetches what lies one block ahead: the arithmetic of one block and the memory traffic of the
 // next then go on at the same time.
@@ -209,13 +156,13 @@ struct StudentGradient {
         student_scale(float(-scale * row.inverse_sum_teacher * std::exp2(-double(row.log2_ratio)))),
         teacher_scale(scale * row.inverse_sum_teacher) {}
 
-  V operator()(V s, V t) const {
+  [[gnu::always_inline]] V operator()(V s, V t) const {
     const V x = s - max_student, y = t - max_teacher;
     const V bits = V::mul_add(x - y, exp.rate, V(0.0f) - log2_ratio);  // delta / ln 2
     const auto student_larger = V::greater(bits, V(0.0f));
     const V larger = exp(V::select(student_larger, x, y));
     const V scale = V::select(student_larger, student_scale, teacher_scale);
-    return larger * power_minus_1(V::copy_sign(bits, V(-1.0f))) * scale;
+    return larger * power_of_2(V::copy_sign(bits, V(-1.0f))).minus_1() * scale;
   }
 };
 
@@ -229,18 +176,111 @@ struct TeacherGradient {
       : exp(rate),
         max_student(row.max_student),
         max_teacher(row.max_teacher),
-        mean_difference(row.mean_difference),
+        mean_difference(row.teacher_mean),
         scale(float(scale * row.inverse_sum_teacher * (rate * std::numbers::ln2))) {}
 
-  V operator()(V s, V t) const {
+  [[gnu::always_inline]] V operator()(V s, V t) const {
     const V x = s - max_student, y = t - max_teacher, q = exp(y), zero(0.0f);
     return V::select(V::greater(q, zero), q * ((y - x) - mean_difference), zero) * scale;
   }
 };
 
+// Both probabilities of classes, times `scale`, from the larger of them and their quotient.
+template <class V>
+struct Probabilities {
+  Exponential<V> exp;
+  V max_student, max_teacher, log2_ratio, student_scale, teacher_scale;
+
+  Probabilities(const SoftmaxKlRow& row, float rate, float scale)
+      : exp(rate),
+        max_student(row.max_student),
+        max_teacher(row.max_teacher),
+        log2_ratio(row.log2_ratio),
+        student_scale(float(scale * row.inverse_sum_teacher * std::exp2(-double(row.log2_ratio)))),
+        teacher_scale(scale * row.inverse_sum_teacher) {}
+
+  [[gnu::always_inline]] Classes<V> operator()(V s, V t) const {
+    const V x = s - max_student, y = t - max_teacher, zero(0.0f);
+    const V bits = V::mul_add(x - y, exp.rate, zero - log2_ratio);  // log2(p / q); NaN: both 0
+    const auto p_larger = V::greater(bits, zero);
+    const V larger =
+        exp(V::select(p_larger, x, y)) * V::select(p_larger, student_scale, teacher_scale);
+    const V quotient = V::max(V::copy_sign(bits, V(-1.0f)), V(kPowerIsZero));
+    const Power<V> power = power_of_2(quotient);
+    const V smaller = larger * power.value();  // not larger * (1 + e), which cancels
+    return {V::select(p_larger, larger, smaller),
+            V::select(p_larger, smaller, larger),
+            quotient,
+            power.minus_1(),
+            p_larger,
+            V::greater(zero, bits)};
+  }
+};
+
+// sum of p * (slope of p) and of q * (slope of q); the divergences are homogeneous functions of p
+// and q, and so their sum is the divergence (Euler). No term of it is negative.
+template <class V, class OfDivergence, class S, class T>
+SoftmaxKlSlopes slopes_part(const S* student, const T* teacher, int64_t n,
+                            const Probabilities<V> probabilities, const OfDivergence slopes_at) {
+  SoftmaxKlSlopes sums{};
+  for (int64_t begin = 0; begin < n; begin += kBlock<V>) {
+    const int64_t block = std::min(kBlock<V>, n - begin);
+    V p(0.0f), q(0.0f), student_slope(0.0f), divergence(0.0f);
+    for_each_vector<true, V>(student + begin, teacher + begin, block, [&](V s, V t, auto n) {
+      if constexpr (!is_whole<decltype(n)>) {
+        s = V::first(n, s, V(-kInfinity));
+        t = V::first(n, t, V(-kInfinity));
+      }
+      const Classes<V> classes = probabilities(s, t);
+      const Slopes<V> slopes = slopes_at(classes);
+      const V term = classes.p * slopes.student;
+      p = p + classes.p;
+      q = q + classes.q;
+      student_slope = student_slope + term;
+      divergence = divergence + V::mul_add(classes.q, slopes.teacher, term);
+    });
+    sums.student += p.reduce_add();
+    sums.teacher += q.reduce_add();
+    sums.student_slope += student_slope.reduce_add();
+    sums.divergence += divergence.reduce_add();
+  }
+  return sums;
+}
+
+// d loss / d s, over T: p * (slope - sum of p * slope), and likewise for t and q.
+template <bool for_teacher, class V, class OfDivergence>
+struct SlopeGradient {
+  Probabilities<V> probabilities;
+  OfDivergence slopes_at;
+  V mean;
+
+  [[gnu::always_inline]] V operator()(V s, V t) const {
+    const Classes<V> classes = probabilities(s, t);
+    const Slopes<V> slopes = slopes_at(classes);
+    if constexpr (for_teacher) return classes.q * (slopes.teacher - mean);
+    return classes.p * (slopes.student - mean);
+  }
+};
+
+// Calls body with the gradient of the divergence that is meant.
+template <bool for_teacher, class V, class Body>
+void with_gradient(Divergence divergence, const SoftmaxKlRow& row, float rate, float scale,
+                   const Body& body) {
+  if (divergence.kind == Divergence::kullback_leibler) {
+    using Gradient = std::conditional_t<for_teacher, TeacherGradient<V>, StudentGradient<V>>;
+    return body(Gradient(row, rate, scale));
+  }
+  with_divergence<V>(divergence, [&]<class OfDivergence>(const OfDivergence& slopes_at) {
+    body(SlopeGradient<for_teacher, V, OfDivergence>{
+        Probabilities<V>(row, rate, scale), slopes_at,
+        V(for_teacher ? row.teacher_mean : row.student_mean)});
+  });
+}
+
 template <class V, class Gradient, class S, class T, class Out>
-void gradient_part(const S* student, const T* teacher, int64_t n, const Gradient& gradient,
-                   Out* out) {
+void gradient_part(
+    const S* student, const T* teacher, int64_t n, const Gradient gradient,
+    Out* out) {  // by value: what is stored cannot change it, and it stays in registers
   const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
     prefetch_next_block<V>(student + i);
     prefetch_next_block<V>(teacher + i);
@@ -285,26 +325,38 @@ auto with_types(LogitRow student, LogitRow teacher, const Body& body) {
 }  // namespace
 }  // namespace trine
 
-// Defines the three functions of a kernel file, e.g. with suffix avx2, on its vector type V.
+// Defines the functions of a kernel file, e.g. with suffix avx2, on its vector type V.
 #define TRINE_SOFTMAX_KL_KERNELS(suffix, V)                                                      \
   SoftmaxKlSums softmax_kl_##suffix(LogitRow student, LogitRow teacher, int64_t n, float rate) { \
     return with_types(student, teacher, [&](const auto* s, const auto* t) {                      \
       return forward_part<V>(s, t, n, rate);                                                     \
     });                                                                                          \
   }                                                                                              \
+  SoftmaxKlSlopes softmax_kl_slopes_##suffix(LogitRow student, LogitRow teacher, int64_t n,      \
+                                             float rate, const SoftmaxKlRow& row,                \
+                                             Divergence divergence) {                            \
+    const Probabilities<V> probabilities(row, rate, 1.0f);                                       \
+    return with_divergence<V>(divergence, [&](const auto& slopes_at) {                           \
+      return with_types(student, teacher, [&](const auto* s, const auto* t) {                    \
+        return slopes_part<V>(s, t, n, probabilities, slopes_at);                                \
+      });                                                                                        \
+    });                                                                                          \
+  }                                                                                              \
   void softmax_kl_student_gradient_##suffix(LogitRow student, LogitRow teacher, int64_t n,       \
-                                            float rate, const SoftmaxKlRow& row, float scale,    \
-                                            void* out) {                                         \
-    const StudentGradient<V> gradient(row, rate, scale);                                         \
-    with_types(student, teacher, [&]<class S>(const S* s, const auto* t) {                       \
-      gradient_part<V>(s, t, n, gradient, static_cast<S*>(out));                                 \
+                                            float rate, const SoftmaxKlRow& row,                 \
+                                            Divergence divergence, float scale, void* out) {     \
+    with_gradient<false, V>(divergence, row, rate, scale, [&](const auto& gradient) {            \
+      with_types(student, teacher, [&]<class S>(const S* s, const auto* t) {                     \
+        gradient_part<V>(s, t, n, gradient, static_cast<S*>(out));                               \
+      });                                                                                        \
     });                                                                                          \
   }                                                                                              \
   void softmax_kl_teacher_gradient_##suffix(LogitRow student, LogitRow teacher, int64_t n,       \
-                                            float rate, const SoftmaxKlRow& row, float scale,    \
-                                            void* out) {                                         \
-    const TeacherGradient<V> gradient(row, rate, scale);                                         \
-    with_types(student, teacher, [&]<class T>(const auto* s, const T* t) {                       \
-      gradient_part<V>(s, t, n, gradient, static_cast<T*>(out));                                 \
+                                            float rate, const SoftmaxKlRow& row,                 \
+                                            Divergence divergence, float scale, void* out) {     \
+    with_gradient<true, V>(divergence, row, rate, scale, [&](const auto& gradient) {             \
+      with_types(student, teacher, [&]<class T>(const auto* s, const T* t) {                     \
+        gradient_part<V>(s, t, n, gradient, static_cast<T*>(out));                               \
+      });                                                                                        \
     });                                                                                          \
   }

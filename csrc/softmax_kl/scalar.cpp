@@ -23,6 +23,7 @@ struct Scalar {
   friend Scalar operator+(Scalar a, Scalar b) { return Scalar(a.v + b.v); }
   friend Scalar operator-(Scalar a, Scalar b) { return Scalar(a.v - b.v); }
   friend Scalar operator*(Scalar a, Scalar b) { return Scalar(a.v * b.v); }
+  friend Scalar operator/(Scalar a, Scalar b) { return Scalar(a.v / b.v); }
   static Scalar mul_add(Scalar a, Scalar b, Scalar c) { return Scalar(a.v * b.v + c.v); }
   static Scalar fused_mul_add(Scalar a, Scalar b, Scalar c) {
     return Scalar(float(double(a.v) * b.v + c.v));
@@ -34,6 +35,9 @@ struct Scalar {
     return Scalar(std::copysign(size.v, sign.v));
   }
   static Scalar low_bits_to_exponent(Scalar x) { return Scalar(from_bits(to_bits(x.v) << 23)); }
+  static Scalar exponent(Scalar x) {
+    return Scalar(float((int32_t(to_bits(x.v)) - kBitsOfSquareRootOfHalf) >> 23));
+  }
   float reduce_add() const { return v; }
   float reduce_max() const { return v; }
 };

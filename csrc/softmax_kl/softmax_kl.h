@@ -1,14 +1,24 @@
-// Kullback-Leibler divergence of a student's softmax from a teacher's (Hinton et al. 2015,
-// arXiv:1503.02531). Per row of n logits s (student) and t (teacher), with temperature T:
-//   a = log_softmax(s / T) = (s - max_s) / T - log_sum_s
-//   b = log_softmax(t / T) = (t - max_t) / T - log_sum_t
-//   kl = sum_j exp(b_j) * (b_j - a_j),  loss = T^2 * kl
-//   d loss / d s_j = T * (exp(a_j) - exp(b_j))
-//   d loss / d t_j = T * exp(b_j) * (b_j - a_j - kl)
+// Divergences of a student's softmax from a teacher's (Hinton et al. 2015, arXiv:1503.02531). Per
+// row of n logits s (student) and t (teacher), with temperature T:
+//   a = log p = log_softmax(s / T) = (s - max_s) / T - log_sum_s
+//   b = log q = log_softmax(t / T) = (t - max_t) / T - log_sum_t
+//   loss = T^2 * D
+//   forward KL  D = KL(q || p) = sum_j q_j * (b_j - a_j)
+//     d loss / d s_j = T * (p_j - q_j)
+//     d loss / d t_j = T * q_j * (b_j - a_j - D)
+//   the others  D = sum_j phi(p_j, q_j), with slopes g = d phi / d p, h = d phi / d q:
+//     d loss / d s_j = T * p_j * (g_j - G), G = sum_k p_k * g_k
+//     d loss / d t_j = T * q_j * (h_j - H), H = sum_k q_k * h_k = D - G
+//     JSD(beta)   D = beta * KL(q || m) + (1 - beta) * KL(p || m), m = beta * q + (1 - beta) * p
+//     skewed KL   D = KL(q || m), the same m
+//     total variation  D = sum_j |p_j - q_j| / 2
+//   reverse KL and skewed reverse KL are the forward ones with student and teacher exchanged.
+// A row of weight w counts w times; one of weight 0 is not looked at, its loss and gradient are 0.
 //
 // Limits: exp(b_j) = 0 contributes 0, also where a_j is -inf; a_j = -inf where exp(b_j) > 0 makes
 // kl +inf; NaN or +inf in a row, or a row of nothing but -inf, makes the row's loss and gradient
-// NaN. An exp((s - max_s) / T) below 2^-126.5 counts as 0.
+// NaN. The divergences with a mixture, and total variation, are finite wherever p and q are. An
+// exp((s - max_s) / T) below 2^-126.5 counts as 0.
 //
 // Maxima and sums are kept apart: in one fp32 log-sum-exp of about 1e4 an ulp is 1e-3, and the
 // probabilities would be wrong by as much.
@@ -21,7 +31,8 @@
 // 1024 x 32000 in fp32 on two cores took 26.5 ms, forward and backward, page faults of a fresh
 // gradient included: the multiplications alone are 12.5, the bytes, as plain loops move them, 19.
 // Gradients written past the caches lost where their memory was fresh, and rows taken in reverse,
-// for what L3 still holds of them, lost too.
+// for what L3 still holds of them, lost too. The divergences of slopes read the rows once more, for
+// a logarithm of a sum of p and q needs both whole.
 #pragma once
 
 #include <cstdint>
@@ -58,28 +69,51 @@ struct SoftmaxKlRow {
   float inverse_sum_teacher;
   // log2(sum_student / sum_teacher), rounded once: the log-sums themselves are known only to 1e-6
   // or so, which would be the error of a - b, and all of it where the student is close.
-  float log2_ratio;       // NaN marks a row without a loss
-  float mean_difference;  // sum of p_t * (y - x), times T
+  float log2_ratio;                  // NaN marks a row without a loss
+  float student_mean, teacher_mean;  // G, H; forward KL: 0, sum of q * (y - x), times T
 };
 inline constexpr int64_t kSoftmaxKlColumns = sizeof(SoftmaxKlRow) / sizeof(float);
+
+struct Divergence {
+  enum Kind { kullback_leibler, jensen_shannon, skewed_kl, total_variation } kind;
+  float beta;
+};
+
+// Sums over a row or a part of one, of p and q as backward will compute them: the log-sums are
+// rounded, and where p is nearly 1 the difference g - G would be lost beside what p lacks.
+struct SoftmaxKlSlopes {
+  double student, teacher;  // sum of p, of q: nearly 1
+  double student_slope;     // sum of p * g
+  double divergence;        // sum of p * g + q * h
+};
 
 // A kernel works on n elements of a row, all of them or a part. `rate` is log2(e) / T, so that
 // exp(x / T) = 2^(x * rate).
 using SoftmaxKlForward = SoftmaxKlSums(LogitRow student, LogitRow teacher, int64_t n, float rate);
 
+// Not for the Kullback-Leibler divergence, of which the sums tell everything. `row` holds what they
+// tell of the whole row.
+using SoftmaxKlSecondPass = SoftmaxKlSlopes(LogitRow student, LogitRow teacher, int64_t n,
+                                            float rate, const SoftmaxKlRow& row,
+                                            Divergence divergence);
+
 // Writes scale * (d loss / d logits) / T to `gradient`, whose type is that of the logits. Not for
 // rows without a loss: that no NaN comes in makes rounding to bf16 cheap.
 using SoftmaxKlBackward = void(LogitRow student, LogitRow teacher, int64_t n, float rate,
-                               const SoftmaxKlRow& row, float scale, void* gradient);
+                               const SoftmaxKlRow& row, Divergence divergence, float scale,
+                               void* gradient);
 
 struct SoftmaxKlKernel {
   Isa needs;
   SoftmaxKlForward* forward;
+  SoftmaxKlSecondPass* slopes;
   SoftmaxKlBackward* student_gradient;
   SoftmaxKlBackward* teacher_gradient;
 };
 
 SoftmaxKlForward softmax_kl_scalar, softmax_kl_avx2, softmax_kl_avx512, softmax_kl_neon;
+SoftmaxKlSecondPass softmax_kl_slopes_scalar, softmax_kl_slopes_avx2, softmax_kl_slopes_avx512,
+    softmax_kl_slopes_neon;
 SoftmaxKlBackward softmax_kl_student_gradient_scalar, softmax_kl_student_gradient_avx2,
     softmax_kl_student_gradient_avx512, softmax_kl_student_gradient_neon;
 SoftmaxKlBackward softmax_kl_teacher_gradient_scalar, softmax_kl_teacher_gradient_avx2,

@@ -52,13 +52,27 @@ struct FinishedRow {
   const double mean_difference = sums.weighted / sums.teacher;
   const double kl = std::numbers::ln2 * (mean_difference * rate + log2_ratio);
   FinishedRow result{{sums.max_student, sums.max_teacher, float(1 / sums.teacher),
-                      float(log2_ratio), float(mean_difference)},
+                      float(log2_ratio), 0.0f, float(mean_difference)},
                      std::max(0.0f, float(kl))};  // rounding may leave a hair below 0
   if (std::isnan(log2_ratio) || sums.max_student == -kInfinity || sums.max_teacher == -kInfinity)
     result.row.log2_ratio = result.kl = std::numeric_limits<float>::quiet_NaN();
   else if ((double(sums.impossible_teacher) - sums.max_teacher) * rate > kSmallestExponent)
-    result.row.mean_difference = result.kl = kInfinity;
+    result.row.teacher_mean = result.kl = kInfinity;
   return result;
+}
+
+[[maybe_unused]] inline void add(SoftmaxKlSlopes* sums, const SoftmaxKlSlopes& other) {
+  sums->student += other.student;
+  sums->teacher += other.teacher;
+  sums->student_slope += other.student_slope;
+  sums->divergence += other.divergence;
+}
+
+// Completes the row and returns its divergence.
+[[maybe_unused]] inline float finish(const SoftmaxKlSlopes& sums, SoftmaxKlRow* row) {
+  row->student_mean = float(sums.student_slope / sums.student);
+  row->teacher_mean = float((sums.divergence - sums.student_slope) / sums.teacher);
+  return std::isnan(row->log2_ratio) ? row->log2_ratio : std::max(0.0f, float(sums.divergence));
 }
 
 }  // namespace

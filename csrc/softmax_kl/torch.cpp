@@ -3,8 +3,10 @@
 #include <cstring>
 #include <limits>
 #include <numbers>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -22,15 +24,15 @@ constexpr const char* kOp = "softmax_kl";
 
 constexpr SoftmaxKlKernel kKernels[] = {
 #if defined(TRINE_X86)
-    {Isa::avx512, softmax_kl_avx512, softmax_kl_student_gradient_avx512,
+    {Isa::avx512, softmax_kl_avx512, softmax_kl_slopes_avx512, softmax_kl_student_gradient_avx512,
      softmax_kl_teacher_gradient_avx512},
-    {Isa::avx2, softmax_kl_avx2, softmax_kl_student_gradient_avx2,
+    {Isa::avx2, softmax_kl_avx2, softmax_kl_slopes_avx2, softmax_kl_student_gradient_avx2,
      softmax_kl_teacher_gradient_avx2},
 #elif defined(TRINE_ARM64)
-    {Isa::neon, softmax_kl_neon, softmax_kl_student_gradient_neon,
+    {Isa::neon, softmax_kl_neon, softmax_kl_slopes_neon, softmax_kl_student_gradient_neon,
      softmax_kl_teacher_gradient_neon},
 #endif
-    {Isa::scalar, softmax_kl_scalar, softmax_kl_student_gradient_scalar,
+    {Isa::scalar, softmax_kl_scalar, softmax_kl_slopes_scalar, softmax_kl_student_gradient_scalar,
      softmax_kl_teacher_gradient_scalar},
 };
 [[maybe_unused]] const bool announced = announce(kOp, kKernels);
@@ -42,6 +44,12 @@ constexpr int64_t kPart = 1 << 14;
 struct Problem {
   Matrix student, teacher;
   float rate;  // log2(e) / T
+  Divergence divergence = {};
+  bool reversed = false;           // student and teacher are exchanged
+  const float* weights = nullptr;  // of the rows; null: all are 1
+
+  bool skips(int64_t row) const { return weights != nullptr && weights[row] == 0; }
+  double weight(int64_t row) const { return weights != nullptr ? weights[row] : 1.0; }
 
   int64_t rows() const { return student.m; }
   int64_t classes() const { return student.k; }
@@ -60,16 +68,17 @@ struct Part {
   LogitRow student, teacher;
 };
 
-// Calls run(i, part) for the parts of all rows.
+// Calls run(i, part) for part i of those of rows begin to end - 1 that count.
 template <class Run>
-void for_each_part(const Problem& problem, const Run& run) {
+void for_each_part(const Problem& problem, int64_t begin, int64_t end, const Run& run) {
   constexpr int64_t kWorthAThread = 1 << 14;  // elements: 10 us or so
   if (problem.classes() == 0) return;
   const int64_t n = problem.classes(), parts = problem.parts(), size = problem.part_size();
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / n);
-  torch::stable::parallel_for(0, problem.rows() * parts, grain, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(begin * parts, end * parts, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = i / parts, begin = i % parts * size;
+      if (problem.skips(row)) continue;
       const auto logits = [&](const Matrix& matrix) {
         const int64_t offset = begin * kFloatBytes[static_cast<int>(matrix.type)];
         return LogitRow{static_cast<const char*>(matrix.row(row)) + offset, matrix.type};
@@ -87,7 +96,39 @@ std::string shape_of(const Tensor& tensor) {
   return "[" + text + "]";
 }
 
-Problem read(const Tensor& student, const Tensor& teacher, double temperature) {
+// A divergence, and whether it is the one with student and teacher exchanged.
+std::pair<Divergence, bool> divergence_of(const std::string& name, double beta) {
+  struct Named {
+    const char* name;
+    Divergence::Kind kind;
+    bool reversed, takes_beta;
+  };
+  constexpr Named kNames[] = {
+      {"forward_kl", Divergence::kullback_leibler, false, false},
+      {"reverse_kl", Divergence::kullback_leibler, true, false},
+      {"jsd", Divergence::jensen_shannon, false, true},
+      {"skewed_forward_kl", Divergence::skewed_kl, false, true},
+      {"skewed_reverse_kl", Divergence::skewed_kl, true, true},
+      {"total_variation", Divergence::total_variation, false, false},
+  };
+  std::string names;
+  for (const Named& entry : kNames) {
+    if (name == entry.name) {
+      check(!entry.takes_beta || (beta > 0 && beta < 1), kOp, ": beta of '", name,
+            "' must lie between 0 and 1, it is ", beta,
+            "; at the ends are 'forward_kl' and 'reverse_kl'");
+      return {{entry.kind, float(beta)}, entry.reversed};
+    }
+    names += (names.empty() ? "'" : ", '") + std::string(entry.name) + "'";
+  }
+  check(false, kOp, ": divergence must be one of ", names, "; it is '", name, "'");
+  return {};
+}
+
+using Optional = std::optional<Tensor>;
+
+Problem read(const Tensor& student, const Tensor& teacher, double temperature,
+             const std::string& divergence, double beta, const Optional& row_weight) {
   // Before the dtypes: class labels in the teacher's place are better told by their shape.
   check(std::equal(student.sizes().begin(), student.sizes().end(), teacher.sizes().begin(),
                    teacher.sizes().end()),
@@ -98,16 +139,27 @@ Problem read(const Tensor& student, const Tensor& teacher, double temperature) {
                   float(std::numbers::log2e / temperature)};
   check(temperature > 0 && problem.rate > 0 && problem.rate <= std::numeric_limits<float>::max(),
         kOp, ": temperature must be positive and finite, it is ", temperature);
+  std::tie(problem.divergence, problem.reversed) = divergence_of(divergence, beta);
+  if (problem.reversed) std::swap(problem.student, problem.teacher);
+  if (row_weight) {
+    check_dtype(*row_weight, ScalarType::Float, "float32", kOp, "row_weight");
+    check(row_weight->numel() == problem.rows() && row_weight->is_contiguous(), kOp,
+          ": row_weight must be contiguous and hold a weight for each of the ", problem.rows(),
+          " rows; its shape is ", shape_of(*row_weight));
+    problem.weights = static_cast<const float*>(row_weight->const_data_ptr());
+  }
   return problem;
 }
 
 // What the sum over rows is divided by; 1 for "none", whose losses are not summed.
-double denominator(const std::string& reduction, const Matrix& logits) {
-  if (reduction == "batchmean") return double(logits.m);
-  if (reduction == "mean") return double(logits.m) * double(logits.k);
-  check(reduction == "sum" || reduction == "none", kOp,
-        ": reduction must be 'batchmean', 'sum', 'mean' or 'none', it is '", reduction, "'");
-  return 1;
+double denominator(const std::string& reduction, const Problem& problem) {
+  check(
+      reduction == "batchmean" || reduction == "mean" || reduction == "sum" || reduction == "none",
+      kOp, ": reduction must be 'batchmean', 'sum', 'mean' or 'none', it is '", reduction, "'");
+  if (reduction == "sum" || reduction == "none") return 1;
+  double rows = 0;
+  for (int64_t i = 0; i < problem.rows(); ++i) rows += problem.weight(i);
+  return reduction == "mean" ? rows * double(problem.classes()) : rows;
 }
 
 // A large tensor is fresh memory every time, and its page faults cost several times the arithmetic:
@@ -140,44 +192,67 @@ void fill_with_nan(FloatType type, char* to, int64_t count) {
   }
 }
 
+// Rows that are taken together, so that a second pass over them reads from L3; few enough for what
+// is kept of each to be small (1 MB).
+int64_t rows_at_a_time(const Problem& problem) {
+  const int64_t bytes =
+      problem.divergence.kind == Divergence::kullback_leibler ? 64 << 20 : 8 << 20;
+  const int64_t row_bytes = problem.classes() * 2 * int64_t(sizeof(float));
+  const int64_t rows = std::min<int64_t>(bytes / std::max<int64_t>(1, row_bytes) + 1, 1 << 14);
+  return std::min(rows, problem.rows());
+}
+
 std::tuple<Tensor, Tensor> softmax_kl_cpu(const Tensor& student, const Tensor& teacher,
-                                          double temperature, std::string reduction) {
-  const Problem problem = read(student, teacher, temperature);
-  const double divisor = denominator(reduction, problem.student);
+                                          Optional row_weight, double temperature,
+                                          std::string reduction, std::string divergence,
+                                          double beta) {
+  const Problem problem = read(student, teacher, temperature, divergence, beta, row_weight);
+  const double divisor = denominator(reduction, problem);
   const int64_t m = problem.rows();
   Tensor saved = torch::stable::new_empty(student, {m, kSoftmaxKlColumns}, ScalarType::Float);
   auto* rows = static_cast<SoftmaxKlRow*>(saved.mutable_data_ptr());
   const SoftmaxKlKernel& kernel = select(kKernels);
   const int64_t parts = problem.parts();
-  const Scratch scratch(parts > 1 ? m * parts * int64_t(sizeof(SoftmaxKlSums)) : 0);
-  auto* sums = scratch.data<SoftmaxKlSums>();
+  const int64_t step = rows_at_a_time(problem);
+  const Scratch of_parts(step * parts * int64_t(sizeof(SoftmaxKlSums)));
+  auto* sums = of_parts.data<SoftmaxKlSums>();
+  const Scratch slopes_of_parts(step * parts * int64_t(sizeof(SoftmaxKlSlopes)));
+  auto* slopes = slopes_of_parts.data<SoftmaxKlSlopes>();
   const Scratch divergences(m * int64_t(sizeof(float)));
-  auto* kl = divergences.data<float>();
-  const auto finish_row = [&](int64_t i, const SoftmaxKlSums& whole) {
-    const FinishedRow finished = finish(whole, problem.rate);
-    rows[i] = finished.row;
-    kl[i] = finished.kl;
-  };
-  for_each_part(problem, [&](int64_t i, const Part& part) {
-    const SoftmaxKlSums of_part =
-        kernel.forward(part.student, part.teacher, part.size, problem.rate);
-    if (parts == 1)
-      finish_row(i, of_part);
-    else
-      sums[i] = of_part;
-  });
-  if (parts == 0) {  // empty sums
-    std::fill(rows, rows + m, SoftmaxKlRow{});
-    std::fill(kl, kl + m, 0.0f);
-  }
-  if (parts > 1)
-    torch::stable::parallel_for(0, m, 64, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        SoftmaxKlSums row = kEmptySums;
-        for (int64_t j = 0; j < parts; ++j) merge(&row, sums[i * parts + j], problem.rate);
-        finish_row(i, row);
-      }
+  auto* values = divergences.data<float>();
+  // Merges the parts of rows, in their order.
+  const auto for_rows = [&](int64_t begin, int64_t end, const auto& run) {
+    torch::stable::parallel_for(begin, end, 1024, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        if (!problem.skips(i)) run(i);
     });
+  };
+  std::fill(rows, rows + m, SoftmaxKlRow{});  // stays where rows are skipped or empty
+  std::fill(values, values + m, 0.0f);
+  for (int64_t begin = 0; begin < m && parts > 0; begin += step) {
+    const int64_t end = std::min(begin + step, m);
+    for_each_part(problem, begin, end, [&](int64_t i, const Part& part) {
+      sums[i - begin * parts] = kernel.forward(part.student, part.teacher, part.size, problem.rate);
+    });
+    for_rows(begin, end, [&](int64_t i) {
+      const SoftmaxKlSums* of_row = sums + (i - begin) * parts;
+      SoftmaxKlSums row = of_row[0];
+      for (int64_t j = 1; j < parts; ++j) merge(&row, of_row[j], problem.rate);
+      const FinishedRow finished = finish(row, problem.rate);
+      rows[i] = finished.row;
+      values[i] = finished.kl;
+    });
+    if (problem.divergence.kind == Divergence::kullback_leibler) continue;
+    for_each_part(problem, begin, end, [&](int64_t i, const Part& part) {
+      slopes[i - begin * parts] = kernel.slopes(part.student, part.teacher, part.size, problem.rate,
+                                                rows[part.row], problem.divergence);
+    });
+    for_rows(begin, end, [&](int64_t i) {
+      SoftmaxKlSlopes row{};
+      for (int64_t j = 0; j < parts; ++j) add(&row, slopes[(i - begin) * parts + j]);
+      values[i] = finish(row, &rows[i]);
+    });
+  }
 
   const bool per_row = reduction == "none";
   std::vector<int64_t> shape;
@@ -187,18 +262,24 @@ std::tuple<Tensor, Tensor> softmax_kl_cpu(const Tensor& student, const Tensor& t
   const double squared = temperature * temperature;
   double total = 0;
   for (int64_t i = 0; i < m; ++i) {
-    if (per_row) losses[i] = static_cast<float>(squared * kl[i]);
-    total += kl[i];
+    if (problem.skips(i)) {
+      if (per_row) losses[i] = 0;
+      continue;
+    }
+    const double value = problem.weight(i) * values[i];
+    if (per_row) losses[i] = static_cast<float>(squared * value);
+    total += value;
   }
   if (!per_row) *losses = static_cast<float>(squared * total / divisor);
   return {loss, saved};
 }
 
 Tensor softmax_kl_backward_cpu(const Tensor& grad_loss, const Tensor& student,
-                               const Tensor& teacher, const Tensor& saved, double temperature,
-                               std::string reduction, bool for_teacher) {
-  const Problem problem = read(student, teacher, temperature);
-  const double divisor = denominator(reduction, problem.student);
+                               const Tensor& teacher, Optional row_weight, const Tensor& saved,
+                               double temperature, std::string reduction, std::string divergence,
+                               double beta, bool for_teacher) {
+  const Problem problem = read(student, teacher, temperature, divergence, beta, row_weight);
+  const double divisor = denominator(reduction, problem);
   const int64_t m = problem.student.m, n = problem.student.k;
   const bool per_row = reduction == "none";
   check_dtype(grad_loss, ScalarType::Float, "float32", kOp, "the loss's gradient");
@@ -212,23 +293,28 @@ Tensor softmax_kl_backward_cpu(const Tensor& grad_loss, const Tensor& student,
   const auto* upstream = static_cast<const float*>(grad_values.const_data_ptr());
   const auto* rows = static_cast<const SoftmaxKlRow*>(saved.const_data_ptr());
   const Tensor& logits = for_teacher ? teacher : student;
-  const Matrix& matrix = for_teacher ? problem.teacher : problem.student;
+  const bool of_second = for_teacher != problem.reversed;  // of the problem's two matrices
+  const FloatType type = (of_second ? problem.teacher : problem.student).type;
   Tensor gradient = torch::stable::new_empty(
       logits, std::vector<int64_t>(logits.sizes().begin(), logits.sizes().end()));
   auto* out = static_cast<char*>(gradient.mutable_data_ptr());
-  const int64_t element_bytes = kFloatBytes[static_cast<int>(matrix.type)];
+  const int64_t element_bytes = kFloatBytes[static_cast<int>(type)];
   advise_huge_pages(out, m * n * element_bytes);
   const SoftmaxKlKernel& kernel = select(kKernels);
-  const auto run = for_teacher ? kernel.teacher_gradient : kernel.student_gradient;
-  for_each_part(problem, [&](int64_t, const Part& part) {
-    const double scale = double(upstream[per_row ? part.row : 0]) * temperature / divisor;
-    char* to = out + (part.row * n + part.begin) * element_bytes;
+  const auto run = of_second ? kernel.teacher_gradient : kernel.student_gradient;
+  const int64_t row_bytes = n * element_bytes;
+  for (int64_t i = 0; i < m; ++i)
+    if (problem.skips(i)) std::memset(out + i * row_bytes, 0, static_cast<std::size_t>(row_bytes));
+  for_each_part(problem, 0, m, [&](int64_t, const Part& part) {
+    const double scale =
+        problem.weight(part.row) * upstream[per_row ? part.row : 0] * temperature / divisor;
+    char* to = out + part.row * row_bytes + part.begin * element_bytes;
     if (scale == 0)  // a row that is masked out costs nothing, and its NaN stays in the loss
       std::memset(to, 0, static_cast<std::size_t>(part.size * element_bytes));
     else if (std::isnan(scale) || std::isnan(rows[part.row].log2_ratio))
-      fill_with_nan(matrix.type, to, part.size);
+      fill_with_nan(type, to, part.size);
     else
-      run(part.student, part.teacher, part.size, problem.rate, rows[part.row],
+      run(part.student, part.teacher, part.size, problem.rate, rows[part.row], problem.divergence,
           static_cast<float>(scale), to);
   });
   return gradient;
@@ -238,12 +324,15 @@ Tensor softmax_kl_backward_cpu(const Tensor& grad_loss, const Tensor& student,
 }  // namespace trine
 
 STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
+  // No defaults: the public call has them. Compiled graphs that torch caches on disk leave out
+  // arguments that equal a default, and would be taken for those of a version without them.
   m.def(
-      "softmax_kl(Tensor student_logits, Tensor teacher_logits, float temperature=1.0, "
-      "str reduction=\"batchmean\") -> (Tensor, Tensor)");
+      "softmax_kl(Tensor student_logits, Tensor teacher_logits, Tensor? row_weight, "
+      "float temperature, str reduction, str divergence, float beta) -> (Tensor, Tensor)");
   m.def(
       "softmax_kl_backward(Tensor grad_loss, Tensor student_logits, Tensor teacher_logits, "
-      "Tensor saved, float temperature, str reduction, bool for_teacher) -> Tensor");
+      "Tensor? row_weight, Tensor saved, float temperature, str reduction, str divergence, "
+      "float beta, bool for_teacher) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
   m.impl("softmax_kl", TORCH_BOX(&trine::softmax_kl_cpu));

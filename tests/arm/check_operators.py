@@ -273,15 +273,20 @@ def calls_of_softmax_kl() -> Iterator[Call]:
         yield softmax_kl_call(student + offset, teacher - offset, 2.0, "none")
         rising = torch.linspace(-1, 1, 3000)
         yield softmax_kl_call(student + offset * rising, teacher + rising, 1.0, "none")
+    for i, (divergence, n) in enumerate(product(softmax_kl.DIVERGENCES, (1, 9, 100, 1300))):
+        student, teacher = (z.to(DTYPES[i % 3]) for z in softmax_kl.example_inputs(3, classes=n))
+        yield softmax_kl_call(student, teacher, 2.0, reductions[i % 4], 1, divergence, 0.3)
     # A row in three parts, which the threads share.
     yield softmax_kl_call(*softmax_kl.example_inputs(1, classes=40000), 2.0, "none", 2)
     yield same_logits_call()
     yield special_rows_call()
 
 
-def softmax_kl_call(student, teacher, temperature, reduction, threads=1) -> Call:
+def softmax_kl_call(
+    student, teacher, temperature, reduction, threads=1, divergence="forward_kl", beta=0.5
+) -> Call:
     s, t = (logits.double().requires_grad_() for logits in (student, teacher))
-    losses = softmax_kl.softmax_kl(s, t, temperature, reduction)
+    losses = softmax_kl.softmax_kl(s, t, temperature, reduction, divergence, beta)
     losses.sum().backward()
     losses = losses.detach()
 
@@ -292,7 +297,8 @@ def softmax_kl_call(student, teacher, temperature, reduction, threads=1) -> Call
         assert_gradient(as_tensor(results[2], teacher), t.grad)
 
     tensors = (torch.ones_like(losses, dtype=torch.float32), student, teacher)
-    return Call("softmax_kl", tensors, check, (float(temperature),), (reduction,), threads)
+    numbers, strings = (float(temperature), beta), (reduction, divergence)
+    return Call("softmax_kl", tensors, check, numbers, strings, threads)
 
 
 def assert_gradient(actual: Tensor, truth: Tensor) -> None:
@@ -306,7 +312,9 @@ def same_logits_call() -> Call:
     """No divergence, and no gradient, exactly."""
     logits, _ = softmax_kl.example_inputs(4, classes=1001)
     check = same_bits(torch.zeros(4), torch.zeros(4, 1001), torch.zeros(4, 1001))
-    return Call("softmax_kl", (torch.ones(4), logits, logits), check, (3.0,), ("none",))
+    return Call(
+        "softmax_kl", (torch.ones(4), logits, logits), check, (3.0, 0.5), ("none", "forward_kl")
+    )
 
 
 def special_rows_call() -> Call:
@@ -326,7 +334,9 @@ def special_rows_call() -> Call:
             assert gradient[:3].isnan().all()
             assert gradient[4:].isfinite().all()
 
-    return Call("softmax_kl", (torch.ones(6), student, teacher), check, (1.0,), ("none",))
+    return Call(
+        "softmax_kl", (torch.ones(6), student, teacher), check, (1.0, 0.5), ("none", "forward_kl")
+    )
 
 
 # ---- running them ----

@@ -132,17 +132,18 @@ std::vector<Tensor> run(const Call& call) {
         call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3), call.tensors.at(4))};
   if (call.op == "softmax_kl") {  // the loss and both gradients
     const Tensor &upstream = call.tensor(0), &student = call.tensor(1), &teacher = call.tensor(2);
-    const double temperature = call.numbers.at(0);
-    const std::string& reduction = call.strings.at(0);
+    const double temperature = call.numbers.at(0), beta = call.numbers.at(1);
+    const std::string &reduction = call.strings.at(0), &divergence = call.strings.at(1);
     const auto [loss, saved] = registered_as<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, double, std::string)>("softmax_kl")(student, teacher,
-                                                                          temperature, reduction);
+        const Tensor&, const Tensor&, Optional, double, std::string, std::string, double)>(
+        "softmax_kl")(student, teacher, std::nullopt, temperature, reduction, divergence, beta);
     std::vector results{loss};
     for (const bool for_teacher : {false, true})
       results.push_back(
-          registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
-                               std::string, bool)>("softmax_kl_backward")(
-              upstream, student, teacher, saved, temperature, reduction, for_teacher));
+          registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, Optional, const Tensor&,
+                               double, std::string, std::string, double, bool)>(
+              "softmax_kl_backward")(upstream, student, teacher, std::nullopt, saved, temperature,
+                                     reduction, divergence, beta, for_teacher));
     return results;
   }
   fail("no op is named " + call.op);

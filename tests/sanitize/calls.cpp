@@ -201,22 +201,34 @@ Call sparse24_linear(const Shape& shape, ScalarType type, int variant, Values va
   };
 }
 
-// Forward and both gradients. 0: contiguous, the mean over rows; 1: strided, a loss per row.
+// Forward and both gradients. 0: contiguous, the mean over rows; 1: strided, a loss per row; then
+// the other divergences, strided or not, with weights of rows.
 Call softmax_kl(const Shape& shape, ScalarType type, int variant, Values values) {
   const auto [m, n, k] = shape;
-  const Tensor student = float_rows(m, k, type, variant ? 3 : 0, values);
-  const Tensor teacher = float_rows(m, k, type, variant ? 5 : 0, values);
-  const std::string reduction = variant ? "none" : "batchmean";
-  const Tensor upstream = floats({variant ? m : 1}, ScalarType::Float, Values::extreme);
+  const bool strided = variant % 2;
+  const Tensor student = float_rows(m, k, type, strided ? 3 : 0, values);
+  const Tensor teacher = float_rows(m, k, type, strided ? 5 : 0, values);
+  const std::string reduction = strided ? "none" : "batchmean";
+  constexpr const char* kDivergences[] = {"forward_kl", "reverse_kl", "jsd", "skewed_forward_kl",
+                                          "total_variation"};
+  const std::string divergence = kDivergences[variant];
+  Optional weight;
+  if (variant > 1) {
+    weight = floats({m}, ScalarType::Float, Values::extreme);
+    for (int64_t i = 0; i < m; i += 4) set(*weight, i, 0.0f);
+  }
+  const Tensor upstream = floats({strided ? m : 1}, ScalarType::Float, Values::extreme);
   return [=] {
     const auto [loss, saved] = registered_as<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, double, std::string)>("softmax_kl")(student, teacher, 2.0,
-                                                                          reduction);
+        const Tensor&, const Tensor&, Optional, double, std::string, std::string, double)>(
+        "softmax_kl")(student, teacher, weight, 2.0, reduction, divergence, 0.3);
     std::vector outputs{loss, saved};
     for (const bool for_teacher : {false, true})
-      outputs.push_back(registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&,
-                                             const Tensor&, double, std::string, bool)>(
-          "softmax_kl_backward")(upstream, student, teacher, saved, 2.0, reduction, for_teacher));
+      outputs.push_back(
+          registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, Optional, const Tensor&,
+                               double, std::string, std::string, double, bool)>(
+              "softmax_kl_backward")(upstream, student, teacher, weight, saved, 2.0, reduction,
+                                     divergence, 0.3, for_teacher));
     return outputs;
   };
 }
@@ -229,7 +241,7 @@ const std::vector<Op> kOps{
     {"int8_linear", 4, int8_linear, {{0, trine::kInt8MaxK}, {2, trine::kInt8MaxKStatic}}},
     {"ternary_linear", 4, ternary_linear, {{0, trine::kTernaryMaxK}}},
     {"sparse24_linear", 4, sparse24_linear, {{3, trine::kSparse24Int8MaxK}}},
-    {"softmax_kl", 2, softmax_kl, {}},
+    {"softmax_kl", 5, softmax_kl, {}},
 };
 
 }  // namespace sanitize
