@@ -245,41 +245,72 @@ def sm90a_mutants(kernel: str) -> list[Mutant]:
     """Those that apply to both kernels."""
     return [
         Mutant(
-            "stage not waited for", kernel, "      mbarrier_wait(stage.landed, stage.parity);\n", ""
+            "tile not waited for",
+            PIPELINE,
+            "    mbarrier_wait(tile.landed, tile.parity);\n",
+            "",
+            BY_SCHEDULE,
         ),
         Mutant(
             "wrong parity",
-            kernel,
-            "mbarrier_wait(stage.free, stage.parity ^ 1u)",
-            "mbarrier_wait(stage.free, stage.parity)",
+            PIPELINE,
+            "(tile.free, tile.parity ^ 1u)",
+            "(tile.free, tile.parity)",
             "deadlock",
         ),
         Mutant("sums used before they are there", kernel, "wgmma_wait<0>();", "wgmma_wait<1>();"),
         Mutant(
             "wrong count of bytes",
-            kernel,
-            "(stage.landed, kStageBytes)",
-            "(stage.landed, kStageBytes / 2)",
+            PIPELINE,
+            "(tile.landed, kTileBytes)",
+            "(tile.landed, kTileBytes / 2)",
             "deadlock",
         ),
         Mutant(
-            "barriers not shown", kernel, "    fence_mbarrier_init();\n", "", "fence_mbarrier_init"
+            "barriers not shown",
+            PIPELINE,
+            "    fence_mbarrier_init();\n",
+            "",
+            "fence_mbarrier_init",
         ),
         Mutant("registers not fenced", kernel, "      wgmma_fence();\n", "", "without wgmma_fence"),
         Mutant("outputs read too early", kernel, "      }\n    __syncwarp();\n", "      }\n"),
         Mutant(
-            "wrong count of arrivals",
+            "wrong count of arrivals", PIPELINE, "kConsumerWarps * kBlocks);", "1);", BY_SCHEDULE
+        ),
+        Mutant(
+            "the other block not waited for",
             PIPELINE,
-            "sizeof(Mbarrier)), kConsumerWarps)",
-            "sizeof(Mbarrier)), 1)",
+            "kConsumerWarps * kBlocks);",
+            "kConsumerWarps);",
             BY_SCHEDULE,
         ),
         Mutant(
-            "wrong stage",
-            kernel,
-            "load_tile(stage.tile, x_map",
-            "load_tile(ring.use(used + 1).tile, x_map",
+            "released to the own block alone",
+            PIPELINE,
+            "free, uint32_t(lane))",
+            "free, cluster_rank())",
+            BY_SCHEDULE,
         ),
+        Mutant("released to one block", PIPELINE, "lane < kBlocks", "lane < 1", "deadlock"),
+        Mutant("wrong ranks", PIPELINE, "uint16_t((1 << kCluster) - 1)", "uint16_t(1)", "deadlock"),
+        Mutant("share in the wrong place", PIPELINE, "to + first * kTileRowBytes", "to"),
+        Mutant("wrong share", PIPELINE, "x, y + first", "x, y"),
+        Mutant(
+            "begun before the other block",
+            PIPELINE,
+            "__syncthreads() : cluster_sync()",
+            "__syncthreads() : __syncthreads()",
+            "no mbarrier was initialised|outside of every shared array",
+        ),
+        Mutant(
+            "left before the other block",
+            PIPELINE,
+            "  if constexpr (kCluster > 1) cluster_sync();\n",
+            "",
+            "has ended",
+        ),
+        Mutant("one tile for two blocks", kernel, "kCluster + cluster_rank())", "kCluster)"),
         Mutant("wrong swizzle", TILE, "kSwizzle128 = 1", "kSwizzle128 = 2", "swizzle"),
         Mutant("wrong stride of rows", TILE, "kEightRows = 8 *", "kEightRows = 4 *"),
         Mutant(
@@ -318,17 +349,23 @@ MUTANTS += [
         Mutant(
             "stage never freed",
             INT8_SM90A,
-            "    if (signals) mbarrier_arrive(ring",
-            "    if (false) mbarrier_arrive(ring",
+            "    ring.release(used - 1);\n    store",
+            "    store",
             "deadlock",
         ),
         Mutant("freed before it is read", INT8_SM90A, "wgmma_wait<1>()", "wgmma_wait<2>()"),
         Mutant(
             "wrong stage freed",
             INT8_SM90A,
-            "if (step > 0 && signals) mbarrier_arrive(ring.use(used - 1).free)",
-            "if (step > 0 && signals) mbarrier_arrive(ring.use(used).free)",
+            "if (step > 0) ring.release(used - 1)",
+            "if (step > 0) ring.release(used)",
             BY_SCHEDULE,
+        ),
+        Mutant(
+            "wrong stage",
+            INT8_SM90A,
+            "load_tile(stage.tile, x_map",
+            "load_tile(ring.use(used + 1).tile, x_map",
         ),
         Mutant("wrong k step", INT8_SM90A, "kStageABytes + k),", "kStageABytes),"),
         Mutant(
@@ -344,25 +381,25 @@ MUTANTS += [
 MUTANTS += [
     sm90a_trial("ternary_linear", mutant)
     for mutant in (
-        Mutant(
-            "stage never freed",
-            TERNARY_SM90A,
-            "if (signals) mbarrier_arrive(stage.free)",
-            "",
-            "deadlock",
-        ),
+        Mutant("stage never freed", TERNARY_SM90A, "      ring.release(used);\n", "", "deadlock"),
         Mutant(
             "packed tile never freed",
             TERNARY_SM90A,
-            "if (signals) mbarrier_arrive(packed.free)",
-            "",
+            "packed_ring.release(packed_used++)",
+            "++packed_used",
             "deadlock",
         ),
         Mutant(
             "packed tile not waited for",
             TERNARY_SM90A,
-            "if (step % kStepsOfPacked == 0) mbarrier_wait(packed.landed, packed.parity);",
+            "if (step % kStepsOfPacked == 0) packed_ring.await(packed_used);",
             "",
+        ),
+        Mutant(
+            "wrong stage",
+            TERNARY_SM90A,
+            "<kTileRows>(stage.tile, x_map",
+            "<kTileRows>(ring.use(used + 1).tile, x_map",
         ),
         Mutant(
             "packed tile freed before all lanes read it",

@@ -35,6 +35,15 @@ class Gate:
     variants: int  # of the kernel in its source: one that is missing is no kernel
 
 
+SM90A_INSTRUCTIONS = (
+    r"IGMMA\.64x256x32\.S8\.S8",
+    r"UTMALDG\.2D ",
+    r"UTMALDG\.2D\.MULTICAST",
+    "SYNCS",
+    "UCGABAR_WAIT",
+    "USETMAXREG",
+    r"STG\.E\.128",
+)
 GATES = {
     "quantize_rows/cuda": (
         # Beyond 64 registers an SM holds fewer than 1024 threads, too few loads in flight.
@@ -75,7 +84,7 @@ GATES = {
         # Of the launch; setmaxnreg shares them out anew.
         Gate(
             "wgmma_kernel",
-            (r"IGMMA\.64x256x32\.S8\.S8", r"UTMALDG\.2D", "SYNCS", "USETMAXREG", r"STG\.E\.128"),
+            SM90A_INSTRUCTIONS,
             168,
             3,
         ),
@@ -102,7 +111,7 @@ GATES = {
     "ternary_linear/cuda_sm90a": (
         Gate(
             "wgmma_kernel",
-            (r"IGMMA\.64x256x32\.S8\.S8", r"UTMALDG\.2D", "SYNCS", "USETMAXREG", r"STG\.E\.128"),
+            SM90A_INSTRUCTIONS,
             168,
             3,
         ),

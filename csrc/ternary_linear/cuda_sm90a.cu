@@ -2,9 +2,9 @@
 //
 // Operands are swapped: A, which wgmma takes from registers, is the weight, B the activations. So
 // the codes stay packed until a lane shifts and masks the words that it multiplies: no decoded copy
-// is written anywhere. A block computes 128 columns of y (rows of the weight) x 256 rows, and goes
-// on to the next tile until none is left. One thread is the producer, two warpgroups of 64 weight
-// rows each are consumers.
+// is written anywhere. A block computes 128 columns of y (rows of the weight) x 256 rows at a time
+// (pipeline.cuh says who does what), each consumer warpgroup 64 of the weight rows. The blocks of a
+// cluster have the same rows: they share the activations.
 //
 // Two rings in shared memory: activations, 256 rows x 128 k (32 KB) four deep, and packed weights,
 // 128 rows x 512 k (16 KB) two deep: a row of 128 bytes of them serves four steps.
@@ -12,13 +12,8 @@
 // What bounds it: the tensor cores, as long as the warpgroups take turns: one decodes (16 registers
 // a lane and step, some 40 instructions) while the other's products run. Within a warpgroup the two
 // cannot overlap: ptxas serialises products whose registers are written while others are pending.
-#include <algorithm>
-
 #include "common/cuda/finish.cuh"
-#include "common/cuda/launch.cuh"
 #include "common/cuda/pipeline.cuh"
-#include "common/cuda/raster.cuh"
-#include "common/cuda/tma.cuh"
 #include "common/cuda/wgmma.cuh"
 #include "ternary_linear/cuda.h"
 #include "ternary_linear/ternary_linear.h"
@@ -45,12 +40,6 @@ constexpr int kOutStride = kOutBytes<T> + 16;
 constexpr int kStagingBytes = kPartRows * kOutStride<float>;  // of a warp
 constexpr int kDynamicBytes =
     kStages * kStageBytes + kPackedStages * kPackedBytes + kConsumerWarps * kStagingBytes;
-
-struct Problem {
-  DeviceLinear linear;
-  int64_t row_tiles, column_tiles;
-  int steps;  // of 128 k
-};
 
 using Fragments = uint32_t[kProducts][4];
 
@@ -108,69 +97,54 @@ __device__ __forceinline__ void store_sums(const DeviceLinear& linear, int64_t m
 template <class T>
 __global__ void __launch_bounds__(kRolesThreads, 1)
     wgmma_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
-                 const __grid_constant__ Problem problem) {
+                 const __grid_constant__ TiledLinear problem) {
   TRINE_DYNAMIC_SHARED(shared);
   TRINE_SHARED_ARRAY(Mbarrier, landed, kStages + kPackedStages);
   TRINE_SHARED_ARRAY(Mbarrier, free, kStages + kPackedStages);
-  const Ring<kStages, kStageBytes> ring = {shared_address(shared), shared_address(landed),
-                                           shared_address(free)};
+  const Ring<kStages, kStageBytes, kCluster> ring = {shared_address(shared), shared_address(landed),
+                                                     shared_address(free)};
   unsigned char* const packed_tiles = shared + kStages * kStageBytes;
-  const Ring<kPackedStages, kPackedBytes> packed_ring = {shared_address(packed_tiles),
-                                                         shared_address(landed + kStages),
-                                                         shared_address(free + kStages)};
-  const int64_t tiles = problem.row_tiles * problem.column_tiles;
-  if (threadIdx.x == 0) {
+  const Ring<kPackedStages, kPackedBytes, 1> packed_ring = {shared_address(packed_tiles),
+                                                            shared_address(landed + kStages),
+                                                            shared_address(free + kStages)};
+  // Of the tile that this block computes of its cluster's.
+  const auto first_column = [](const RasterPosition& tile) {
+    return (tile.column * kCluster + cluster_rank()) * kTileWeights;
+  };
+  int64_t used = 0, packed_used = 0;
+
+  const auto init = [&] {
     ring.init();
     packed_ring.init();
-    fence_mbarrier_init();
     prefetch_tensor_map(x_map);
     prefetch_tensor_map(w_map);
-  }
-  __syncthreads();
-
-  int64_t used = 0, packed_used = 0;
-  if (threadIdx.x < kGroupThreads) {
-    give_up_registers<kProducerRegisters>();
-    if (threadIdx.x != 0) return;
-    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-      const RasterPosition tile = raster_position(t, problem.row_tiles, problem.column_tiles);
-      for (int step = 0; step < problem.steps; ++step, ++used) {
-        if (step % kStepsOfPacked == 0) {
-          const auto packed = packed_ring.use(packed_used++);
-          mbarrier_wait(packed.free, packed.parity ^ 1u);
-          mbarrier_arrive_expect(packed.landed, kPackedBytes);
-          load_tile(packed.tile, w_map, step / kStepsOfPacked * kTileRowBytes,
-                    int(tile.column) * kTileWeights, packed.landed);
-        }
-        const auto stage = ring.use(used);
-        mbarrier_wait(stage.free, stage.parity ^ 1u);
-        mbarrier_arrive_expect(stage.landed, kStageBytes);
-        load_tile(stage.tile, x_map, step * kTileRowBytes, int(tile.row) * kTileRows, stage.landed);
+  };
+  const auto produce = [&](const RasterPosition& tile) {
+    for (int step = 0; step < problem.steps; ++step, ++used) {
+      if (step % kStepsOfPacked == 0) {
+        const auto packed = packed_ring.claim(packed_used++);
+        load_tile(packed.tile, w_map, step / kStepsOfPacked * kTileRowBytes,
+                  int(first_column(tile)), packed.landed);
       }
+      const auto stage = ring.claim(used);
+      load_shared_tile<kTileRows>(stage.tile, x_map, step * kTileRowBytes,
+                                  int(tile.row) * kTileRows, stage.landed);
     }
-    return;
-  }
-
-  take_registers<kConsumerRegisters>();
-  const int warp = (int(threadIdx.x) - kGroupThreads) / kWarpThreads;
-  const int lane = int(threadIdx.x) % kWarpThreads;
-  const bool signals = lane == 0;
-  unsigned char* const staging = packed_tiles + kPackedStages * kPackedBytes + warp * kStagingBytes;
-  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+  };
+  const auto consume = [&](const RasterPosition& tile) {
+    const int warp = (int(threadIdx.x) - kGroupThreads) / kWarpThreads;
+    const int lane = int(threadIdx.x) % kWarpThreads;
     int32_t sums[kTileRows / 2];
     for (int step = 0; step < problem.steps; ++step, ++used) {
-      const auto packed = packed_ring.use(packed_used);
-      if (step % kStepsOfPacked == 0) mbarrier_wait(packed.landed, packed.parity);
+      if (step % kStepsOfPacked == 0) packed_ring.await(packed_used);
       Fragments a;
       decode(a, packed_tiles + packed_used % kPackedStages * kPackedBytes,
              warp * kWarpWeights + lane / 4, step % kStepsOfPacked, lane % 4);
       if (step % kStepsOfPacked == kStepsOfPacked - 1 || step + 1 == problem.steps) {
         __syncwarp();  // all lanes have read it
-        if (signals) mbarrier_arrive(packed.free);
-        ++packed_used;
+        packed_ring.release(packed_used++);
       }
-      const auto stage = ring.use(used);
-      mbarrier_wait(stage.landed, stage.parity);
+      const auto stage = ring.await(used);
       wgmma_fence();
 #pragma unroll
       for (int product = 0; product < kProducts; ++product)
@@ -179,29 +153,26 @@ __global__ void __launch_bounds__(kRolesThreads, 1)
       wgmma_commit();
       wgmma_wait<0>();
       touch(sums);
-      if (signals) mbarrier_arrive(stage.free);
+      ring.release(used);
     }
-    const RasterPosition tile = raster_position(t, problem.row_tiles, problem.column_tiles);
-    store_sums<T>(problem.linear, tile.row * kTileRows,
-                  tile.column * kTileWeights + warp * kWarpWeights, sums, staging);
-  }
+    store_sums<T>(problem.linear, tile.row * kTileRows, first_column(tile) + warp * kWarpWeights,
+                  sums, packed_tiles + kPackedStages * kPackedBytes + warp * kStagingBytes);
+  };
+  run_roles(problem, init, produce, consume);
 }
 
 template <class T>
 void run(const DeviceLinear& linear, cudaStream_t stream) {
   const char* op = "ternary_linear";
-  const int64_t codes = linear.weight_stride * kTernaryPerByte;
-  const Problem problem = {linear, (linear.m + kTileRows - 1) / kTileRows,
-                           (linear.n + kTileWeights - 1) / kTileWeights,
-                           int((codes + kTileRowBytes - 1) / kTileRowBytes)};
-  const TensorMap x_map =
-      make_tensor_map(op, linear.q, linear.m, linear.q_stride, linear.q_stride, kTileRows);
+  const auto tiles = [](int64_t count, int size) { return (count + size - 1) / size; };
+  const TiledLinear problem = {linear, tiles(linear.m, kTileRows),
+                               tiles(linear.n, kTileWeights * kCluster),
+                               int(tiles(linear.weight_stride * kTernaryPerByte, kTileRowBytes))};
+  const TensorMap x_map = make_tensor_map(op, linear.q, linear.m, linear.q_stride, linear.q_stride,
+                                          kTileRows / kCluster);
   const TensorMap w_map = make_tensor_map(op, linear.weight, linear.n, linear.weight_stride,
                                           linear.weight_stride, kTileWeights);
-  const int64_t tiles = problem.row_tiles * problem.column_tiles;
-  launch(op, wgmma_kernel<T>,
-         {std::min<int64_t>(tiles, multiprocessors()), kRolesThreads, kDynamicBytes}, stream, x_map,
-         w_map, problem);
+  launch_roles(op, wgmma_kernel<T>, x_map, w_map, problem, kDynamicBytes, stream);
 }
 
 }  // namespace

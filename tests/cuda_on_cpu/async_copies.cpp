@@ -64,10 +64,13 @@ std::map<Place, Mbarrier> mbarriers;
 std::map<std::pair<unsigned, int>, NamedBarrier> named_barriers;  // of block and id
 std::map<unsigned, unsigned> returned;                            // threads of each block that have
 
+bool has_ended(unsigned block) { return returned[block] == blockDim.x * blockDim.y * blockDim.z; }
+
 Mbarrier& mbarrier_at(uint32_t address, const char* operation, unsigned block) {
   constexpr uint32_t kRank = 24;
   const uint32_t offset = address & ((1u << kRank) - 1);
   if (address >> kRank != 0) block = (address >> kRank) - 1;
+  if (has_ended(block)) fail("%s in block %u of the cluster, which has ended", operation, block);
   at_shared(View::threads, block, offset, sizeof(uint64_t), sizeof(uint64_t), operation);
   const auto found = mbarriers.find({block, offset});
   if (found == mbarriers.end())
@@ -129,8 +132,7 @@ void check_tile(const TensorMap& map, int x, uint32_t tile, const char* operatio
 }
 
 void land_tile(unsigned block, uint32_t to, const TensorMap& map, int x, int y, uint32_t barrier) {
-  if (returned[block] == blockDim.x * blockDim.y * blockDim.z)
-    fail("a tile lands in block %u of the cluster, which has ended", block);
+  if (has_ended(block)) fail("a tile lands in block %u of the cluster, which has ended", block);
   for_each_unit(map, x, y, to, [&](const unsigned char* from, int count, uint32_t unit) {
     unsigned char bytes[kUnitBytes] = {};
     if (count > 0) std::memcpy(bytes, from, std::size_t(count));

@@ -23,8 +23,9 @@ void launch(const char*, void (*kernel)(Parameters...), const LaunchShape& shape
                         [&] { kernel(arguments...); });
 }
 
-// Few, so that small problems reach every case: fewer tiles than blocks, and several for each.
-inline int multiprocessors() { return 3; }
+// Few, so that small problems reach every case: fewer tiles than blocks, and several for each; odd,
+// so that clusters leave one out.
+inline int multiprocessors() { return 5; }
 
 inline int emulated_capability = 80;
 inline int compute_capability() { return emulated_capability; }
