@@ -41,9 +41,11 @@ void launch(const char* op, void (*kernel)(Parameters...), const LaunchShape& sh
                                  shape.dynamic_bytes);
   if (error == cudaSuccess)
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (error != cudaSuccess)
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // said here: the next launch of somebody else must not find it again
     throw std::runtime_error(std::string(op) +
                              ": the CUDA kernel did not start: " + cudaGetErrorString(error));
+  }
 }
 
 // Facts of the current device that a launch depends on.
