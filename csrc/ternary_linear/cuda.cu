@@ -18,6 +18,7 @@ struct TernaryChunk {
   static constexpr int kUnits = 4;  // a word each
   static constexpr int kMostSets = 2;
   static constexpr int32_t kOffset = 1;
+  static constexpr int least_blocks(int batch_tiles) { return batch_tiles <= 2 ? 1 : 0; }
   template <int kSets>
   static __device__ __forceinline__ uint32_t fragment(const uint4& chunk, int unit, int f) {
     return word_of(chunk, unit) >> 2 * (f - f % kSets) & kCodeOfEachByte << 2 * (f % kSets);

@@ -33,6 +33,7 @@
 //   kUnits         units of 16 codes in 16 bytes
 //   kOffset        what codes carry above the weights
 //   kMostSets      1, or 2: fragments may come in two sets, for sums of their own
+//   least_blocks(batch_tiles)   of eight warps that an SM holds without spilling, or 0
 //   fragment<kSets>(chunk, unit, f)   codes 4f .. 4f + 3 of a unit, as bytes, times 4^(f % kSets)
 #pragma once
 
@@ -56,13 +57,14 @@ __device__ __forceinline__ uint32_t word_of(const uint4& chunk, int i) {
   return i == 0 ? chunk.x : i == 1 ? chunk.y : i == 2 ? chunk.z : chunk.w;
 }
 
-// How many blocks an SM must hold. Where ptxas is told 1, it does as the source says; told nothing
+// How many blocks an SM must hold. Where ptxas is told, it does as the source says; told nothing
 // (0), it waits for loads one after the other to save registers for blocks that there are not.
-template <int kBatchTiles>
-inline constexpr int kLeastBlocks = kBatchTiles <= 2 ? 1 : 0;
+template <class Weight, int kBatchTiles, int kWarps>
+inline constexpr int kLeastBlocks =
+    (Weight::least_blocks(kBatchTiles) * kFewRowsWarps + kWarps - 1) / kWarps;
 
 template <class Weight, int kWeightTiles, int kBatchTiles, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarpThreads, kLeastBlocks<kBatchTiles>)
+__global__ void __launch_bounds__(kWarps* kWarpThreads, kLeastBlocks<Weight, kBatchTiles, kWarps>)
     few_rows_kernel(DeviceLinear linear) {
   // Two rows of each tile. From 32 activation rows on, their own loads are as many as the weight's.
   constexpr int kDepth = kLoadsInFlight / (2 * kWeightTiles) / (kBatchTiles >= 4 ? 2 : 1);

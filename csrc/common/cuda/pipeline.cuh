@@ -132,10 +132,10 @@ __device__ __forceinline__ void run_roles(const TiledLinear& problem, const Init
   if constexpr (kCluster > 1) cluster_sync();
 }
 
-void launch_roles(const char* op,
-                  void (*kernel)(const TensorMap, const TensorMap, const TiledLinear),
-                  const TensorMap& x_map, const TensorMap& w_map, const TiledLinear& problem,
-                  int dynamic_bytes, cudaStream_t stream) {
+inline void launch_roles(const char* op,
+                         void (*kernel)(const TensorMap, const TensorMap, const TiledLinear),
+                         const TensorMap& x_map, const TensorMap& w_map, const TiledLinear& problem,
+                         int dynamic_bytes, cudaStream_t stream) {
   const int64_t clusters = std::max(multiprocessors() / kCluster, 1);
   const int64_t tiles = problem.row_tiles * problem.column_tiles;
   launch(op, kernel, {std::min(tiles, clusters) * kCluster, kRolesThreads, dynamic_bytes, kCluster},
