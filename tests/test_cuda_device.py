@@ -5,13 +5,21 @@ The tests of each op run there, too (`isa` in conftest.py). Without a GPU
 """
 
 import importlib.util
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import cuda_kernels
 import pytest
 import torch
 import trine
+from cuda_kernels import ROOT
 from device_calls import Call, as_tuple, assert_gives, calls
 from devices import ABSENT, DEVICE, all_moved, is_visible, moved, smallest_tiles
 from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguous
+from test_cuda_linear_on_cpu import cases_of
+from test_cuda_sass import build_tool
 from torch import Tensor, nn
 from trine import _library, backends, ops
 from trine.nn import pack_linear
@@ -23,6 +31,8 @@ from trine.ops.ternary_linear import reference as ternary
 if not is_visible():
     pytest.skip(ABSENT, allow_module_level=True)
 
+PROBES = ROOT / "tests" / "cuda_probes" / "device"
+FEW = 64  # rows, that another kernel takes
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="has no meaning on the CPU")
 # One call of each kernel that has enough blocks for any order of them to show.
 LARGE = (
@@ -133,6 +143,45 @@ def test_tensors_on_two_devices():
     x, weight, scale, bias = int8.example_inputs()
     with pytest.raises(ValueError, match="on one device"):
         ops.int8_linear(x.to(DEVICE), weight, scale, bias)
+
+
+def case_program(op: str, folder: Path) -> Path:
+    """The program of tests/cuda_on_cpu that runs an op's kernels on a case, for this GPU."""
+    # Away from the emulation, whose headers they would find first.
+    for name in (f"{op}.cpp", "linear_case.h", "driver.h"):
+        shutil.copy(cuda_kernels.EMULATION / name, folder)
+    kernels = (*sorted((ROOT / "csrc" / op).glob("cuda*.cu")), ROOT / "csrc/quantize_rows/cuda.cu")
+    sources = (folder / f"{op}.cpp", PROBES / "driver.cu", *kernels)
+    architecture = "{}{}".format(*torch.cuda.get_device_capability())
+    flags = ["-std=c++20", "-O2", "-fmad=false", f"-I{ROOT / 'csrc'}", f"-I{folder}"]
+    flags += [f"-I{PROBES}", "-include", str(PROBES / "capability.h")]
+    nvcc = build_tool("nvcc")
+
+    def compile_source(source: Path) -> str:
+        target = "90a" if source.stem.endswith("sm90a") else architecture
+        compiled = str(folder / f"{source.parent.name}-{source.name}.o")
+        generation = f"-gencode=arch=compute_{target},code=sm_{target}"
+        command = [nvcc, *flags, generation, "-x", "cu", "-c", str(source), "-o", compiled]
+        subprocess.run(command, check=True)
+        return compiled
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compile_source, sources))
+    subprocess.run([nvcc, *objects, "-o", str(folder / op)], check=True)
+    return folder / op
+
+
+@needs_cuda
+@pytest.mark.parametrize("op", ["int8_linear", "ternary_linear"])
+def test_many_rows_as_on_an_older_gpu(op, tmp_path):
+    """The kernel of sm_80, in whose place another serves on sm_90, on the emulation's cases."""
+    program = case_program(op, tmp_path)
+    cases = [case for case in (*cases_of(op, 80), *cases_of(op, 90)) if len(case.x) > FEW]
+    assert cases
+    for case in cases:
+        answer = cuda_kernels.run(program, 0, case.encode(), capability=80)
+        for actual, expected in zip(case.decode(answer), case.expected, strict=True):
+            assert_same_bits(actual, expected)
 
 
 # --- how the device is used --------------------------------------------------------------------
