@@ -16,6 +16,7 @@ from torch import Tensor
 from trine import ops
 from trine.ops.int8_linear import reference as int8
 from trine.ops.quantize_rows import reference as rows
+from trine.ops.rms_norm_quantize_rows import reference as rms_norm
 from trine.ops.ternary_linear import reference as ternary
 
 # (M, N, K). Few rows: one, two, four and eight tiles of activations, and more weight rows in a
@@ -38,7 +39,7 @@ class Call:
     options: dict[str, Tensor] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        shapes = ["x".join(map(str, t.shape)) for t in self.arguments[:2] if t is not None]
+        shapes = ["x".join(map(str, t.shape)) for t in self.arguments if isinstance(t, Tensor)][:2]
         return f"{self.op} {' '.join([*shapes, *self.options])}"
 
     def run(self, device: str = DEVICE) -> Tensor | tuple[Tensor, ...]:
@@ -62,6 +63,9 @@ def calls() -> Iterator[Call]:
     torch.manual_seed(0)
     for i, k in enumerate(ROW_LENGTHS):
         yield Call("quantize_rows", rows.quantize_rows, rows.example_inputs(3, k, DTYPES[i % 3]))
+        if k:
+            inputs = rms_norm.example_inputs(3, k, DTYPES[i % 3], weight=i % 2 == 0)
+            yield Call("rms_norm_quantize_rows", rms_norm.rms_norm_quantize_rows, inputs)
     yield Call("quantize_rows", rows.quantize_rows, rows.example_inputs(1000, 100))
     for i, (m, n, k) in enumerate((*FEW_ROWS, *MANY_ROWS, *EMPTY)):
         dtype, bias = DTYPES[i % 3], i % 2 == 0

@@ -26,6 +26,7 @@ from trine.nn import pack_linear
 from trine.ops import _triton_kernels
 from trine.ops.int8_linear import reference as int8
 from trine.ops.quantize_rows import reference as rows
+from trine.ops.rms_norm_quantize_rows import reference as rms_norm
 from trine.ops.ternary_linear import reference as ternary
 
 if not is_visible():
@@ -37,6 +38,11 @@ needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="has no meaning on the 
 # One call of each kernel that has enough blocks for any order of them to show.
 LARGE = (
     Call("quantize_rows", rows.quantize_rows, rows.example_inputs(2000, 1001, torch.bfloat16)),
+    Call(
+        "rms_norm_quantize_rows",
+        rms_norm.rms_norm_quantize_rows,
+        rms_norm.example_inputs(2000, 1001, torch.bfloat16),
+    ),
     Call("int8_linear", int8.int8_linear, int8.example_inputs(7, 9000, 1030, torch.bfloat16)),
     Call("int8_linear", int8.int8_linear, int8.example_inputs(700, 3000, 530, torch.bfloat16)),
     Call("ternary_linear", ternary.ternary_linear, ternary.example_inputs(7, 9000, 1030)),
@@ -337,7 +343,7 @@ def test_describe_names_the_device():
 @pytest.mark.skipif(not _triton_kernels.available(), reason="Triton is not installed")
 def test_triton_chooses_its_tiles_by_measurement():
     """The other tests take the smallest; here Triton tries them all."""
-    call = LARGE[2]
+    call = LARGE[3]
     with backends.triton_kernels(DEVICE):
         assert_gives(call.run(), call.expected())
 

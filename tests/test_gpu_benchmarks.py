@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trine import ops
 
 from benchmarks import results
 from benchmarks.bench_int8_linear import OPS as INT8_OPS
@@ -47,7 +48,7 @@ def no_gpu_needed(monkeypatch):
     monkeypatch.setattr(gpu_timing, "seconds", seconds)
     for module in (gpu_rows, gpu_peers):
         monkeypatch.setattr(module, "compiled", lambda function: function)
-    monkeypatch.setattr(gpu_rows, "_in_triton", gpu_rows.quantize_rows)
+    monkeypatch.setattr(gpu_rows, "_in_triton", lambda op, *a: getattr(ops, op)(*a))
     monkeypatch.setattr(gpu_layers, "_in_triton", lambda op, *arguments: op.run(*arguments))
     small = GpuCeilings(**GPU)
     monkeypatch.setattr(gpu_ceilings, "measure", lambda device: small)
@@ -77,7 +78,8 @@ def test_a_gpu_run_compares_ours_with_every_peer(no_gpu_needed, tmp_path, capsys
     for peer in ("nn.Linear bf16", "torch._int_mm"):
         assert {(peer, 1, 48), (peer, 3, 48)} <= names
     assert ("torch._int_mm compiled", 2, 32) in names
-    assert {("quantize_rows", 8, None), ("quantize_rows triton", 1, None)} <= names
+    for op in ("quantize_rows", "rms_norm_quantize_rows"):
+        assert {(op, 8, None), (f"{op} triton", 1, None)} <= names
     absent = {failure["name"] for failure in saved["failures"]}
     assert absent <= {"torchao", "bitsandbytes", "Triton bf16 matmul"}
     (row,) = (r for r in saved["rows"] if (r["name"], r["M"]) == ("int8_linear", 3))
@@ -96,7 +98,7 @@ def test_a_gpu_run_keeps_what_it_has_when_time_is_over(no_gpu_needed, tmp_path):
 def test_a_wrong_cuda_kernel_is_not_timed(no_gpu_needed, monkeypatch, tmp_path):
     spoilt = dataclasses.replace(INT8_OPS[0], run=lambda *a: INT8_OPS[0].run(*a) * 1.01)
     monkeypatch.setattr("benchmarks.bench_int8_linear.OPS", [spoilt])
-    monkeypatch.setattr(gpu_rows, "quantize_rows", lambda x: (x.to(torch.int8), x[:, 0], x[:, 0]))
+    monkeypatch.setattr(ops, "quantize_rows", lambda x: (x.to(torch.int8), x[:, 0], x[:, 0]))
     run, saved = _gpu_run(tmp_path)
     refused = {failure["name"] for failure in run.failures if failure["wrong"]}
     assert {"int8_linear", "int8_linear triton", "quantize_rows"} <= refused
@@ -108,7 +110,7 @@ def test_a_cuda_kernel_that_raises_counts_as_wrong(no_gpu_needed, monkeypatch, t
     def broken(*arguments):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(gpu_rows, "quantize_rows", broken)
+    monkeypatch.setattr(ops, "quantize_rows", broken)
     run, _ = _gpu_run(tmp_path, Plan((), (), ((2, 40),)))
     (failure,) = (f for f in run.failures if f["name"] == "quantize_rows")
     assert failure["wrong"]

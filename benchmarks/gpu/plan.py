@@ -11,7 +11,7 @@ from benchmarks.gpu import rows
 from benchmarks.gpu.layers import Layer
 
 LINEAR = ("ternary_linear", "int8_linear")
-OPS = ("quantize_rows", *LINEAR)
+OPS = (*rows.IN_PYTORCH, *LINEAR)
 
 Shape = tuple[int, int]
 Rows = tuple[int, ...]
@@ -23,7 +23,7 @@ class Plan:
     # The same for comparisons that take seconds to start: Triton chooses its tiles by measurement,
     # torch.compile compiles.
     slow_start: tuple[tuple[Shape, Rows], ...]
-    quantized: tuple[Shape, ...]  # (M, K), of quantize_rows alone
+    quantized: tuple[Shape, ...]  # (M, K), of the ops that quantise rows alone
 
     def comparisons(
         self, ops: Sequence[str], device: str, rotated: int
@@ -48,8 +48,9 @@ class Plan:
                 )
 
         yield from (("linear", make) for make in of_layers(self.layers, slow_start=False))
-        for shape in self.quantized if "quantize_rows" in ops else ():
-            yield "quantize_rows", partial(rows.comparison, shape, device, rotated)
+        for op in (op for op in rows.IN_PYTORCH if op in ops):
+            for shape in self.quantized:
+                yield op, partial(rows.comparison, op, shape, device, rotated)
         slow = of_layers(self.slow_start, slow_start=True)
         yield from (("linear, Triton too", make) for make in slow)
 

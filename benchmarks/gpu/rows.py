@@ -1,12 +1,12 @@
-"""quantize_rows alone: what a linear op spends before its product."""
+"""The ops that quantise rows, alone: what a linear op spends before its product."""
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 
 import torch
 from torch import Tensor
-from trine.ops import quantize_rows
-from trine.ops.quantize_rows import reference
+from trine import ops
 
 from benchmarks.case import Comparison, WrongResult
 from benchmarks.ceilings import Work
@@ -14,39 +14,55 @@ from benchmarks.gpu.entries import Entries, kernel_of, rotated_copies
 from benchmarks.gpu.peers import compiled
 from benchmarks.measure import Call
 
-OP = "quantize_rows"
+Rows = tuple[Tensor, Tensor, Tensor]
+EPS = 1e-5
 
 
-def _in_triton(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return import_module("trine.ops.quantize_rows.triton").quantize_rows(x)
-
-
-def _in_pytorch(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _quantise(x: Tensor) -> Rows:
     wide = x.float()
     scale = wide.abs().amax(1) / 127
     q = torch.round(wide / scale[:, None]).to(torch.int8)
     return q, scale, q.sum(1, dtype=torch.int32)
 
 
-def comparison(shape: tuple[int, int], device: str, rotated: int) -> Comparison:
+def _norm_and_quantise(x: Tensor, weight: Tensor, eps: float) -> Rows:
+    return _quantise(torch.nn.functional.rms_norm(x, weight.shape, weight, eps))
+
+
+# By op, the same steps written in PyTorch.
+IN_PYTORCH: dict[str, Callable[..., Rows]] = {
+    "quantize_rows": _quantise,
+    "rms_norm_quantize_rows": _norm_and_quantise,
+}
+
+
+def _in_triton(op: str, *arguments) -> Rows:
+    return getattr(import_module(f"trine.ops.{op}.triton"), op)(*arguments)
+
+
+def comparison(op: str, shape: tuple[int, int], device: str, rotated: int) -> Comparison:
     m, k = shape
     x = torch.randn(m, k, device=device).bfloat16()
+    norm = (torch.rand(k, device=device).bfloat16() + 0.5, EPS)
+    rest = norm if op == "rms_norm_quantize_rows" else ()
     inputs = rotated_copies((x,), rotated)
     work = Work(bytes_moved=(x.element_size() + 1) * m * k)  # reads x, writes bytes
     entries = Entries({"M": m, "K": k})
 
-    def ours(run) -> tuple[list[Call], None]:
-        for actual, expected in zip(run(x), reference.quantize_rows(x), strict=True):
+    def ours(run: Callable[..., Rows]) -> tuple[list[Call], None]:
+        reference = getattr(import_module(f"trine.ops.{op}.reference"), op)
+        for actual, expected in zip(run(x, *rest), reference(x, *rest), strict=True):
             if not torch.equal(actual, expected):
-                raise WrongResult("quantize_rows differs from its definition")
+                raise WrongResult(f"{op} differs from its definition")
         return theirs(run)
 
-    def theirs(run) -> tuple[list[Call], None]:
-        return [partial(run, *arguments) for arguments in inputs], None
+    def theirs(run: Callable[..., Rows]) -> tuple[list[Call], None]:
+        return [partial(run, *copy, *rest) for copy in inputs], None
 
-    about = dict(op=OP, rivals=("eager", "torch.compile"), baseline="eager")
-    entries.enter(OP, work, lambda: ours(quantize_rows), kernel=kernel_of(OP), **about)
-    entries.enter(f"{OP} triton", work, lambda: ours(_in_triton), kernel="triton", **about)
-    entries.enter("eager", work, lambda: theirs(_in_pytorch))
-    entries.enter("torch.compile", work, lambda: theirs(compiled(_in_pytorch)))
+    about = dict(op=op, rivals=("eager", "torch.compile"), baseline="eager")
+    entries.enter(op, work, lambda: ours(getattr(ops, op)), kernel=kernel_of(op), **about)
+    in_triton = partial(_in_triton, op)
+    entries.enter(f"{op} triton", work, lambda: ours(in_triton), kernel="triton", **about)
+    entries.enter("eager", work, lambda: theirs(IN_PYTORCH[op]))
+    entries.enter("torch.compile", work, lambda: theirs(compiled(IN_PYTORCH[op])))
     return entries.comparison()
