@@ -18,7 +18,7 @@ from benchmarks.case import (
     sentence,
 )
 from benchmarks.ceilings import Work
-from benchmarks.peers.loss import PEERS, eager_kl
+from benchmarks.peers.loss import EAGER, PEERS
 
 SHAPES = ((4096, 1000), (1024, 32000))  # (rows, classes): ImageNet's classes, Llama's vocabulary
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,17 +38,17 @@ def _logits(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return student.to(dtype).requires_grad_(), teacher.to(dtype)
 
 
-def _error(loss: Loss, student: Tensor, teacher: Tensor) -> float:
+def _error(loss: Loss, student: Tensor, teacher: Tensor, divergence: str) -> float:
     """Of the gradient at some rows, norm-wise against float64."""
     part = slice(0, 64)
     student, teacher = student[part].detach(), teacher[part]
     actual = _gradient(loss, student.clone().requires_grad_(), teacher)
-    expected = _gradient(eager_kl, student.double().requires_grad_(), teacher.double())
+    expected = _gradient(EAGER[divergence], student.double().requires_grad_(), teacher.double())
     return relative_error(actual, expected)
 
 
-def _check(student: Tensor, teacher: Tensor) -> float:
-    error = _error(softmax_kl, student, teacher)
+def _check(student: Tensor, teacher: Tensor, divergence: str) -> float:
+    error = _error(partial(softmax_kl, divergence=divergence), student, teacher, divergence)
     # fp32: 1e-5 norm-wise; bf16: half a unit in the last place of each value
     limit = 1e-5 if student.dtype == torch.float32 else 2.0**-8
     if not error <= limit:
@@ -59,11 +59,17 @@ def _check(student: Tensor, teacher: Tensor) -> float:
 def comparisons(threads: int, quick: bool) -> Iterator[Comparison]:
     for rows, classes in SHAPES:
         for kind, dtype in DTYPES.items():
-            yield _comparison(rows, classes, kind, dtype)
+            yield _comparison(rows, classes, kind, dtype, "forward_kl")
+        for divergence in [name for name in EAGER if name != "forward_kl"]:
+            kind = f"fp32 {divergence}"
+            yield _comparison(rows, classes, kind, torch.float32, divergence)
 
 
-def _comparison(rows: int, classes: int, kind: str, dtype: torch.dtype) -> Comparison:
+def _comparison(
+    rows: int, classes: int, kind: str, dtype: torch.dtype, divergence: str
+) -> Comparison:
     student, teacher = _logits(rows, classes, dtype)
+    peers = PEERS[divergence]
     # Both rows of logits are read and a gradient is written, however it is done.
     work = Work(bytes_moved=3 * rows * classes * dtype.itemsize)
     contestants, failures, wrong = [], {}, {}
@@ -73,23 +79,26 @@ def _comparison(rows: int, classes: int, kind: str, dtype: torch.dtype) -> Compa
         contestants.append(Contestant(f"{name} {kind}", timed, work, error, **about))
 
     try:
-        rivals = tuple(f"{name} {kind}" for name, (_, competes) in PEERS.items() if competes)
+        rivals = tuple(f"{name} {kind}" for name, (_, competes) in peers.items() if competes)
         about = dict(op="softmax_kl", kernel=kernel_of("softmax_kl"), rivals=rivals)
-        enter("softmax_kl", softmax_kl, _check(student, teacher), **about, baseline=f"eager {kind}")
+        ours = partial(softmax_kl, divergence=divergence)
+        error = _check(student, teacher, divergence)
+        enter("softmax_kl", ours, error, **about, baseline=f"eager {kind}")
     except WrongResult as reason:
         wrong[f"softmax_kl {kind}"] = str(reason)
-    for name, (loss, competes) in PEERS.items():
+    for name, (loss, competes) in peers.items():
         try:
-            enter(name, loss, _error(loss, student, teacher) if competes else None)
+            enter(name, loss, _error(loss, student, teacher, divergence) if competes else None)
         except Exception as reason:  # a peer's trouble of any kind is a row of the table
             failures[f"{name} {kind}"] = sentence(reason)
     shape = {"rows": rows, "classes": classes}
     return Comparison(shape, "", contestants, failures=failures, wrong=wrong)
 
 
+@pytest.mark.parametrize("divergence", EAGER)
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize(("rows", "classes"), SHAPES)
-def test_softmax_kl(benchmark, rows, classes, kind):
+def test_softmax_kl(benchmark, rows, classes, kind, divergence):
     student, teacher = _logits(rows, classes, DTYPES[kind])
-    _check(student, teacher)
-    benchmark(_gradient, softmax_kl, student, teacher)
+    _check(student, teacher, divergence)
+    benchmark(_gradient, partial(softmax_kl, divergence=divergence), student, teacher)

@@ -81,6 +81,17 @@ def test_ignored_rows_count_in_neither_term(alpha):
     torch.testing.assert_close(loss, alone)
 
 
+def test_another_divergence():
+    student, teacher, labels = example(6)
+    labels[2] = -100
+    student[2] = teacher[2] = torch.nan  # never read
+    p, q = (torch.softmax(z.double() / 3, -1) for z in (student, teacher))
+    m = 0.3 * q + 0.7 * p
+    jsd = 0.3 * (q * (q / m).log()).sum(-1) + 0.7 * (p * (p / m).log()).sum(-1)
+    loss = distillation_loss(student, teacher, labels, 3.0, 1.0, divergence="jsd", beta=0.3)
+    torch.testing.assert_close(loss.double(), 9 * jsd[labels >= 0].mean(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
 def test_no_row_that_counts_is_nan(alpha):
     student, teacher, labels = example(3)

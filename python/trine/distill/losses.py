@@ -17,6 +17,9 @@ def distillation_loss(
     labels: Tensor,
     temperature: float = 4.0,
     alpha: float = 0.7,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
 ) -> Tensor:
     """(1 - alpha) * cross_entropy(student, labels) + alpha * T^2 * KL(p_teacher || p_student).
 
@@ -31,6 +34,8 @@ def distillation_loss(
         labels: int64 class indices [...], or -100 for rows that do not count.
         temperature: T > 0, for both softmaxes of the KL term; the cross entropy has none.
         alpha: weight of the teacher, from 0 (labels alone) to 1 (teacher alone).
+        divergence: in the place of that KL, any that `trine.ops.softmax_kl` has.
+        beta: of the divergences that mix teacher and student.
 
     Returns:
         A float32 scalar, computed in fp32 also under autocast. NaN if no row counts, as in
@@ -38,7 +43,7 @@ def distillation_loss(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a temperature that is not positive and finite,
-            alpha outside [0, 1].
+            alpha outside [0, 1], an unknown divergence, beta outside (0, 1).
         IndexError: a label outside [0, C) other than -100 (on the CPU, where alpha < 1).
     """
     _check(student_logits, teacher_logits, labels, temperature, alpha)
@@ -53,8 +58,14 @@ def distillation_loss(
         )
         loss = loss + (1 - alpha) * hard
     if alpha > 0:
-        divergence = softmax_kl(student_logits, teacher_logits.detach(), temperature, "none")
-        soft = torch.where(counted, divergence, 0.0).sum() / counted.sum()
+        soft = softmax_kl(
+            student_logits,
+            teacher_logits.detach(),
+            temperature,
+            divergence=divergence,
+            beta=beta,
+            row_weight=counted,
+        )
         loss = loss + alpha * soft
     return loss
 
