@@ -34,7 +34,7 @@ def test_every_tile_height(isa, m):
     assert_matches_reference(*reference.example_inputs(m, 7, 130))
 
 
-BLOCKS_AND_SLICES = [(1, 303, 9000), (7, 33, 9000), (2, 600, 70), (13, 260, 1100)]
+BLOCKS_AND_SLICES = [(1, 303, 9000), (3, 303, 4500), (7, 33, 9000), (2, 600, 70), (13, 260, 1100)]
 BLOCKS_AND_SLICES += [(50, 70, 4500), (20, 530, 100), (20, 9, 0)]
 
 

@@ -17,7 +17,8 @@ void integer_linear(const QuantizedRows& x, const Weight& weight, int64_t k, con
     if (tile.m_end - tile.m_begin >= Weight::kManyRows)
       return many_rows_linear(x, weight, k, scaling, out, tile);
   if constexpr (requires { weight.row(tile.n_begin); })
-    if (tile.m_end - tile.m_begin == 1) return one_row_linear(x, weight, k, scaling, out, tile);
+    if (tile.m_end - tile.m_begin <= streamed_rows<Weight>())
+      return streamed_linear(x, weight, k, scaling, out, tile);
   few_rows_linear(x, weight, k, scaling, out, tile);
 }
 

@@ -7,6 +7,7 @@
 //
 // A Weight has `kOffset` (what its values carry above the true ones), `kMaxTileRows` (the highest
 // tile there are registers for), `kRowStep` where a tile must begin at a multiple of so many rows,
+// `kStreamedRows` where so many rows, not just one, are faster on four streams of the weight,
 // and two functions beside it, found by its type:
 //   accumulate_tile<rows>(weight, x, n, last_n, k, sums)  sums[i][j] += row i of x . row n+j of w
 //   finish_sums(weight, finish, y, y_stride)              scales sums and writes them
@@ -189,31 +190,44 @@ struct FourStreams : Weight {
 // A stream is cut into slices of this much k: long ones, and as many ternary sums as int32 holds.
 inline constexpr int64_t kStreamK = 4096;
 
-// One activation row: bound by the reading of the weight, which no cache has to keep.
 template <class Weight>
-void one_row_linear(const QuantizedRows& x, const Weight& weight, int64_t k, const Scaling& scaling,
-                    const LinearOutput& out, const Tile& tile) {
+constexpr int64_t streamed_rows() {
+  if constexpr (requires { Weight::kStreamedRows; })
+    return Weight::kStreamedRows;
+  else
+    return 1;
+}
+
+// Up to streamed_rows() activation rows: bound by the reading of the weight, which no cache has to
+// keep.
+template <class Weight>
+void streamed_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
+                     const Scaling& scaling, const LinearOutput& out, const Tile& tile) {
   static_assert(kTileColumns == 4);
-  const int64_t m = tile.m_begin, stream_rows = (tile.n_end - tile.n_begin) / 4;
+  constexpr int64_t kMostRows = streamed_rows<Weight>(), kStreamColumns = kMaxBlockColumns / 4;
+  const int64_t m = tile.m_begin, rows = tile.m_end - m;
+  const int64_t stream_rows = (tile.n_end - tile.n_begin) / 4;
   const FourStreams<Weight> streams{weight, tile.n_begin, stream_rows};
   const auto minus = [&](int64_t n) {
     return scaling.column_minus == nullptr ? nullptr : scaling.column_minus + (n - tile.n_begin);
   };
-  alignas(64) int32_t sums[kMaxBlockColumns], ordered[kMaxBlockColumns / 4];
-  for (int64_t i = 0; i < stream_rows; i += kMaxBlockColumns / 4) {
-    const int64_t count = std::min(kMaxBlockColumns / 4, stream_rows - i);
-    accumulate_block(1, streams, {x.q + m * x.stride, x.stride}, 4 * i, 4 * (i + count), k, sums,
+  alignas(64) int32_t sums[kMostRows * kMaxBlockColumns], ordered[kMostRows * kStreamColumns];
+  for (int64_t i = 0; i < stream_rows; i += kStreamColumns) {
+    const int64_t count = std::min(kStreamColumns, stream_rows - i);
+    accumulate_block(rows, streams, {x.q + m * x.stride, x.stride}, 4 * i, 4 * (i + count), k, sums,
                      kStreamK);
     for (int64_t stream = 0; stream < 4; ++stream) {
-      for (int64_t j = 0; j < count; ++j) ordered[j] = sums[4 * j + stream];
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t j = 0; j < count; ++j)
+          ordered[row * kStreamColumns + j] = sums[row * kMaxBlockColumns + 4 * j + stream];
       const int64_t n = tile.n_begin + stream * stream_rows + i;
-      finish_rows(x, weight, ordered, 0, Weight::kOffset, minus(n), scaling, out,
-                  {m, m + 1, n, n + count});
+      finish_rows(x, weight, ordered, kStreamColumns, Weight::kOffset, minus(n), scaling, out,
+                  {m, tile.m_end, n, n + count});
     }
   }
   const int64_t n = tile.n_begin + 4 * stream_rows;
   if (n < tile.n_end)
-    few_rows_block(x, weight, k, minus(n), scaling, out, {m, m + 1, n, tile.n_end});
+    few_rows_block(x, weight, k, minus(n), scaling, out, {m, tile.m_end, n, tile.n_end});
 }
 
 template <class Weight>

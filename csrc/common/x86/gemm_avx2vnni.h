@@ -20,7 +20,7 @@
 // What bounds it: with many rows, the two vpdpbusd per cycle of the core; a step of a 5 x 2 tile is
 // ten of them on seven loads. Measured on Zen 4 in AVX-512's encoding, K = 2560, from the caches:
 // 80 to 90% of that peak from three rows on, and never less than 1.1 times as fast as AVX2, at most
-// three times. With one row, the reading of the weight.
+// three times. With one to three rows, the reading of the weight.
 #pragma once
 
 #include <immintrin.h>
@@ -70,6 +70,7 @@ struct PanelWeight {
 struct PackedInt8Weight {
   static constexpr int32_t kOffset = 128;
   static constexpr int64_t kMaxTileRows = kTileRows;
+  static constexpr int64_t kStreamedRows = 3;
   using Row = const int8_t*;
 
   Row data;
