@@ -31,8 +31,11 @@
 // 1024 x 32000 in fp32 on two cores took 26.5 ms, forward and backward, page faults of a fresh
 // gradient included: the multiplications alone are 12.5, the bytes, as plain loops move them, 19.
 // Gradients written past the caches lost where their memory was fresh, and rows taken in reverse,
-// for what L3 still holds of them, lost too. The divergences of slopes read the rows once more, for
-// a logarithm of a sum of p and q needs both whole.
+// for what L3 still holds of them, lost too.
+// The divergences of slopes read the rows once more, for a logarithm of a sum of p and q needs both
+// whole. There a vector's 80 instructions (JSD) are one chain, too long to look past: 72 cycles,
+// where 40 would start them all; two vectors in turns spilled and gained 8%. On two cores 1024 x
+// 32000 took, times forward KL: JSD 2.4, skewed forward 2.0 and reverse 2.4, total variation 1.6.
 #pragma once
 
 #include <cstdint>
