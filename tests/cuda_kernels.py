@@ -22,7 +22,14 @@ SUPPORT = tuple(
     for name in ("async_copies", "driver", "emulator", "matrix_units", "shared_memory")
 )
 # No contraction, as in the library; pragmas are for nvcc.
-FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+FLAGS = (
+    "-std=c++20",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+)
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -91,33 +98,37 @@ def newest(folder: Path, digest: str) -> Path:
 
 
 @functools.cache
-def reads(source: Path, file: str) -> bool:
-    """Whether compiling `source` reads this file of csrc."""
+def files_read_by(source: Path) -> frozenset[str]:
+    """What compiling `source` reads."""
     command = [compiler(), "-std=c++20", "-MM", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
     command += ["-x", "c++", str(source)]
     rule = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return str(ROOT / "csrc" / file) in rule.split()
+    return frozenset(rule.split())
+
+
+def shared() -> Path:
+    """The folder of what every program has in common: what does not depend on any kernel."""
+    return newest(BUILD / "shared", sources_digest())
 
 
 def precompiled() -> Path:
-    """The folder of precompiled.h as the compiler keeps it: parsed once for all sources."""
-    folder = newest(BUILD / "precompiled", sources_digest())
-    target, header = folder / "precompiled.h.gch", EMULATION / "precompiled.h"
-    compile_once(target, "-O0", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}", "-x", "c++-header", header)
-    return folder
+    """precompiled.h as the compiler keeps it: parsed once for all kernels."""
+    target, header = shared() / "precompiled.h.gch", EMULATION / "precompiled.h"
+    includes = [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
+    return compile_once(target, "-O0", *includes, "-x", "c++-header", header)
 
 
 def compile_source(source: Path, folder: Path, changed: Path | None = None) -> Path:
     """The object of `source`; a file that is in `changed`, too, is taken from there."""
     includes = [f"-I{path}" for path in (changed, EMULATION, ROOT / "csrc") if path is not None]
-    target = folder / f"{source.parent.name}-{source.stem}.o"
     if source in SUPPORT:
-        return compile_once(target, "-O2", "-c", *includes, source)
+        return compile_once(shared() / f"{source.stem}.o", "-O2", "-c", *includes, source)
     if changed is not None and source.is_relative_to(ROOT / "csrc"):
         copy = changed / source.relative_to(ROOT / "csrc")
         source = copy if copy.exists() else source
-    includes = [f"-I{precompiled()}", "-include", "precompiled.h", *includes]
+    includes = [f"-I{precompiled().parent}", "-include", "precompiled.h", *includes]
     # Kernels are not optimised: that would take longer than it saves when they run.
+    target = folder / f"{source.parent.name}-{source.stem}.o"
     return compile_once(target, "-O0", "-c", *includes, "-x", "c++", source)
 
 
@@ -135,7 +146,7 @@ def build_program(name: str, sources: Iterable[Path], mutant: Mutant | None = No
     mutant.write(changed / "csrc")
     objects = [
         compile_source(source, changed, changed / "csrc")
-        if reads(source, mutant.file)
+        if source not in SUPPORT and str(ROOT / "csrc" / mutant.file) in files_read_by(source)
         else compile_source(source, folder)
         for source in sources
     ]

@@ -1,6 +1,5 @@
 // What every kernel's source includes, parsed once for all of them. Nothing of csrc: a planted bug
 // must reach the compiler.
-#pragma once
 
 #include <algorithm>
 #include <functional>
