@@ -67,6 +67,9 @@ def calls() -> Iterator[Call]:
             inputs = rms_norm.example_inputs(3, k, DTYPES[i % 3], weight=i % 2 == 0)
             yield Call("rms_norm_quantize_rows", rms_norm.rms_norm_quantize_rows, inputs)
     yield Call("quantize_rows", rows.quantize_rows, rows.example_inputs(1000, 100))
+    x, weight, eps = rms_norm.example_inputs(1000, 136, torch.bfloat16)
+    inputs = (x, weight.float(), eps)
+    yield Call("rms_norm_quantize_rows", rms_norm.rms_norm_quantize_rows, inputs)
     for i, (m, n, k) in enumerate((*FEW_ROWS, *MANY_ROWS, *EMPTY)):
         dtype, bias = DTYPES[i % 3], i % 2 == 0
         inputs = int8.example_inputs(m, n, k, dtype, bias)

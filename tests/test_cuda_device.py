@@ -54,6 +54,7 @@ LARGE = (
     ),
 )
 large = pytest.mark.parametrize("call", LARGE, ids=str)
+LINEAR = {"int8_linear": int8, "ternary_linear": ternary}
 LAYERS = ("int8", "ternary")  # those whose op has kernels here
 
 
@@ -111,6 +112,7 @@ def test_difficult_and_strided_rows(backend, dtype, m):
     for rows_ in (x, *non_contiguous(x)):
         for op, reference, rest in (
             ("quantize_rows", rows.quantize_rows, ()),
+            ("rms_norm_quantize_rows", rms_norm.rms_norm_quantize_rows, (torch.rand(130), 1e-5)),
             ("int8_linear", int8.int8_linear, int8_rest),
             ("ternary_linear", ternary.ternary_linear, ternary_rest),
         ):
@@ -122,7 +124,7 @@ def test_difficult_and_strided_rows(backend, dtype, m):
 @pytest.mark.parametrize("m", [2, 80])
 def test_x_bias_and_scale_at_any_address(backend, m, offset):
     """Weights begin at multiples of 16 bytes, as torch's memory does; nothing else need."""
-    for op, module in (("int8_linear", int8), ("ternary_linear", ternary)):
+    for op, module in LINEAR.items():
         reference = getattr(module, op)
         x, weight, scale, bias = module.example_inputs(m, 33, 128, torch.bfloat16)
         shifted = [
@@ -134,11 +136,22 @@ def test_x_bias_and_scale_at_any_address(backend, m, offset):
         assert_gives(call.run(), call.expected())
 
 
+@pytest.mark.parametrize("k", [37, 128])
+@pytest.mark.parametrize("op", ["int8_linear", "ternary_linear"])
+def test_rows_quantized_before(backend, op, k):
+    """As they are where whole 128 bytes make a row, and from any address; padded otherwise."""
+    x, *rest = all_moved(LINEAR[op].example_inputs(5, 33, k, torch.bfloat16))
+    given = ops.QuantizedRows.of(x)
+    shifted = torch.cat([given.q.flatten()[:1], given.q.flatten()])[1:].view_as(given.q)
+    for q in (given.q, shifted):
+        y = getattr(ops, op)(ops.QuantizedRows(q, given.scale, given.sum, x.shape, x.dtype), *rest)
+        assert_same_bits(y, getattr(ops, op)(x, *rest))
+
+
 @needs_cuda
 @pytest.mark.parametrize("op", ["int8_linear", "ternary_linear"])
 def test_a_weight_between_multiples_of_16_bytes_is_refused(op):
-    module = {"int8_linear": int8, "ternary_linear": ternary}[op]
-    x, weight, scale, bias = all_moved(module.example_inputs(2, 5, 128))
+    x, weight, scale, bias = all_moved(LINEAR[op].example_inputs(2, 5, 128))
     shifted = torch.cat([weight.flatten()[:1], weight.flatten()])[1:].view_as(weight)
     with pytest.raises(ValueError, match="must begin at a multiple of 16 bytes; clone it"):
         getattr(ops, op)(x, shifted, scale, bias)
