@@ -102,7 +102,17 @@ inline Matrix as_matrix(const Tensor& x, const char* op, const char* name,
 struct RowTensors {
   Tensor q, scale, sum;
   int64_t m, k;
+
+  int8_t* q_data() const { return static_cast<int8_t*>(q.mutable_data_ptr()); }
+  float* scale_data() const { return static_cast<float*>(scale.mutable_data_ptr()); }
+  int32_t* sum_data() const { return static_cast<int32_t*>(sum.mutable_data_ptr()); }
 };
+
+inline RowTensors new_quantized_rows(const Tensor& x, const Matrix& rows) {
+  return {new_tensor(x, {rows.m, rows.k}, ScalarType::Char),
+          new_tensor(x, {rows.m}, ScalarType::Float), new_tensor(x, {rows.m}, ScalarType::Int),
+          rows.m, rows.k};
+}
 
 inline RowTensors read_quantized_rows(const Tensor& q, const Tensor& scale, const Tensor& sum,
                                       const char* op, int64_t max_k) {

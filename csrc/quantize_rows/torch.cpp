@@ -19,20 +19,17 @@ constexpr QuantizeRowsKernel kKernels[] = {
 
 std::tuple<Tensor, Tensor, Tensor> quantize_rows_cpu(const Tensor& x) {
   const Matrix rows = as_matrix(x, "quantize_rows", "x", kQuantizeRowsMaxK);
-  Tensor q = new_tensor(x, {rows.m, rows.k}, ScalarType::Char);
-  Tensor scale = new_tensor(x, {rows.m}, ScalarType::Float);
-  Tensor sum = new_tensor(x, {rows.m}, ScalarType::Int);
-  auto* q_data = static_cast<int8_t*>(q.mutable_data_ptr());
-  auto* scale_data = static_cast<float*>(scale.mutable_data_ptr());
-  auto* sum_data = static_cast<int32_t*>(sum.mutable_data_ptr());
+  const RowTensors to = new_quantized_rows(x, rows);
+  int8_t* const q = to.q_data();
+  float* const scale = to.scale_data();
+  int32_t* const sum = to.sum_data();
   const QuantizeRowsKernel& kernel = quantize_rows_kernel();
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(rows.k, 1));
   torch::stable::parallel_for(0, rows.m, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      kernel.dynamic_row(rows.row(i), rows.type, rows.k, q_data + i * rows.k, scale_data + i,
-                         sum_data + i);
+      kernel.dynamic_row(rows.row(i), rows.type, rows.k, q + i * rows.k, scale + i, sum + i);
   });
-  return {q, scale, sum};
+  return {to.q, to.scale, to.sum};
 }
 
 }  // namespace

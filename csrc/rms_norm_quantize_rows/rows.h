@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "quantize_rows/rows.h"
 #include "rms_norm_quantize_rows/rms_norm_quantize_rows.h"
 
 namespace trine {
@@ -64,30 +65,19 @@ template <class Simd, class T>
 void rms_norm_row(const T* x, int64_t k, const float* weight, float eps, T* y) {
   const float mean = k == 0 ? 0.0f : sum_of_squares<Simd>(x, k) / static_cast<float>(k);
   const auto r = Simd::all(1.0f / std::sqrt(mean + eps));
-  const auto normalize = [&](int64_t at, int64_t count) {
+  for_vectors<Simd>(k, [&](int64_t at, int64_t count) {
     auto value = Simd::multiply(load_floats(x + at, count), r);
     if (weight != nullptr) value = Simd::multiply(value, load_floats(weight + at, count));
     store_floats(value, y + at, count);
-  };
-  int64_t i = 0;
-  for (; i + Simd::kLanes <= k; i += Simd::kLanes) normalize(i, Simd::kLanes);
-  if (i < k) normalize(i, k - i);
+  });
 }
 
 template <class Simd>
 void rms_norm_row(const void* x, FloatType type, int64_t k, const float* weight, float eps,
                   void* y) {
-  const auto run = [&]<class T>(const T* row) {
+  with_type(x, type, [&]<class T>(const T* row) {
     rms_norm_row<Simd>(row, k, weight, eps, static_cast<T*>(y));
-  };
-  switch (type) {
-    case FloatType::float32:
-      return run(static_cast<const float*>(x));
-    case FloatType::bfloat16:
-      return run(static_cast<const bfloat16*>(x));
-    case FloatType::float16:
-      return run(static_cast<const float16*>(x));
-  }
+  });
 }
 
 }  // namespace

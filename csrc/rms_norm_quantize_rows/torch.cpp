@@ -27,12 +27,10 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_rows_cpu(const Tensor& x,
   std::optional<Float32Vector> weights;
   if (weight.has_value()) weights.emplace(*weight, kOp, "weight");
   const float* weight_data = weights.has_value() ? weights->data() : nullptr;
-  Tensor q = new_tensor(x, {rows.m, rows.k}, ScalarType::Char);
-  Tensor scale = new_tensor(x, {rows.m}, ScalarType::Float);
-  Tensor sum = new_tensor(x, {rows.m}, ScalarType::Int);
-  auto* q_data = static_cast<int8_t*>(q.mutable_data_ptr());
-  auto* scale_data = static_cast<float*>(scale.mutable_data_ptr());
-  auto* sum_data = static_cast<int32_t*>(sum.mutable_data_ptr());
+  const RowTensors to = new_quantized_rows(x, rows);
+  int8_t* const q = to.q_data();
+  float* const scale = to.scale_data();
+  int32_t* const sum = to.sum_data();
   const RmsNormKernel& norm = select(kKernels);
   const QuantizeRowsKernel& quantizer = quantize_rows_kernel();
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(rows.k, 1));
@@ -42,11 +40,10 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_rows_cpu(const Tensor& x,
     for (int64_t i = begin; i < end; ++i) {
       norm.row(rows.row(i), rows.type, rows.k, weight_data, static_cast<float>(eps),
                y.data<void>());
-      quantizer.dynamic_row(y.data<void>(), rows.type, rows.k, q_data + i * rows.k, scale_data + i,
-                            sum_data + i);
+      quantizer.dynamic_row(y.data<void>(), rows.type, rows.k, q + i * rows.k, scale + i, sum + i);
     }
   });
-  return {q, scale, sum};
+  return {to.q, to.scale, to.sum};
 }
 
 }  // namespace

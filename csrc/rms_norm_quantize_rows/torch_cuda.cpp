@@ -23,15 +23,11 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_rows_on_device(
     norm.weight = values->const_data_ptr();
     norm.weight_is_float = values->scalar_type() == ScalarType::Float;
   }
-  Tensor q = torch::stable::new_empty(x, {rows.m, rows.k}, ScalarType::Char);
-  Tensor scale = torch::stable::new_empty(x, {rows.m}, ScalarType::Float);
-  Tensor sum = torch::stable::new_empty(x, {rows.m}, ScalarType::Int);
+  const RowTensors to = new_quantized_rows(x, rows);
   rms_norm_quantize_rows_cuda(rows.data, rows.type, rows.m, rows.k, rows.row_bytes, norm,
-                              {static_cast<int8_t*>(q.mutable_data_ptr()), rows.k,
-                               static_cast<float*>(scale.mutable_data_ptr()),
-                               static_cast<int32_t*>(sum.mutable_data_ptr())},
+                              {to.q_data(), rows.k, to.scale_data(), to.sum_data()},
                               current_stream(x));
-  return {q, scale, sum};
+  return {to.q, to.scale, to.sum};
 }
 
 }  // namespace
