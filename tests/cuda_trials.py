@@ -60,7 +60,7 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """For a fixture of a module whose tests take a `trial`: what came of one, raised if it failed.
 
-    Those that this session will ask for run on all cores meanwhile.
+    Those that this test run will ask for run on all cores meanwhile.
     """
     asked = [item for item in request.session.items if item.module is request.module]
     trials: list[Trial] = [item.callspec.params["trial"] for item in asked]
