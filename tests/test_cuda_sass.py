@@ -45,6 +45,22 @@ SM90A_INSTRUCTIONS = (
     "USETMAXREG",
     r"STG\.E\.128",
 )
+# Weight tiles, batch tiles, warps. Two blocks of 256 threads, or one of 512, fit an SM with 128
+# registers a thread; more rows have more sums.
+FEW_ROWS = tuple(
+    Gate(
+        f"few_rows_kernel.*{tiles}",
+        (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"),
+        registers,
+        variants,
+    )
+    for tiles, registers, variants in (
+        ("ELi[14]ELi1ELi", 128, 3),
+        ("ELi[14]ELi2ELi", 160, 3),
+        ("ELi[12]ELi4ELi8E", 160, 2),
+        ("ELi1ELi8ELi8E", 200, 1),
+    )
+)
 GATES = {
     "quantize_rows/cuda": (
         # Beyond 64 registers an SM holds fewer than 1024 threads, too few loads in flight.
@@ -60,23 +76,7 @@ GATES = {
         Gate("rms_norm_quantize_rows_kernel.*Lb0E", ("LDG", "STG", r"MUFU\.RSQ"), 64, 12),
     ),
     "int8_linear/cuda": (
-        # Weight tiles, batch tiles, warps. Two blocks of 256 threads, or one of 512, fit an SM with
-        # 128 registers a thread; more rows have more sums.
-        Gate(
-            "few_rows_kernel.*ELi[14]ELi1ELi", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 3
-        ),
-        Gate(
-            "few_rows_kernel.*ELi[14]ELi2ELi", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 3
-        ),
-        Gate(
-            "few_rows_kernel.*ELi[12]ELi4ELi8E",
-            (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"),
-            160,
-            2,
-        ),
-        Gate(
-            "few_rows_kernel.*ELi1ELi8ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1
-        ),
+        *FEW_ROWS,
         # One block of 256 threads has at least 128 registers a thread; one fits an SM.
         Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
         Gate("zero_point_kernel", (r"IDP\.4A\.S8\.S8", r"LDG\.E\.128"), 64, 1),
@@ -91,21 +91,7 @@ GATES = {
         ),
     ),
     "ternary_linear/cuda": (
-        Gate(
-            "few_rows_kernel.*ELi[14]ELi1ELi", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 128, 3
-        ),
-        Gate(
-            "few_rows_kernel.*ELi[14]ELi2ELi", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 160, 3
-        ),
-        Gate(
-            "few_rows_kernel.*ELi[12]ELi4ELi8E",
-            (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"),
-            160,
-            2,
-        ),
-        Gate(
-            "few_rows_kernel.*ELi1ELi8ELi8E", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128"), 200, 1
-        ),
+        *FEW_ROWS,
         Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
         Gate("grouped_kernel", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.128"), 64, 1),
     ),

@@ -182,6 +182,8 @@ def test_denominator_and_temperature_squared():
     torch.testing.assert_close(softmax_kl(*inputs, 3.0, "sum", scale_by_t_squared=False), total / 9)
     with pytest.raises(ValueError, match="takes the place of 'batchmean'"):
         softmax_kl(*inputs, 3.0, "sum", denominator=17)
+    with pytest.raises(ValueError, match="must be positive, it is 0"):
+        softmax_kl(*inputs, 3.0, denominator=0)
 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)

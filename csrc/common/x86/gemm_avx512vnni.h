@@ -35,10 +35,10 @@
 // What bounds it, and INT8 on Zen 4 at 2560 x 2560 and 4096 x 4096, quantising and scaling
 // included:
 // - many rows: the vpdpbusd of the core (two a cycle, one on Zen 4). A step of a tile is 24 of them
-//   on 11 loads and nothing else. From 128 rows on 85 to 89% of that peak, at 32 rows 76 to 87%:
+//   on 11 loads and nothing else. From 128 rows on 90 to 95% of that peak, at 32 rows 79 to 86%:
 //   the rest goes to the sums of the weight (one more row) and to fetching it.
-// - one row: reading the weight, at 98 to 101% of what memory gives. Two and three rows read it in
-//   the same four streams, at nine tenths of that speed.
+// - one row: reading the weight, at 78 to 92% of the most that memory gives in any way. Two and
+//   three rows read it in the same four streams, at nine tenths of that speed.
 // - eight rows: the products and the reading, which overlap in part. 2560 x 2560 takes 266 us from
 //   the caches and 281 to 376 from memory, where reading alone takes 210 to 258 and the products
 //   at their peak 227: 85% of the speed of reading would be 92% of that peak. 4096 x 4096 takes

@@ -73,7 +73,8 @@ def softmax_kl(
             a masked token: `labels != -100`) is never read: its loss and gradient are 0 even if it
             holds NaN. The means divide by the sum of the weights in place of the number of rows.
         denominator: what the sum is divided by in place of the number of rows, for "batchmean"
-            only: the number of tokens in all the batches of a step, say.
+            only: the number of tokens in all the batches of a step, say. Positive; of a tensor that
+            is not checked, for the check would have to wait for its device.
         scale_by_t_squared: False leaves the factor T^2 out.
 
     Returns:
@@ -85,7 +86,7 @@ def softmax_kl(
     Raises:
         ValueError: shapes that differ, float64 or integer logits, a temperature that is not
             positive and finite, an unknown reduction or divergence, beta outside (0, 1), a
-            denominator beside another reduction than "batchmean".
+            denominator that is not positive or stands beside another reduction than "batchmean".
     """
     if in_forward_mode():
         refuse_tangents("softmax_kl", student_logits, teacher_logits)
@@ -102,6 +103,8 @@ def softmax_kl(
                 "softmax_kl: a denominator takes the place of 'batchmean', the reduction is "
                 f"'{reduction}'"
             )
+        if not isinstance(denominator, Tensor) and not denominator > 0:
+            raise ValueError(f"softmax_kl: the denominator must be positive, it is {denominator}")
         reduction = "sum"
     loss, _ = _op(
         student_logits, teacher_logits, row_weight, temperature, reduction, divergence, beta
