@@ -31,6 +31,9 @@ FLAGS = (
     "-Wno-psabi",
 )
 CORES = len(os.sched_getaffinity(0))
+# Programs are started from several threads here. With vfork, which shares the memory of all of them
+# with the child, one start in a thousand or so failed with "Bad address". The documented switch.
+subprocess._USE_VFORK = False
 
 
 BY_SCHEDULE = ""
