@@ -31,8 +31,10 @@ def emulated(name: str) -> bytes:
     return subprocess.run([program], capture_output=True, check=True, timeout=300).stdout
 
 
-def mma_elements(per_word: int):
+def mma_elements(per_word: int, b_words: int = 2):
     """(row, column) of A and (row, column) of B for each lane and element, of m16n8k(8 * per_word).
+
+    With four words of B, of mma.sp with twice as many rows of B.
 
     PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "...m16n8k32": a word
     holds consecutive k; words 0, 2 of A are of row lane / 4, words 1, 3 of the row eight below;
@@ -44,9 +46,47 @@ def mma_elements(per_word: int):
     k = (lane % 4) * per_word + inside
     half = 4 * per_word
     a = (lane // 4 + 8 * (word % 2) + 0 * inside, k + half * (word // 2))
-    word = np.arange(2)[None, :, None]
+    word = np.arange(b_words)[None, :, None]
     b = (k + half * word, lane // 4 + 0 * (word + inside))
     return [np.broadcast_arrays(*pair) for pair in (a, b)]
+
+
+LANE = np.arange(32)[:, None]
+SUM_ROW = LANE // 4 + 8 * (np.arange(4) // 2)
+SUM_COLUMN = LANE % 4 * 2 + np.arange(4) % 2
+
+
+def assert_sums_name_elements(sums: np.ndarray, per_word: int, b_words: int) -> None:
+    """Each element of A alone meets the elements of B in its column: of A, if it is sparse, in the
+    column of the stored one, the first two of each four."""
+    (a_row, a_column), (b_row, b_column) = mma_elements(per_word, b_words)
+    lane_of = np.zeros((4 * b_words * per_word, 8))
+    index_of = np.zeros_like(lane_of)
+    for lane in range(32):
+        for i, (row, column) in enumerate(zip(b_row[lane].flat, b_column[lane].flat, strict=True)):
+            lane_of[row, column], index_of[row, column] = lane + 1, i + 1
+    if b_words == 4:
+        a_column = a_column // 2 * 4 + a_column % 2
+    for hot, (row, column) in enumerate(zip(a_row.flat, a_column.flat, strict=True)):
+        for told, where in enumerate((lane_of, index_of)):
+            expected = np.where(row == SUM_ROW, where[column][SUM_COLUMN], 0)
+            np.testing.assert_array_equal(sums[hot, told], expected)
+
+
+def metadata_group(bytes_: bool, selector: int, lane: int, nibble: int) -> tuple[int, int] | None:
+    """The row of A, and which four of its columns, that these bits of a lane's metadata are of.
+
+    PTX ISA, "Matrix Fragments for sparse mma.m16n8k64" (8-bit types): lanes 0 and 1 of four hold
+    columns 0 to 31 of rows r and r + 8, lanes 2 and 3 columns 32 to 63. "...m16n8k32" (16-bit
+    types): of the two lanes that the selector names, the first holds columns 0 to 15, the second 16
+    to 31, of row r in the low half, of row r + 8 in the high half.
+    """
+    row, quarter = lane // 4, lane % 4
+    if bytes_:
+        return row + 8 * (quarter % 2), 8 * (quarter // 2) + nibble
+    if quarter // 2 != selector:
+        return None
+    return row + 8 * (nibble // 4), 4 * (quarter % 2) + nibble % 4
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +101,14 @@ def sm90a() -> Output:
 
 def test_sm80_fragments(sm80):
     for sum_dtype, per_word in (S8, F16, BF16):
-        (a_row, a_column), (b_row, b_column) = mma_elements(per_word)
-        count = a_row.size
-        sums = sm80.take(sum_dtype, count, 2, 32, 4)
-        lane_of = np.zeros((8 * per_word, 8))
-        index_of = np.zeros((8 * per_word, 8))
-        for lane in range(32):
-            for i, (row, column) in enumerate(
-                zip(b_row[lane].flat, b_column[lane].flat, strict=True)
-            ):
-                lane_of[row, column], index_of[row, column] = lane + 1, i + 1
-        lane = np.arange(32)[:, None]
-        sum_row = lane // 4 + 8 * (np.arange(4) // 2)
-        sum_column = lane % 4 * 2 + np.arange(4) % 2
-        for hot, (row, column) in enumerate(zip(a_row.flat, a_column.flat, strict=True)):
-            for told, where in enumerate((lane_of, index_of)):
-                expected = np.where(sum_row == row, where[column][sum_column], 0)
-                np.testing.assert_array_equal(sums[hot, told], expected)
+        sums = sm80.take(sum_dtype, 128 * per_word, 2, 32, 4)
+        assert_sums_name_elements(sums, per_word, 2)
+    for (sum_dtype, per_word), selector in ((S8, 0), (F16, 0), (F16, 1), (BF16, 0), (BF16, 1)):
+        sums = sm80.take(sum_dtype, 128 * per_word, 2, 32, 4)
+        assert_sums_name_elements(sums, per_word, 4)
+        for hot, sums in enumerate(sm80.take(sum_dtype, 256, 32, 4)):
+            row, group = metadata_group(per_word == 4, selector, hot // 8, hot % 8) or (-1, 0)
+            np.testing.assert_array_equal(sums, np.where(row == SUM_ROW, group + 1, 0))
     fragments = sm80.take(np.uint32, 32, 4)
     word = np.arange(128, dtype=np.uint32) * np.uint32(0x01010101) + np.uint32(0x3020100)
     rows = word.reshape(4, 8, 4)  # matrix, row, word

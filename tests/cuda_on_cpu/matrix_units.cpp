@@ -32,8 +32,20 @@ Element a_element(Kind kind, int lane, int i) {
 
 Element b_element(Kind kind, int lane, int i) {
   const int group = lane >> 2, in_group = lane % 4;
-  if (kind == Kind::s8) return {in_group * 4 + (i & 3) + (i < 4 ? 0 : 16), group};
-  return {in_group * 2 + (i & 1) + (i < 2 ? 0 : 8), group};
+  if (kind == Kind::s8) return {in_group * 4 + (i & 3) + i / 4 * 16, group};
+  return {in_group * 2 + (i & 1) + i / 2 * 8, group};
+}
+
+// Who holds the position, of two bits, of stored value `column` of a row of a sparse A. PTX ISA,
+// "Matrix Fragments for sparse mma.m16n8k32" (16-bit types) and "... m16n8k64" (8-bit types).
+struct MetadataPlace {
+  int lane, bit;
+};
+
+MetadataPlace metadata_place(Kind kind, int selector, int row, int column) {
+  const int group = row % 8, below = row / 8;
+  if (kind == Kind::s8) return {4 * group + 2 * (column / 16) + below, 2 * (column % 16)};
+  return {4 * group + 2 * selector + column / 8, 16 * below + 2 * (column % 8)};
 }
 
 Element sum_element(int lane, int i) {
@@ -90,9 +102,41 @@ void exchange_rows(const char* operation, bool load, int matrices, uint32_t row,
 struct MultiplyPost {
   void* sums;
   const uint32_t *a, *b;
+  uint32_t metadata;
 };
 
 constexpr int kWarpRows = 16, kWarpsOfGroup = 4, kMostDepth = 32;
+
+using LeftMatrix = double[kWarpRows][kMostDepth];
+using RightMatrix = double[2 * kMostDepth][8];
+
+const MultiplyPost& post_of(const Posts& posts, int lane) {
+  return *static_cast<const MultiplyPost*>(posts[lane]);
+}
+
+// `k` rows of B, a multiple of what a lane's first two words hold.
+void gather(Kind kind, const Posts& posts, int k, LeftMatrix& left, RightMatrix& right) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < kWarpRows * depth(kind) / kLanes; ++i) {
+      const Element at = a_element(kind, lane, i);
+      left[at.row][at.column] = value_of(kind, post_of(posts, lane).a, i);
+    }
+    for (int i = 0; i < k * 8 / kLanes; ++i) {
+      const Element at = b_element(kind, lane, i);
+      right[at.row][at.column] = value_of(kind, post_of(posts, lane).b, i);
+    }
+  }
+}
+
+// Adds dot(row, column) to each sum.
+template <class Dot>
+void add_products(Kind kind, const Posts& posts, const Dot& dot) {
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const Element at = sum_element(lane, i);
+      add(kind, post_of(posts, lane).sums, i, dot(at.row, at.column), true);
+    }
+}
 
 // The works that a warp has given to the unit.
 struct WarpUnit {
@@ -183,28 +227,43 @@ void store_matrices(uint32_t row, const uint32_t* fragment, std::source_location
 
 void multiply(Kind kind, void* sums, const uint32_t* a, const uint32_t* b,
               std::source_location where) {
-  MultiplyPost mine{sums, a, b};
+  MultiplyPost mine{sums, a, b, 0};
   meet_lanes("multiply", kWholeWarp, &mine, where, [kind](const Posts& posts) {
     const int k = depth(kind);
-    double left[kWarpRows][kMostDepth], right[kMostDepth][8];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const auto& post = *static_cast<MultiplyPost*>(posts[lane]);
-      for (int i = 0; i < kWarpRows * k / kLanes; ++i) {
-        const Element at = a_element(kind, lane, i);
-        left[at.row][at.column] = value_of(kind, post.a, i);
+    LeftMatrix left;
+    RightMatrix right;
+    gather(kind, posts, k, left, right);
+    add_products(kind, posts, [&](int row, int column) {
+      double dot = 0;
+      for (int j = 0; j < k; ++j) dot += left[row][j] * right[j][column];
+      return dot;
+    });
+  });
+}
+
+void multiply_sparse(Kind kind, int selector, void* sums, const uint32_t* a, const uint32_t* b,
+                     uint32_t metadata, std::source_location where) {
+  MultiplyPost mine{sums, a, b, metadata};
+  meet_lanes("multiply_sparse", kWholeWarp, &mine, where, [kind, selector](const Posts& posts) {
+    const int stored = depth(kind);
+    LeftMatrix left;
+    RightMatrix right;
+    gather(kind, posts, 2 * stored, left, right);
+    int column_of[kWarpRows][kMostDepth];
+    for (int row = 0; row < kWarpRows; ++row)
+      for (int i = 0; i < stored; ++i) {
+        const MetadataPlace at = metadata_place(kind, selector, row, i);
+        column_of[row][i] = i / 2 * 4 + int(post_of(posts, at.lane).metadata >> at.bit & 3);
+        if (i % 2 == 1 && column_of[row][i] <= column_of[row][i - 1])
+          fail("multiply_sparse: positions of row %d do not ascend (lane %d, bit %d)", row, at.lane,
+               at.bit);
       }
-      for (int i = 0; i < k * 8 / kLanes; ++i) {
-        const Element at = b_element(kind, lane, i);
-        right[at.row][at.column] = value_of(kind, post.b, i);
-      }
-    }
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int i = 0; i < 4; ++i) {
-        const Element at = sum_element(lane, i);
-        double dot = 0;
-        for (int j = 0; j < k; ++j) dot += left[at.row][j] * right[j][at.column];
-        add(kind, static_cast<MultiplyPost*>(posts[lane])->sums, i, dot, true);
-      }
+    // What is not stored is not read: it may be NaN.
+    add_products(kind, posts, [&](int row, int column) {
+      double dot = 0;
+      for (int i = 0; i < stored; ++i) dot += left[row][i] * right[column_of[row][i]][column];
+      return dot;
+    });
   });
 }
 

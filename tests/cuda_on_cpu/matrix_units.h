@@ -17,6 +17,10 @@ void store_matrices(uint32_t row, const uint32_t* fragment, std::source_location
 void multiply(Kind kind, void* sums, const uint32_t* a, const uint32_t* b,
               std::source_location where);
 
+// A is 2:4-sparse: b four words.
+void multiply_sparse(Kind kind, int selector, void* sums, const uint32_t* a, const uint32_t* b,
+                     uint32_t metadata, std::source_location where);
+
 // What runs beside the threads until its group is waited for. `sums` and `a` are used then, not
 // before: a kernel that touches them too early gets something else.
 struct Wgmma {

@@ -43,6 +43,51 @@ __global__ void __launch_bounds__(32) probe_multiply(Sum* out) {
     }
 }
 
+// Pairs of positions for all groups of four columns that a lane's metadata holds.
+constexpr uint32_t kFirstTwo = 0x44444444u, kLastTwo = 0xeeeeeeeeu;
+
+// As probe_multiply, for a sparse A that stores the first two values of each four.
+template <class Operands, int kSelector, class Sum>
+__global__ void __launch_bounds__(32) probe_multiply_sparse(Sum* out) {
+  constexpr int kBits = std::is_same_v<Operands, S8> ? 8 : 16, kPerWord = 32 / kBits;
+  const int lane = int(threadIdx.x);
+  for (int hot = 0; hot < 32 * 4 * kPerWord; ++hot)
+    for (int tell_index = 0; tell_index < 2; ++tell_index) {
+      uint32_t a[4] = {}, b[4] = {};
+      for (int i = 0; i < 4 * kPerWord; ++i) {
+        a[i / kPerWord] |= element<Operands>(hot == lane * 4 * kPerWord + i)
+                           << i % kPerWord * kBits;
+        b[i / kPerWord] |= element<Operands>((tell_index ? i : lane) + 1) << i % kPerWord * kBits;
+      }
+      Sum sums[4] = {};
+      multiply_sparse<kSelector>(Operands{}, sums, a, b, kFirstTwo);
+      for (int i = 0; i < 4; ++i) out[((hot * 2 + tell_index) * 32 + lane) * 4 + i] = sums[i];
+    }
+}
+
+// For each group of each lane's metadata alone naming the last two columns: all sums of an A of
+// ones and of a B whose third row of each four is the number of the four, from 1, the others zero.
+// A sum that is not zero names the row and the group that those bits of that lane are of.
+template <class Operands, int kSelector, class Sum>
+__global__ void __launch_bounds__(32) probe_metadata(Sum* out) {
+  constexpr bool kBytes = std::is_same_v<Operands, S8>;
+  constexpr int kBits = kBytes ? 8 : 16, kPerWord = 32 / kBits;
+  const int lane = int(threadIdx.x);
+  uint32_t a[4] = {}, b[4] = {};
+  for (int i = 0; i < 4 * kPerWord; ++i) {
+    const int k = lane % 4 * kPerWord + i % kPerWord + i / kPerWord * 4 * kPerWord;
+    a[i / kPerWord] |= element<Operands>(1) << i % kPerWord * kBits;
+    b[i / kPerWord] |= element<Operands>(k % 4 == 2 ? k / 4 + 1 : 0) << i % kPerWord * kBits;
+  }
+  for (int hot = 0; hot < 32 * 8; ++hot) {
+    const uint32_t changed = hot / 8 == lane ? 0xfu << hot % 8 * 4 : 0;
+    Sum sums[4] = {};
+    multiply_sparse<kSelector>(Operands{}, sums, a, b,
+                               (kFirstTwo & ~changed) | (kLastTwo & changed));
+    for (int i = 0; i < 4; ++i) out[(hot * 32 + lane) * 4 + i] = sums[i];
+  }
+}
+
 // 32 rows of 16 bytes that count up, as fragments.
 __global__ void __launch_bounds__(32) probe_load_matrices(uint32_t* out) {
   TRINE_SHARED_ARRAY(uint4, rows, 32);
@@ -75,12 +120,28 @@ void print_multiply() {
   sums.print();
 }
 
+template <class Operands, int kSelector, class Sum>
+void print_multiply_sparse() {
+  constexpr int kElements = std::is_same_v<Operands, S8> ? 512 : 256;
+  ProbeMemory sums(kElements * 2 * 32 * 4 * sizeof(Sum)), groups(256 * 32 * 4 * sizeof(Sum));
+  launch("probe", probe_multiply_sparse<Operands, kSelector, Sum>, {1, 32}, nullptr,
+         sums.data<Sum>());
+  sums.print();
+  launch("probe", probe_metadata<Operands, kSelector, Sum>, {1, 32}, nullptr, groups.data<Sum>());
+  groups.print();
+}
+
 }  // namespace
 
 int main() {
   print_multiply<S8, int32_t>();
   print_multiply<F16, float>();
   print_multiply<Bf16, float>();
+  print_multiply_sparse<S8, 0, int32_t>();
+  print_multiply_sparse<F16, 0, float>();
+  print_multiply_sparse<F16, 1, float>();
+  print_multiply_sparse<Bf16, 0, float>();
+  print_multiply_sparse<Bf16, 1, float>();
   ProbeMemory fragments(32 * 16), copied(32 * 16), in(32 * 16);
   launch("probe", probe_load_matrices, {1, 32}, nullptr, fragments.data<uint32_t>());
   fragments.print();

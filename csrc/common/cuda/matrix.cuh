@@ -1,5 +1,6 @@
 // Matrix fragments of a warp (sm_80): from and to shared memory, and their product. Where a lane's
-// elements belong is in the PTX ISA, "Matrix multiply-accumulate operation using mma".
+// elements belong is in the PTX ISA, "Matrix multiply-accumulate operation using mma" and "...
+// using mma.sp".
 #pragma once
 
 #include "common/cuda/device.cuh"
@@ -56,5 +57,40 @@ __device__ __forceinline__ void multiply(S8, int32_t (&sums)[4], const uint32_t 
 TRINE_MULTIPLY_16(F16, "f16")
 TRINE_MULTIPLY_16(Bf16, "bf16")
 #undef TRINE_MULTIPLY_16
+
+// sums += A * B where A is 2:4-sparse: two of every four values of a row are stored, ascending. A
+// lane holds stored values as it holds those of a dense A of that many columns; k, the columns of B
+// and of the whole A, is twice the dense one. `metadata` says which two, in the bits that the
+// stored values have in a row: two bits each, low ones first. Of lanes 4r .. 4r + 3,
+//   S8          0 and 1 hold those of the first half of k of rows r and r + 8, 2 and 3 those of the
+//               second; kSelector is 0
+//   F16, Bf16   2 * kSelector and the next one hold those of the two halves of k, of row r in
+//               the low and of row r + 8 in the high 16 bits; the others are not read
+// A pair that does not ascend gives an undefined number.
+template <int kSelector>
+__device__ __forceinline__ void multiply_sparse(S8, int32_t (&sums)[4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[4], uint32_t metadata) {
+  static_assert(kSelector == 0);
+  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+        "r"(metadata), "n"(kSelector));
+}
+
+#define TRINE_MULTIPLY_SPARSE_16(Type, name)                                                      \
+  template <int kSelector>                                                                        \
+  __device__ __forceinline__ void multiply_sparse(Type, float (&sums)[4], const uint32_t (&a)[4], \
+                                                  const uint32_t (&b)[4], uint32_t metadata) {    \
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." name "." name               \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, "         \
+        "%12, %13;"                                                                               \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                              \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), \
+          "r"(metadata), "n"(kSelector));                                                         \
+  }
+TRINE_MULTIPLY_SPARSE_16(F16, "f16")
+TRINE_MULTIPLY_SPARSE_16(Bf16, "bf16")
+#undef TRINE_MULTIPLY_SPARSE_16
 
 }  // namespace trine

@@ -41,4 +41,11 @@ void multiply(Operands, typename Operands::Sum (&sums)[4], const uint32_t (&a)[4
   cuda_on_cpu::multiply(Operands::kKind, sums, a, b, where);
 }
 
+template <int kSelector, class Operands>
+void multiply_sparse(Operands, typename Operands::Sum (&sums)[4], const uint32_t (&a)[4],
+                     const uint32_t (&b)[4], uint32_t metadata,
+                     std::source_location where = std::source_location::current()) {
+  cuda_on_cpu::multiply_sparse(Operands::kKind, kSelector, sums, a, b, metadata, where);
+}
+
 }  // namespace trine
