@@ -136,6 +136,59 @@ def values_of(raw: np.ndarray, kind: str) -> np.ndarray:
     return torch.from_numpy(raw.copy()).view(dtype).double().numpy()
 
 
+def probed_metadata() -> np.ndarray:
+    """The words of some_metadata in sm90a.cu: [warp, lane, step]."""
+    state = np.arange(256, dtype=np.uint32)
+    word = np.zeros(256, np.uint32)
+    for _ in range(8):
+        state = state * np.uint32(1664525) + np.uint32(1013904223)
+        word = word << 4 | np.uint32(0xED9C84) >> (state >> 24) % 6 * 4 & 15
+    return word.reshape(4, 32, 2)
+
+
+def sparse_columns(kind: str, selector: int) -> np.ndarray:
+    """Which k each stored value of A stands for, [64, values of two steps].
+
+    PTX ISA, "Matrix fragments for warpgroup-level multiply-accumulate operation with sparse matrix
+    A". 8-bit types: of each four lanes, 0 and 2 hold row lane / 4, 1 and 3 the row eight below,
+    first the lower 32 k, then the upper. 16-bit types: the two lanes that the selector names hold
+    16 k each of row lane / 4 in their low halves, of the row eight below in their high ones.
+    """
+    values, per_lane = (32, 16) if kind == "s8" else (16, 8)
+    warp, below, group, step, i = np.ix_(range(4), range(2), range(8), range(2), range(values))
+    if kind == "s8":
+        lane, field = 4 * group + below + 2 * (i // per_lane), i % per_lane
+    else:
+        lane, field = 4 * group + 2 * selector + i // per_lane, i % per_lane + 8 * below
+    position = probed_metadata()[warp, lane, step] >> (2 * field).astype(np.uint32) & 3
+    return (step * 2 * values + i // 2 * 4 + position).reshape(64, 2 * values)
+
+
+def check_sparse_products(sm90a: Output, kind: str, a: np.ndarray, b: np.ndarray) -> None:
+    values, dtype = (64, np.int32) if kind == "s8" else (32, np.float32)
+    last = 0 if kind == "s8" else 1
+    count_up = np.tile(np.arange(1, values + 1), (64, 1))
+    diagonal = np.eye(256, 2 * values)
+    for stored, dense, columns, selector in (
+        (count_up, diagonal, 128, 0),
+        (count_up, diagonal, 128, last),
+        (a[:, :values], b, 64, 0),
+        (a[:, :values], b, 128, 0),
+        (a[:, :values], b, 176, last),
+        (a[:, :values], b, 192, 0),
+    ):
+        spread = np.zeros((64, 2 * values))
+        np.put_along_axis(spread, sparse_columns(kind, selector), stored, axis=1)
+        whole = accumulators(sm90a.take(dtype, 4, 8, 4, columns // 8, 2, 2))
+        np.testing.assert_array_equal(whole, (spread @ dense.T)[:, :columns])
+
+
+def accumulators(sums: np.ndarray) -> np.ndarray:
+    """Rows and columns of D from warp, row in eight, column pair, eight columns, row eight below,
+    column of the pair."""
+    return sums.transpose(0, 4, 1, 3, 2, 5).reshape(64, -1)
+
+
 def test_sm90a_tiles_and_products(sm90a):
     tiles = sm90a.take(np.uint8, 2, 256, 128)
     pairs = sm90a.take(np.uint8, 2, 2, 64, 128)
@@ -166,6 +219,9 @@ def test_sm90a_tiles_and_products(sm90a):
     expected = original.copy()
     expected[256:300, 128:208] = stored.reshape(64, 128)[:44, :80]
     np.testing.assert_array_equal(matrix, expected)
+    elements = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)  # matrix, row, column
+    transposed = sm90a.take(np.uint16, 4, 8, 8)
+    np.testing.assert_array_equal(transposed, elements.transpose(0, 2, 1))
 
     for kind in ("s8", "f16", "bf16"):
         a = values_of(sm90a.take(np.uint8, 64, 128), kind)
@@ -173,9 +229,8 @@ def test_sm90a_tiles_and_products(sm90a):
         product = 2 * a @ b.T
         for columns in (8, 16, 32, 64, 128, 256):
             sums = sm90a.take(np.int32 if kind == "s8" else np.float32, 4, 8, 4, columns // 8, 2, 2)
-            # warp, row in eight, column pair, eight columns, row eight below, column of the pair
-            whole = sums.transpose(0, 4, 1, 3, 2, 5).reshape(64, columns)
-            np.testing.assert_array_equal(whole, product[:, :columns])
+            np.testing.assert_array_equal(accumulators(sums), product[:, :columns])
+        check_sparse_products(sm90a, kind, a, b)
     assert not sm90a.raw
 
 

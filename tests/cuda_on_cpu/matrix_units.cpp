@@ -176,22 +176,47 @@ class Tile {
   uint32_t start_, eight_rows_;
 };
 
+// Which k of a sparse step value i of row `row` of the warp's 16 is. PTX ISA, "Matrix fragments for
+// warpgroup-level multiply-accumulate operation with sparse matrix A", the figures of metadata
+// for .f16/.bf16 and .e4m3/.e5m2/.s8/.u8.
+int column_of_stored(const std::vector<Wgmma>& lanes, int row, int i) {
+  const int group = row % 8, below = row / 8;
+  int lane, bits;
+  if (lanes[0].kind == Kind::s8) {
+    if (lanes[0].selector != 0) fail("wgmma_sparse: the selector of 8-bit types is 0");
+    lane = 4 * group + below + i / 16 * 2;
+    bits = i % 16 * 2;
+  } else {
+    lane = 4 * group + 2 * lanes[0].selector + i / 8;
+    bits = 16 * below + i % 8 * 2;
+  }
+  const uint32_t word = *lanes[lane].metadata;
+  if ((word >> (bits & ~2) & 3) == (word >> (bits | 2) & 3))
+    fail("wgmma_sparse: metadata name one k twice, which is undefined: %#x of lane %d", word, lane);
+  return i / 2 * 4 + int(word >> bits & 3);
+}
+
 // One warp's 16 of the 64 rows. PTX ISA, "Register fragments and shared memory matrix layouts" of
 // wgmma.m64nNk32 and k16: A as for mma; sum i of a lane is in the 8 columns i / 4.
 void run_wgmma(const std::vector<Wgmma>& lanes) {
   const Wgmma& first = lanes[0];
   const Kind kind = first.kind;
-  const int k = depth(kind);
+  const int values = depth(kind);  // of A, in a row
+  const bool sparse = first.metadata != nullptr;
+  const int k = sparse ? 2 * values : values;
   const int row0 = int(running_thread() % (blockDim.x * blockDim.y * blockDim.z) / kLanes) %
                    kWarpsOfGroup * kWarpRows;
   constexpr int kStepBytes = 32;
   double a[kWarpRows][kMostDepth];
-  unsigned char row[kStepBytes];
+  int column_of[kWarpRows][kMostDepth];
+  unsigned char row[2 * kStepBytes];
+  for (int r = 0; r < kWarpRows; ++r)
+    for (int i = 0; i < values; ++i) column_of[r][i] = sparse ? column_of_stored(lanes, r, i) : i;
   if (first.a == nullptr) {
     const Tile tile(first.a_tile);
     for (int r = 0; r < kWarpRows; ++r) {
       tile.read(row0 + r, kStepBytes, row);
-      for (int i = 0; i < k; ++i) a[r][i] = value_of(kind, row, i);
+      for (int i = 0; i < values; ++i) a[r][i] = value_of(kind, row, i);
     }
   } else {
     for (int lane = 0; lane < kLanes; ++lane)
@@ -202,12 +227,12 @@ void run_wgmma(const std::vector<Wgmma>& lanes) {
   }
   const Tile b_tile(first.b_tile);
   for (int column = 0; column < first.columns; ++column) {
-    double b[kMostDepth];
-    b_tile.read(column, kStepBytes, row);
+    double b[2 * kMostDepth];
+    b_tile.read(column, sparse ? 2 * kStepBytes : kStepBytes, row);
     for (int i = 0; i < k; ++i) b[i] = value_of(kind, row, i);
     for (int r = 0; r < kWarpRows; ++r) {
       double dot = 0;
-      for (int i = 0; i < k; ++i) dot += a[r][i] * b[i];
+      for (int i = 0; i < values; ++i) dot += a[r][i] * b[column_of[r][i]];
       const int lane = r % 8 * 4 + column % 8 / 2;
       const int i = column / 8 * 4 + r / 8 * 2 + column % 2;
       add(kind, lanes[lane].sums, i, dot, first.accumulate);
@@ -223,6 +248,23 @@ void load_matrices(uint32_t* fragment, int matrices, uint32_t row, std::source_l
 
 void store_matrices(uint32_t row, const uint32_t* fragment, std::source_location where) {
   exchange_rows("store_matrices", false, 4, row, const_cast<uint32_t*>(fragment), where);
+}
+
+// PTX ISA, "stmatrix", .trans: element c of row r is element r of row c of the fragments.
+void store_matrices_transposed(uint32_t row, const uint32_t* fragment, std::source_location where) {
+  RowPost mine{row, const_cast<uint32_t*>(fragment)};
+  meet_lanes("store_matrices_transposed", kWholeWarp, &mine, where, [](const Posts& posts) {
+    const auto post_of = [&](int lane) { return static_cast<RowPost*>(posts[lane]); };
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int r = 0; r < 8; ++r) {
+        unsigned char* to = fragment_row(post_of(8 * matrix + r)->row, "store_matrices_transposed");
+        for (int c = 0; c < 8; ++c) {
+          const uint32_t word = post_of(4 * c + r / 2)->words[matrix];
+          const auto element = uint16_t(word >> 16 * (r % 2));
+          std::memcpy(to + 2 * c, &element, sizeof element);
+        }
+      }
+  });
 }
 
 void multiply(Kind kind, void* sums, const uint32_t* a, const uint32_t* b,

@@ -12,6 +12,7 @@ enum class Kind { s8, f16, bf16 };  // int32 sums; float sums
 // Two or four matrices.
 void load_matrices(uint32_t* fragment, int matrices, uint32_t row, std::source_location where);
 void store_matrices(uint32_t row, const uint32_t* fragment, std::source_location where);
+void store_matrices_transposed(uint32_t row, const uint32_t* fragment, std::source_location where);
 
 // `sums` are four int32 or float; a four words, b two.
 void multiply(Kind kind, void* sums, const uint32_t* a, const uint32_t* b,
@@ -30,6 +31,8 @@ struct Wgmma {
   const uint32_t* a;        // four words of this lane, or null: A is in shared memory, too
   uint64_t a_tile, b_tile;  // descriptors
   bool accumulate;
+  const uint32_t* metadata = nullptr;  // of this lane, where A is sparse
+  int selector = 0;
 };
 void wgmma(const Wgmma& operands, std::source_location where);
 void wgmma_fence(std::source_location where);

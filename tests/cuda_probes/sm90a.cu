@@ -82,17 +82,11 @@ __global__ void __launch_bounds__(32) probe_store_tile(const __grid_constant__ T
   }
 }
 
-// The product of two tiles over their 128 bytes of k: A from shared memory, then from registers,
-// each added to what is there.
-template <class Operands, class Sum, int kColumns>
-__global__ void __launch_bounds__(128)
-    probe_wgmma(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-                Sum* out) {
-  TRINE_DYNAMIC_SHARED(tiles);
+// A tile of A and one of B, for all threads of the block.
+__device__ void load_operands(SharedAddress a_tile, SharedAddress b_tile, const TensorMap& a_map,
+                              const TensorMap& b_map) {
   TRINE_SHARED_ARRAY(Mbarrier, landed, 1);
-  const SharedAddress barrier = shared_address(landed), a_tile = shared_address(tiles);
-  const SharedAddress b_tile = a_tile + kSmallBytes;
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const SharedAddress barrier = shared_address(landed);
   if (threadIdx.x == 0) {
     mbarrier_init(barrier, 1);
     fence_mbarrier_init();
@@ -104,7 +98,18 @@ __global__ void __launch_bounds__(128)
     load_tile(b_tile, b_map, 0, 0, barrier);
   }
   mbarrier_wait(barrier, 0);
+}
 
+// The product of two tiles over their 128 bytes of k: A from shared memory, then from registers,
+// each added to what is there.
+template <class Operands, class Sum, int kColumns>
+__global__ void __launch_bounds__(128)
+    probe_wgmma(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+                Sum* out) {
+  TRINE_DYNAMIC_SHARED(tiles);
+  const SharedAddress a_tile = shared_address(tiles), b_tile = a_tile + kSmallBytes;
+  load_operands(a_tile, b_tile, a_map, b_map);
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   uint32_t a[4][4];  // of each k step
   for (int step = 0; step < 4; ++step)
     load_matrices(a[step], swizzled(a_tile + uint32_t((16 * warp + lane % 16) * kTileRowBytes +
@@ -122,6 +127,70 @@ __global__ void __launch_bounds__(128)
   wgmma_wait<0>();
   touch(sums);
   for (int i = 0; i < kColumns / 2; ++i) out[threadIdx.x * (kColumns / 2) + i] = sums[i];
+}
+
+// Four matrices of 16-bit elements that count up, stored transposed.
+__global__ void __launch_bounds__(32) probe_store_transposed(uint32_t* out) {
+  TRINE_SHARED_ARRAY(uint4, rows, 32);
+  const uint32_t lane = threadIdx.x;
+  uint32_t fragment[4];
+  for (uint32_t i = 0; i < 4; ++i) fragment[i] = 0x00010000u + 0x00020002u * (32 * i + lane);
+  store_matrices_transposed(shared_address(rows + lane), fragment);
+  __syncthreads();
+  for (uint32_t i = 0; i < 4; ++i)
+    out[4 * lane + i] = reinterpret_cast<uint32_t*>(rows)[4 * lane + i];
+}
+
+// Metadata of no obvious pattern: each nibble one of the six that are defined.
+__device__ uint32_t some_metadata(uint32_t thread, uint32_t step) {
+  uint32_t state = thread * 2 + step, word = 0;
+  for (int nibble = 0; nibble < 8; ++nibble) {
+    state = state * 1664525u + 1013904223u;
+    word = word << 4 | (0xed9c84u >> (state >> 24) % 6 * 4 & 15u);
+  }
+  return word;
+}
+
+// The product of a sparse tile of A, its first 64 bytes, and one of B over its 128 bytes.
+template <class Operands, class Sum, int kColumns, int kSelector>
+__global__ void __launch_bounds__(128)
+    probe_wgmma_sparse(const __grid_constant__ TensorMap a_map,
+                       const __grid_constant__ TensorMap b_map, Sum* out) {
+  TRINE_DYNAMIC_SHARED(tiles);
+  const SharedAddress a_tile = shared_address(tiles), b_tile = a_tile + kSmallBytes;
+  load_operands(a_tile, b_tile, a_map, b_map);
+  const uint32_t metadata[2] = {some_metadata(threadIdx.x, 0), some_metadata(threadIdx.x, 1)};
+  Sum sums[kColumns / 2];
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 2; ++step)
+    wgmma_sparse<kSelector>(Operands{}, sums, tile_descriptor(a_tile + 32 * step),
+                            tile_descriptor(b_tile + 64 * step), metadata[step], step > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  touch(sums);
+  for (int i = 0; i < kColumns / 2; ++i) out[threadIdx.x * (kColumns / 2) + i] = sums[i];
+}
+
+template <class Operands, class Sum, int kColumns, int kSelector>
+void print_wgmma_sparse(const TensorMap& a, const TensorMap& b) {
+  ProbeMemory sums(128 * kColumns / 2 * sizeof(Sum));
+  launch("probe", probe_wgmma_sparse<Operands, Sum, kColumns, kSelector>,
+         {1, 128, kSmallBytes + kTileBytes}, nullptr, a, b, sums.data<Sum>());
+  sums.print();
+}
+
+// `count_up` holds the numbers from 1 on in each row, `diagonal` 1 where row and k are the same: so
+// a sum tells which stored value, from 1 on, the metadata sent to the k that is its column.
+template <class Operands, class Sum, int kSelectors>
+void print_wgmmas_sparse(const TensorMap& a, const TensorMap& b, const TensorMap& count_up,
+                         const TensorMap& diagonal) {
+  print_wgmma_sparse<Operands, Sum, 128, 0>(count_up, diagonal);
+  print_wgmma_sparse<Operands, Sum, 128, kSelectors - 1>(count_up, diagonal);
+  print_wgmma_sparse<Operands, Sum, 64, 0>(a, b);
+  print_wgmma_sparse<Operands, Sum, 128, 0>(a, b);
+  print_wgmma_sparse<Operands, Sum, 176, kSelectors - 1>(a, b);
+  print_wgmma_sparse<Operands, Sum, 192, 0>(a, b);
 }
 
 template <class Operands, class Sum, int kColumns>
@@ -142,23 +211,27 @@ void print_wgmmas(const TensorMap& a, const TensorMap& b) {
   print_wgmma<Operands, Sum, 256>(a, b);
 }
 
-// Bytes, or small whole numbers in a 16-bit type, of no obvious pattern.
+// Element i is `number`, a byte (kind 0) or a small whole number in float16 (1) or bfloat16 (2).
+void put(ProbeMemory& memory, int i, int kind, int number) {
+  if (kind == 0) {
+    memory.data<uint8_t>()[i] = uint8_t(number);
+    return;
+  }
+  const float value = float(number);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (kind == 1 && bits != 0)
+    bits = ((bits >> 13 & 0x3ffu) | ((bits >> 23) - 127 + 15) << 10) << 16;
+  memory.data<uint16_t>()[i] = uint16_t(bits >> 16);
+}
+
+// Bytes, or the numbers 0 to 15 in a 16-bit type, of no obvious pattern.
 void fill(ProbeMemory& memory, int count, int kind) {
   uint32_t state = 1;
   for (int i = 0; i < count; ++i) {
     state = state * 1664525u + 1013904223u;
     const int number = int(state >> 24);
-    if (kind == 0) {
-      memory.data<uint8_t>()[i] = uint8_t(number);
-      continue;
-    }
-    // The sixteen numbers 0 to 15: bits of float16 (1) and of bfloat16 (2).
-    const float value = float(number % 16);
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if (kind == 1 && bits != 0)
-      bits = ((bits >> 13 & 0x3ffu) | ((bits >> 23) - 127 + 15) << 10) << 16;
-    memory.data<uint16_t>()[i] = uint16_t(bits >> 16);
+    put(memory, i, kind, kind == 0 ? number : number % 16);
   }
 }
 
@@ -183,18 +256,29 @@ int main() {
   launch("probe", probe_store_tile, {1, 32, kSmallBytes}, nullptr, small);
   matrix.print();
 
+  ProbeMemory transposed(32 * 16);
+  launch("probe", probe_store_transposed, {1, 32}, nullptr, transposed.data<uint32_t>());
+  transposed.print();
+
   for (int kind = 0; kind < 3; ++kind) {
-    ProbeMemory a(kSmallBytes), b(kTileBytes);
-    fill(a, kind == 0 ? kSmallBytes : kSmallBytes / 2, kind);
-    fill(b, kind == 0 ? kTileBytes : kTileBytes / 2, kind);
-    const TensorMap a_map = make_tensor_map("probe", a.data<void>(), kSmallRows, kTileRowBytes,
-                                            kTileRowBytes, kSmallRows);
-    const TensorMap b_map = make_tensor_map("probe", b.data<void>(), kTileRows, kTileRowBytes,
-                                            kTileRowBytes, kTileRows);
+    ProbeMemory a(kSmallBytes), b(kTileBytes), count_up(kSmallBytes), diagonal(kTileBytes);
+    const int width = kind == 0 ? kTileRowBytes : kTileRowBytes / 2;
+    fill(a, kSmallRows * width, kind);
+    fill(b, kTileRows * width, kind);
+    for (int i = 0; i < kSmallRows * width; ++i) put(count_up, i, kind, i % width + 1);
+    for (int i = 0; i < kTileRows * width; ++i) put(diagonal, i, kind, i / width == i % width);
+    const auto map_of = [](const ProbeMemory& tile, int rows) {
+      return make_tensor_map("probe", tile.data<void>(), rows, kTileRowBytes, kTileRowBytes, rows);
+    };
+    const TensorMap a_map = map_of(a, kSmallRows), b_map = map_of(b, kTileRows);
+    const TensorMap up_map = map_of(count_up, kSmallRows), one_map = map_of(diagonal, kTileRows);
     a.print();
     b.print();
     if (kind == 0) print_wgmmas<S8, int32_t>(a_map, b_map);
     if (kind == 1) print_wgmmas<F16, float>(a_map, b_map);
     if (kind == 2) print_wgmmas<Bf16, float>(a_map, b_map);
+    if (kind == 0) print_wgmmas_sparse<S8, int32_t, 1>(a_map, b_map, up_map, one_map);
+    if (kind == 1) print_wgmmas_sparse<F16, float, 2>(a_map, b_map, up_map, one_map);
+    if (kind == 2) print_wgmmas_sparse<Bf16, float, 2>(a_map, b_map, up_map, one_map);
   }
 }

@@ -32,6 +32,15 @@ __device__ __forceinline__ void store_matrices(SharedAddress row, const uint32_t
                : "memory");
 }
 
+// The same of 16-bit elements, each matrix transposed: row r is what the fragments hold as column
+// r.
+__device__ __forceinline__ void store_matrices_transposed(SharedAddress row,
+                                                          const uint32_t (&fragment)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+               : "memory");
+}
+
 // Types of the operands of a product.
 struct S8 {};    // signed bytes: k = 32, sums in int32
 struct F16 {};   // k = 16, sums in float

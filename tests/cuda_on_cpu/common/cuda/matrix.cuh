@@ -34,6 +34,12 @@ inline void store_matrices(SharedAddress row, const uint32_t (&fragment)[4],
   cuda_on_cpu::store_matrices(row, fragment, where);
 }
 
+inline void store_matrices_transposed(
+    SharedAddress row, const uint32_t (&fragment)[4],
+    std::source_location where = std::source_location::current()) {
+  cuda_on_cpu::store_matrices_transposed(row, fragment, where);
+}
+
 template <class Operands>
 void multiply(Operands, typename Operands::Sum (&sums)[4], const uint32_t (&a)[4],
               const uint32_t (&b)[2],

@@ -36,4 +36,13 @@ void wgmma(Operands, typename Operands::Sum (&sums)[kCount], const uint32_t (&a)
   cuda_on_cpu::wgmma({Operands::kKind, 2 * kCount, sums, a, 0, b.bits, accumulate}, where);
 }
 
+template <int kSelector, class Operands, int kCount>
+void wgmma_sparse(Operands, typename Operands::Sum (&sums)[kCount], TileDescriptor a,
+                  TileDescriptor b, const uint32_t& metadata, bool accumulate,
+                  std::source_location where = std::source_location::current()) {
+  cuda_on_cpu::wgmma({Operands::kKind, 2 * kCount, sums, nullptr, a.bits, b.bits, accumulate,
+                      &metadata, kSelector},
+                     where);
+}
+
 }  // namespace trine
