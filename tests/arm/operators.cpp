@@ -123,9 +123,9 @@ std::vector<Tensor> run(const Call& call) {
                                  const Optional&, const Optional&)>("int8_linear")(
         call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3), call.tensors.at(4),
         call.tensors.at(5))};
-  if (call.op == "ternary_linear")
+  if (call.op == "ternary_linear" || call.op == "ternary24_linear")
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
-        "ternary_linear")(call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3))};
+        call.op)(call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3))};
   if (call.op == "sparse24_linear")
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&,
                                  const Optional&)>("sparse24_linear")(

@@ -10,6 +10,7 @@
 #include "int8_linear/int8_linear.h"
 #include "quantize_rows/quantize_rows.h"
 #include "sparse24_linear/sparse24_linear.h"
+#include "ternary24_linear/ternary24_linear.h"
 #include "ternary_linear/ternary_linear.h"
 
 namespace sanitize {
@@ -201,6 +202,24 @@ Call sparse24_linear(const Shape& shape, ScalarType type, int variant, Values va
   };
 }
 
+// 0: a scale per row; 1: per tensor, strided, no bias. Any bits are a weight.
+Call ternary24_linear(const Shape& shape, ScalarType type, int variant, Values values) {
+  const auto [m, n, k] = shape;
+  const Tensor x = float_rows(m, k, type, variant == 1 ? 3 : 0, values);
+  const Tensor packed = random_bytes({n, trine::ternary24_row_bytes(k)}, ScalarType::Byte);
+  constexpr uint8_t kTwoPlusEach[] = {0x08, 0x82, 0x20};  // of four groups
+  if (values == Values::extreme)
+    for (int64_t i = 0; i < packed.numel(); ++i)
+      values_of<uint8_t>(packed)[i] = kTwoPlusEach[i % packed.size(1) % 3];
+  const Tensor scale = floats({variant == 1 ? 1 : n}, ScalarType::Float, values);
+  const Optional bias = bias_of(n, type, variant != 1, values);
+  return [=] {
+    return std::vector{
+        registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
+            "ternary24_linear")(x, packed, scale, bias)};
+  };
+}
+
 // Forward and both gradients. 0: contiguous, the mean over rows; 1: strided, a loss per row; then
 // the other divergences, strided or not, with weights of rows.
 Call softmax_kl(const Shape& shape, ScalarType type, int variant, Values values) {
@@ -242,6 +261,7 @@ const std::vector<Op> kOps{
     {"int8_linear", 4, int8_linear, {{0, trine::kInt8MaxK}, {2, trine::kInt8MaxKStatic}}},
     {"ternary_linear", 4, ternary_linear, {{0, trine::kTernaryMaxK}}},
     {"sparse24_linear", 4, sparse24_linear, {{3, trine::kSparse24Int8MaxK}}},
+    {"ternary24_linear", 2, ternary24_linear, {{0, trine::kTernary24MaxK}}},
     {"softmax_kl", 5, softmax_kl, {}},
 };
 

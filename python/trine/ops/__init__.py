@@ -6,6 +6,7 @@ from trine.ops.quantized_rows import QuantizedRows
 from trine.ops.rms_norm_quantize_rows import rms_norm_quantize_rows
 from trine.ops.softmax_kl import softmax_kl
 from trine.ops.sparse24_linear import pack_sparse24, sparse24_linear, unpack_sparse24
+from trine.ops.ternary24_linear import pack_ternary24, ternary24_linear, unpack_ternary24
 from trine.ops.ternary_linear import pack_ternary, ternary_linear, unpack_ternary
 
 __all__ = [
@@ -14,12 +15,15 @@ __all__ = [
     "pack_int8",
     "pack_sparse24",
     "pack_ternary",
+    "pack_ternary24",
     "quantize_rows",
     "rms_norm_quantize_rows",
     "softmax_kl",
     "sparse24_linear",
+    "ternary24_linear",
     "ternary_linear",
     "unpack_int8",
     "unpack_sparse24",
     "unpack_ternary",
+    "unpack_ternary24",
 ]

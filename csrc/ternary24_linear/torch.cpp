@@ -1,0 +1,62 @@
+#include "common/dispatch.h"
+#include "common/torch_linear.h"
+#include "ternary24_linear/ternary24_linear.h"
+
+namespace trine {
+namespace {
+
+constexpr const char* kOp = "ternary24_linear";
+
+constexpr Ternary24LinearKernel kKernels[] = {
+    {Isa::scalar, ternary24_linear_scalar},
+};
+[[maybe_unused]] const bool announced = announce(kOp, kKernels);
+
+// The number of rows of a packed weight that fits x of `k` columns.
+int64_t check_weight(int64_t k, const Tensor& packed_weight, const Tensor& weight_scale) {
+  check_dtype(packed_weight, ScalarType::Byte, "uint8", kOp, "packed_weight");
+  check_dtype(weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
+  check(packed_weight.dim() == 2, kOp,
+        ": packed_weight must be [N, 16 * ceil(6 * ceil(K / 4) / 128)]");
+  const int64_t n = packed_weight.size(0), bytes = ternary24_row_bytes(k);
+  check(packed_weight.size(1) == bytes, kOp, ": x has K = ", k,
+        " columns, which needs a packed_weight of ", bytes, " columns; it has ",
+        packed_weight.size(1));
+  check(weight_scale.dim() <= 1 && (weight_scale.numel() == 1 || weight_scale.numel() == n), kOp,
+        ": weight_scale must hold one value or [", n, "] (one per row of packed_weight)");
+  return n;
+}
+
+Tensor ternary24_linear_cpu(const Tensor& x, const Tensor& packed_weight,
+                            const Tensor& weight_scale, const std::optional<Tensor>& bias) {
+  const Matrix rows = as_matrix(x, kOp, "x", kTernary24MaxK);
+  const int64_t n = check_weight(rows.k, packed_weight, weight_scale);
+  const Tensor weight = as_contiguous(packed_weight);
+  const Tensor scale = as_contiguous(weight_scale);
+  const auto bias_values = read_bias(bias, n, kOp);
+  Tensor y = linear_shape(x, rows).new_output(x, n);
+  if (rows.m == 0 || n == 0) return y;
+
+  const Ternary24LinearKernel& kernel = select(kKernels);
+  const QuantizedInput input(rows, 64);
+  const Ternary24Weight packed{static_cast<const uint8_t*>(weight.const_data_ptr()), weight.size(1),
+                               rows.k, static_cast<const float*>(scale.const_data_ptr()),
+                               scale.numel() == 1};
+  const LinearOutput out{y.mutable_data_ptr(), n, rows.type,
+                         bias_values.has_value() ? bias_values->data() : nullptr};
+  parallel_tiles(rows.m, n, rows.k,
+                 [&](const Tile& tile) { kernel.run(input.rows(), packed, out, tile); });
+  return y;
+}
+
+}  // namespace
+}  // namespace trine
+
+STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
+  m.def(
+      "ternary24_linear(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias=None) -> "
+      "Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
+  m.impl("ternary24_linear", TORCH_BOX(&trine::ternary24_linear_cpu));
+}
