@@ -4,14 +4,17 @@ A process of its own: Triton reads the variable when it is first imported. `test
 it, and `python tests/run_triton.py cuda` does on a machine with a GPU.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
 from importlib import import_module
 
+import pytest
 import torch
 import trine
-from devices import smallest_tiles
+from devices import all_moved, smallest_tiles
 from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguous
+from test_sparse24_linear import VALUES_DTYPES, assert_is_result
 from torch import Tensor
 from trine.ops import _triton_kernels
 from trine.ops.int8_linear import reference as int8
@@ -20,6 +23,9 @@ from trine.ops.quantize_rows import reference as rows
 from trine.ops.quantize_rows.triton import quantize_rows
 from trine.ops.rms_norm_quantize_rows import reference as norm
 from trine.ops.rms_norm_quantize_rows.triton import rms_norm_quantize_rows
+from trine.ops.sparse24_linear import pack_sparse24
+from trine.ops.sparse24_linear import reference as sparse24
+from trine.ops.sparse24_linear.triton import sparse24_linear
 from trine.ops.ternary_linear import reference as ternary
 from trine.ops.ternary_linear.triton import ternary_linear, ternary_linear_rows
 
@@ -41,9 +47,37 @@ def check(run, reference, device: str, *arguments, **named) -> None:
 fused = norm.rms_norm_quantize_rows
 
 
+def check_sparse24(device: str, *arguments, **named) -> None:
+    on_device = all_moved((arguments, named), device)
+    assert_is_result(sparse24_linear(*on_device[0], **on_device[1]).cpu(), *arguments, **named)
+
+
+def try_sparse24(device: str) -> None:
+    on_device = [values for values in VALUES_DTYPES if values != torch.float32]
+    for values_dtype, dtype in itertools.product(on_device, DTYPES):
+        for shape in SHAPES:
+            arguments, scale = sparse24.example_inputs(*shape, dtype, values_dtype)
+            check_sparse24(device, *arguments, **scale)
+        (_, *weight), scale = sparse24.example_inputs(1, 7, 130, dtype, values_dtype)
+        check_sparse24(device, difficult_rows(130, dtype), *weight, **scale)
+    for x in non_contiguous(torch.randn(4, 130)):
+        check_sparse24(device, x, *weight, **scale)
+
+    # Row 1 stores a filling 0 in column 0, row 0 nothing; NaN is in few rows of many.
+    weight = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [2, 0, 1, 0]]).half()
+    x = torch.ones(20, 4)
+    x[3::7, 0], x[4::7, 0] = torch.nan, torch.inf
+    check_sparse24(device, x.half(), *pack_sparse24(weight))
+
+    arguments, _ = sparse24.example_inputs()
+    with pytest.raises(ValueError, match="float32 values have no kernel on this device"):
+        sparse24_linear(*all_moved(arguments, device))
+
+
 def main(device: str) -> None:
     smallest_tiles()
     torch.manual_seed(0)
+    try_sparse24(device)
     for dtype in DTYPES:
         for k in (1, 37, 130):
             check(quantize_rows, rows.quantize_rows, device, difficult_rows(k, dtype))

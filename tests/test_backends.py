@@ -2,6 +2,7 @@
 
 import pytest
 from trine import _C, backends
+from trine.ops import _triton_kernels
 
 
 def in_force() -> dict[str, str]:
@@ -63,3 +64,10 @@ def test_describe_says_what_was_switched_off():
     assert entry.kernel == "scalar"
     for isa in _C.kernels()["quantize_rows"][:-1]:
         assert isa in entry.reason
+
+
+def test_describe_names_triton_where_it_serves(monkeypatch):
+    monkeypatch.setattr(_triton_kernels, "in_force", lambda: True)
+    for entry in backends.describe().ops:
+        has_kernel = entry.op.split()[0] in _triton_kernels.OPS
+        assert (entry.cuda_kernels == ("triton",)) == has_kernel

@@ -20,12 +20,16 @@ MANY_ROWS = ((15, 37, 130), (16, 9, 96), (17, 40, 1030), (65, 300, 70), (100, 33
 
 
 def assert_matches_reference(x, values, indices, bias=None, **kwargs) -> None:
+    actual = sparse24_linear(x, values, indices, bias, **kwargs)
+    assert_is_result(actual, x, values, indices, bias, **kwargs)
+
+
+def assert_is_result(actual: Tensor, x, values, indices, bias=None, **kwargs) -> None:
     """Equal bits with int8 values; within the rounding of the sum with float ones.
 
     The bound on the sum is 4 * eps * sqrt(K) * sum |x * w|, then comes one fp32 rounding with the
     bias and one to the output's dtype. NaN and infinity must be exactly where they are expected.
     """
-    actual = sparse24_linear(x, values, indices, bias, **kwargs)
     expected = reference.sparse24_linear(x, values, indices, bias, **kwargs)
     if values.dtype == torch.int8:
         return assert_same_bits(actual, expected)

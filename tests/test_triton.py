@@ -62,6 +62,20 @@ def ternary_ptx(capability: int) -> str:
     return ptx(ternary_linear_kernel, pointers, constants, capability)
 
 
+def sparse24_ptx(x: str, values: str, capability: int) -> str:
+    from trine.ops.sparse24_linear.triton import sparse24_linear_kernel
+
+    pointers = {"x": f"*{x}", "values": f"*{values}", "indices": "*u8", "y": "*bf16"}
+    pointers |= dict.fromkeys(("x_scale", "weight_scale", "bias"), "*fp32")
+    constants = {"WIDEN": x != values, "HAS_BIAS": True}
+    constants |= {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}
+    return ptx(sparse24_linear_kernel, pointers, constants, capability)
+
+
+def sparse24_int8_ptx(capability: int) -> str:
+    return sparse24_ptx("i8", "i8", capability)
+
+
 def quantize_ptx(capability: int) -> str:
     from trine.ops._triton import quantize_rows_kernel
 
@@ -88,7 +102,8 @@ def static_ptx(capability: int) -> str:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "compile_kernel", [int8_ptx, ternary_ptx, quantize_ptx, norm_ptx, static_ptx]
+    "compile_kernel",
+    [int8_ptx, ternary_ptx, sparse24_int8_ptx, quantize_ptx, norm_ptx, static_ptx],
 )
 def test_compiled_kernels_round_as_the_others(compile_kernel, capability):
     """What the interpreter cannot show: no approximate division, no product fused with a sum."""
@@ -101,3 +116,15 @@ def test_compiled_kernels_round_as_the_others(compile_kernel, capability):
         assert "sqrt.approx" not in code
     else:
         assert re.search(r"\b(mma\.sync|wgmma\.mma_async)\S*\.s32\.s8\.s8", code)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_sparse_weight_of_the_type_of_x_uses_tensor_cores(dtype, capability):
+    kind = dtype.replace("fp16", "f16")
+    code = sparse24_ptx(dtype, dtype, capability)
+    assert re.search(rf"\b(mma\.sync|wgmma\.mma_async)\S*\.f32\.{kind}\.{kind}", code)
+
+
+def test_a_sparse_weight_of_another_type_is_multiplied_in_float32():
+    assert not re.search(r"mma\.|tf32", sparse24_ptx("fp32", "bf16", 80))

@@ -96,7 +96,7 @@ def _op_backend(op: str, isas: list[str]) -> OpBackend:
         parts += [f"{', '.join(switched_off)} switched off"] if switched_off else []
         reason = "; ".join(parts)
     cuda_kernels = _cuda_kernels(op)
-    if _triton_kernels.in_force() and op in _triton_kernels.OPS:
+    if _triton_kernels.in_force() and _folder(op) in _triton_kernels.OPS:
         return OpBackend(op, kernel, reason, ("triton",), _triton_reason())
     return OpBackend(op, kernel, reason, cuda_kernels, _cuda_reason(cuda_kernels))
 
@@ -108,8 +108,11 @@ def _triton_reason() -> str:
 
 def _cuda_kernels(op: str) -> tuple[str, ...]:
     built = (name.split("/") for name in _C.cuda_kernels.split())
-    folder = op.split(" ")[0]  # of "sparse24_linear (int8 values)", say
-    return tuple(backend for built_op, backend in built if built_op == folder)
+    return tuple(backend for built_op, backend in built if built_op == _folder(op))
+
+
+def _folder(op: str) -> str:
+    return op.split(" ")[0]  # of "sparse24_linear (int8 values)", say
 
 
 def _cuda_reason(kernels: tuple[str, ...]) -> str:

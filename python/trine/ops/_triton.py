@@ -1,4 +1,4 @@
-"""What the Triton kernels of the integer ops share: quantised rows, the order of tiles, outputs.
+"""What the Triton kernels of the linear ops share: quantised rows, the order of tiles, outputs.
 
 They serve CUDA tensors where the compiled library does not (see `trine.backends.describe`). Every
 step rounds as on the other backends: division is `tl.div_rn`, and launches say
@@ -47,6 +47,12 @@ def row_scaling(magnitude):
 def magnitude_bits(value):
     """Without their sign the bits of floats order as integers do, NaN above infinity."""
     return value.to(tl.int32, bitcast=True) & _MAGNITUDE
+
+
+@triton.jit
+def not_finite(value):
+    """1 where it is NaN or infinite, else 0."""
+    return (magnitude_bits(value) >= _INFINITY).to(tl.int32)
 
 
 @triton.jit
@@ -99,15 +105,19 @@ def quantize_rows_static_kernel(
 
 
 @triton.jit
-def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Eight rows of tiles are gone through column by column: both operands stay in the L2."""
+def rows_and_columns(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Those of the tile that this program computes.
+
+    Eight rows of tiles are gone through column by column: both operands stay in the L2.
+    """
     index = tl.program_id(0)
     row_tiles = tl.cdiv(M, BLOCK_M)
     column_tiles = tl.cdiv(N, BLOCK_N)
     first = index // (8 * column_tiles) * 8
     rows = tl.minimum(row_tiles - first, 8)
     in_group = index % (8 * column_tiles)
-    return first + in_group % rows, in_group // rows
+    m = (first + in_group % rows) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return m, in_group // rows * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -120,6 +130,13 @@ def narrow(value, dtype: tl.constexpr):
         return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(dtype)
+
+
+@triton.jit
+def scaled_sums(acc, x_scale, weight_scale, m, n, M, N):
+    """int32 sums as the floats they stand for, with a scale for each row of x and of the weight."""
+    scaled = acc.to(tl.float32) * tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
+    return scaled * tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
 
 
 @triton.jit
@@ -180,20 +197,31 @@ def padded(k: int) -> int:
 def tuned(kernel, block_k: str, key: tuple[str, ...]):
     """`kernel` with its tiles chosen by measurement, once for each key, and kept on disk.
 
-    The interpreter cannot measure: it takes the first configuration that `tiles` gives.
+    The interpreter cannot measure, and small tiles make it go through every loop.
     """
+    sizes = (
+        (16, 32, 128, 4, 4),
+        (16, 64, 128, 4, 5),
+        (32, 64, 128, 4, 4),
+        (64, 128, 64, 4, 4),
+        (128, 128, 64, 8, 4),
+        (128, 256, 64, 8, 3),
+    )
     configs = [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, block_k: k}, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in (
-            (16, 32, 128, 4, 4),
-            (16, 64, 128, 4, 5),
-            (32, 64, 128, 4, 4),
-            (64, 128, 64, 4, 4),
-            (128, 128, 64, 8, 4),
-            (128, 256, 64, 8, 3),
-        )
+        for m, n, k, warps, stages in (((16, 32, 32, 4, 1),) if INTERPRETED else sizes)
     ]
     return triton.autotune(configs, key=list(key), cache_results=True)(kernel)
+
+
+def cannot_multiply(weight: Tensor) -> bool:
+    """Whether `tl.dot` gets it wrong: Triton's interpreter takes bfloat16 for integers."""
+    return INTERPRETED and weight.dtype == torch.bfloat16
+
+
+def tiles_of(m: int, n: int):
+    """The grid that gives every tile of y [m, n] one program."""
+    return lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
 
 
 def row_bucket(m: int) -> int:

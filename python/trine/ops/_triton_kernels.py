@@ -17,6 +17,7 @@ OPS = {
     "int8_linear_rows": "int8_linear",
     "ternary_linear": "ternary_linear",
     "ternary_linear_rows": "ternary_linear",
+    "sparse24_linear": "sparse24_linear",
 }
 
 

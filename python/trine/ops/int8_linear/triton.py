@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trine.ops import _triton
-from trine.ops._triton import store_outputs, tile_position
+from trine.ops._triton import rows_and_columns, scaled_sums, store_outputs
 from trine.ops.int8_linear import _fake as check_and_allocate
 from trine.ops.int8_linear import _fake_on_rows as check_rows_and_allocate
 
@@ -32,9 +32,7 @@ def int8_linear_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """q [M, K] and weight [N, weight_stride] are zero behind their true columns."""
-    row, column = tile_position(M, N, BLOCK_M, BLOCK_N)
-    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, n = rows_and_columns(M, N, BLOCK_M, BLOCK_N)
     q_rows = q + m.to(tl.int64)[:, None] * K
     weight_rows = weight + n.to(tl.int64)[None, :] * weight_stride
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
@@ -46,8 +44,7 @@ def int8_linear_kernel(
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
     if HAS_MINUS:
         acc -= tl.load(column_minus + n, mask=n < N, other=0)[None, :]
-    scaled = acc.to(tl.float32) * tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
-    scaled = scaled * tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
+    scaled = scaled_sums(acc, x_scale, weight_scale, m, n, M, N)
     store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS)
 
 
@@ -110,12 +107,7 @@ def _multiply(
 ) -> None:
     weight = packed_weight.contiguous()
     (m, width), n = q.shape, weight.shape[0]
-
-    def grid(meta: dict) -> tuple[int]:
-        return (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
-
-    tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64} if _triton.INTERPRETED else {}
-    (int8_linear_kernel if _triton.INTERPRETED else _tuned)[grid](
+    _tuned[_triton.tiles_of(m, n)](
         q,
         weight,
         y,
@@ -130,6 +122,5 @@ def _multiply(
         _triton.row_bucket(m),
         HAS_MINUS=minus is not None,
         HAS_BIAS=bias is not None,
-        **tiles,
         **_triton.LAUNCH,
     )

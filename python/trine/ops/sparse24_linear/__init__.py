@@ -6,7 +6,12 @@ from torch import Tensor
 from trine import _library  # noqa: F401  (registers the operator)
 from trine.ops._checks import check_one_device, check_rows, explain_missing_kernel
 from trine.ops._linear import in_autocast_dtype, linear_with_gradient, needs_grad
-from trine.ops.sparse24_linear.pack import expand_sparse24, pack_sparse24, unpack_sparse24
+from trine.ops.sparse24_linear.pack import (
+    DTYPES,
+    expand_sparse24,
+    pack_sparse24,
+    unpack_sparse24,
+)
 
 __all__ = ["pack_sparse24", "sparse24_linear", "unpack_sparse24"]
 
@@ -39,7 +44,8 @@ def sparse24_linear(
 
     Args:
         x: [..., K], float32, bfloat16 or float16.
-        values: [N, 16 * ceil(K / 32)], float32, bfloat16, float16 or int8, from `pack_sparse24`.
+        values: [N, 16 * ceil(K / 32)], float32 (on the CPU only), bfloat16, float16 or int8, from
+            `pack_sparse24`.
         indices: uint8 [N, 4 * ceil(K / 32)], from `pack_sparse24`. They are not checked for
             damage: a nibble whose two positions do not ascend gives a wrong number.
         bias: [N], floating, or None.
@@ -51,7 +57,7 @@ def sparse24_linear(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, int8 values with K > 131072 (int32 could
-            overflow), values or weight_scale that require a gradient.
+            overflow), values or weight_scale that require a gradient, float32 values on a GPU.
     """
     if not isinstance(x, Tensor):
         raise ValueError("sparse24_linear: x must be a tensor; give it the one before quantisation")
@@ -77,12 +83,37 @@ def _dense_weight(k: int, values: Tensor, indices: Tensor, weight_scale: Tensor 
 def _fake(x, values, indices, bias=None, *, weight_scale=None):
     check_one_device("sparse24_linear", x, values, indices, bias, weight_scale)
     check_rows("sparse24_linear", x, None if weight_scale is None else _MAX_K_INT8)
-    chunks = (x.shape[-1] + 31) // 32
-    if values.shape[1] != 16 * chunks or indices.shape[1] != 4 * chunks:
-        raise ValueError(
-            f"sparse24_linear: x has K = {x.shape[-1]} columns, which does not fit values of "
-            f"{values.shape[1]} and indices of {indices.shape[1]} columns"
-        )
-    if (values.dtype == torch.int8) != (weight_scale is not None):
-        raise ValueError("sparse24_linear: weight_scale goes with int8 values, and only with them")
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+    k = x.shape[-1]
+    chunks = (k + 31) // 32
+    _check(values.dim() == 2, "values must be [N, 16 * ceil(K / 32)]")
+    n, columns = values.shape
+    _check(
+        columns == 16 * chunks,
+        f"x has K = {k} columns, which does not fit values of {columns} columns",
+    )
+    _check(
+        indices.dtype == torch.uint8
+        and indices.dim() == 2
+        and indices.shape[0] == n
+        and indices.shape[1] == 4 * chunks,
+        f"indices must be uint8 [{n}, {4 * chunks}], four bytes for every 16 values",
+    )
+    _check(values.dtype in DTYPES, "values must be float32, bfloat16, float16 or int8")
+    _check(
+        (values.dtype == torch.int8) == (weight_scale is not None),
+        "weight_scale goes with int8 values, and only with them",
+    )
+    _check(
+        weight_scale is None or (weight_scale.dim() == 1 and weight_scale.shape[0] == n),
+        f"weight_scale must be [{n}], one scale per row of values",
+    )
+    _check(
+        bias is None or (bias.dim() == 1 and bias.shape[0] == n),
+        f"bias must have shape [{n}], one value per output feature",
+    )
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"sparse24_linear: {message}")

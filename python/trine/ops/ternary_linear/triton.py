@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trine.ops import _triton
-from trine.ops._triton import store_outputs, tile_position
+from trine.ops._triton import rows_and_columns, scaled_sums, store_outputs
 from trine.ops.ternary_linear import _fake as check_and_allocate
 from trine.ops.ternary_linear import _fake_on_rows as check_rows_and_allocate
 
@@ -54,12 +54,9 @@ def ternary_linear_kernel(
     BLOCK_BYTES: tl.constexpr,
 ):
     """q [M, WIDTH], zero behind its true columns; weight uint8 [N, weight_stride]."""
-    row, column = tile_position(M, N, BLOCK_M, BLOCK_N)
-    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, n = rows_and_columns(M, N, BLOCK_M, BLOCK_N)
     q_rows = q + m.to(tl.int64)[:, None] * WIDTH
     weight_rows = weight + n.to(tl.int64)[None, :] * weight_stride
-    row_scale = tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
     nothing = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     if GROUPED:
         size = weight_stride // groups
@@ -70,14 +67,12 @@ def ternary_linear_kernel(
             )
             group_scale = tl.load(weight_scale + n * groups + g, mask=n < N, other=0.0)[None, :]
             total = total + acc.to(tl.float32) * group_scale
-        scaled = total * row_scale
+        scaled = total * tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
     else:
         acc = _products(nothing, q_rows, weight_rows, m < M, n < N, 0, weight_stride, BLOCK_BYTES)
-        scaled = acc.to(tl.float32) * row_scale
-        if PER_TENSOR:
-            scaled = scaled * tl.load(weight_scale)
-        else:
-            scaled = scaled * tl.load(weight_scale + n, mask=n < N, other=0.0)[None, :]
+        # One scale for the whole tensor: that of row 0 for all of them.
+        of_row = n * 0 if PER_TENSOR else n
+        scaled = scaled_sums(acc, x_scale, weight_scale, m, of_row, M, N)
     store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS)
 
 
@@ -123,12 +118,7 @@ def _multiply(
     weight = packed_weight.contiguous().view(torch.uint8)
     (m, width), n = q.shape, weight.shape[0]
     grouped = weight_scale.dim() == 2
-
-    def grid(meta: dict) -> tuple[int]:
-        return (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
-
-    tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_BYTES": 32} if _triton.INTERPRETED else {}
-    (ternary_linear_kernel if _triton.INTERPRETED else _tuned)[grid](
+    _tuned[_triton.tiles_of(m, n)](
         q,
         weight,
         y,
@@ -144,6 +134,5 @@ def _multiply(
         PER_TENSOR=not grouped and weight_scale.numel() == 1,
         GROUPED=grouped,
         HAS_BIAS=bias is not None,
-        **tiles,
         **_triton.LAUNCH,
     )
