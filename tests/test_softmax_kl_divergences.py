@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_inputs import DTYPES
+from test_softmax_kl import operator_arguments
 from torch import Tensor
 from trine.ops import softmax_kl
 from trine.ops.softmax_kl import reference
@@ -225,13 +226,14 @@ def test_the_loss_may_be_used_twice():
 @pytest.mark.parametrize("divergence", sorted({name for name, _ in CASES}))
 def test_opcheck_and_compile(divergence):
     student, teacher = reference.example_inputs(2, 4, classes=33)
-    weights, ops = torch.rand(8), torch.ops.trine
-    args = (student.requires_grad_(), teacher, weights, 2.0, "none", divergence, 0.3)
+    ops, mask = torch.ops.trine, torch.rand(8) > 0.3
+    args = (student.requires_grad_(), teacher, 2.0, divergence, 0.3)
+    args = operator_arguments(*args, row_mask=mask)
     torch.library.opcheck(ops.softmax_kl.default, args)
     with torch.no_grad():
-        loss, saved = ops.softmax_kl(*args)
+        soft, hard, saved = ops.softmax_kl(*args)
     for for_teacher in (False, True):
-        backward = (torch.ones_like(loss), *args[:3], saved, *args[3:], for_teacher)
+        backward = (torch.ones_like(soft), hard, *args, saved, for_teacher)
         torch.library.opcheck(ops.softmax_kl_backward.default, backward)
 
     def function(s: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 #include "common/x86/float_avx2.h"
-#include "softmax_kl/rows.h"
+#include "softmax_kl/one_row.h"
 
 namespace trine {
 namespace {
@@ -74,6 +74,6 @@ struct Vector {
 
 }  // namespace
 
-TRINE_SOFTMAX_KL_KERNELS(avx2, Vector)
+const SoftmaxKlFunctions kSoftmaxKlAvx2 = Functions<Vector>::all;
 
 }  // namespace trine

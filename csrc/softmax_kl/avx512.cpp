@@ -1,5 +1,5 @@
 #include "common/x86/float_avx512.h"
-#include "softmax_kl/rows.h"
+#include "softmax_kl/one_row.h"
 
 namespace trine {
 namespace {
@@ -62,6 +62,6 @@ struct Vector {
 
 }  // namespace
 
-TRINE_SOFTMAX_KL_KERNELS(avx512, Vector)
+const SoftmaxKlFunctions kSoftmaxKlAvx512 = Functions<Vector>::all;
 
 }  // namespace trine

@@ -1,7 +1,7 @@
 // What bounds it: memory, where the logits exceed the caches; in them the two exponentials of an
 // element, some 14 vector instructions each per 4 elements. Counted, not timed.
 #include "common/arm/float_neon.h"
-#include "softmax_kl/rows.h"
+#include "softmax_kl/one_row.h"
 
 namespace trine {
 namespace {
@@ -102,6 +102,6 @@ struct Vector {
 
 }  // namespace
 
-TRINE_SOFTMAX_KL_KERNELS(neon, Vector)
+const SoftmaxKlFunctions kSoftmaxKlNeon = Functions<Vector>::all;
 
 }  // namespace trine

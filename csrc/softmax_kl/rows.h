@@ -304,59 +304,25 @@ void gradient_part(
   }
 }
 
-// Calls body with pointers to the elements in their types.
+// Calls body with a pointer to the elements in their type.
+template <class Body>
+auto with_type(LogitRow row, const Body& body) {
+  switch (row.type) {
+    case FloatType::bfloat16:
+      return body(static_cast<const bfloat16*>(row.data));
+    case FloatType::float16:
+      return body(static_cast<const float16*>(row.data));
+    default:
+      return body(static_cast<const float*>(row.data));
+  }
+}
+
 template <class Body>
 auto with_types(LogitRow student, LogitRow teacher, const Body& body) {
-  const auto typed = [](LogitRow row, const auto& next) {
-    switch (row.type) {
-      case FloatType::bfloat16:
-        return next(static_cast<const bfloat16*>(row.data));
-      case FloatType::float16:
-        return next(static_cast<const float16*>(row.data));
-      default:
-        return next(static_cast<const float*>(row.data));
-    }
-  };
-  return typed(student, [&](const auto* s) {
-    return typed(teacher, [&](const auto* t) { return body(s, t); });
+  return with_type(student, [&](const auto* s) {
+    return with_type(teacher, [&](const auto* t) { return body(s, t); });
   });
 }
 
 }  // namespace
 }  // namespace trine
-
-// Defines the functions of a kernel file, e.g. with suffix avx2, on its vector type V.
-#define TRINE_SOFTMAX_KL_KERNELS(suffix, V)                                                      \
-  SoftmaxKlSums softmax_kl_##suffix(LogitRow student, LogitRow teacher, int64_t n, float rate) { \
-    return with_types(student, teacher, [&](const auto* s, const auto* t) {                      \
-      return forward_part<V>(s, t, n, rate);                                                     \
-    });                                                                                          \
-  }                                                                                              \
-  SoftmaxKlSlopes softmax_kl_slopes_##suffix(LogitRow student, LogitRow teacher, int64_t n,      \
-                                             float rate, const SoftmaxKlRow& row,                \
-                                             Divergence divergence) {                            \
-    const Probabilities<V> probabilities(row, rate, 1.0f);                                       \
-    return with_divergence<V>(divergence, [&](const auto& slopes_at) {                           \
-      return with_types(student, teacher, [&](const auto* s, const auto* t) {                    \
-        return slopes_part<V>(s, t, n, probabilities, slopes_at);                                \
-      });                                                                                        \
-    });                                                                                          \
-  }                                                                                              \
-  void softmax_kl_student_gradient_##suffix(LogitRow student, LogitRow teacher, int64_t n,       \
-                                            float rate, const SoftmaxKlRow& row,                 \
-                                            Divergence divergence, float scale, void* out) {     \
-    with_gradient<false, V>(divergence, row, rate, scale, [&](const auto& gradient) {            \
-      with_types(student, teacher, [&]<class S>(const S* s, const auto* t) {                     \
-        gradient_part<V>(s, t, n, gradient, static_cast<S*>(out));                               \
-      });                                                                                        \
-    });                                                                                          \
-  }                                                                                              \
-  void softmax_kl_teacher_gradient_##suffix(LogitRow student, LogitRow teacher, int64_t n,       \
-                                            float rate, const SoftmaxKlRow& row,                 \
-                                            Divergence divergence, float scale, void* out) {     \
-    with_gradient<true, V>(divergence, row, rate, scale, [&](const auto& gradient) {             \
-      with_types(student, teacher, [&]<class T>(const auto* s, const T* t) {                     \
-        gradient_part<V>(s, t, n, gradient, static_cast<T*>(out));                               \
-      });                                                                                        \
-    });                                                                                          \
-  }

@@ -1,4 +1,4 @@
-#include "softmax_kl/rows.h"
+#include "softmax_kl/one_row.h"
 
 namespace trine {
 namespace {
@@ -44,6 +44,6 @@ struct Scalar {
 
 }  // namespace
 
-TRINE_SOFTMAX_KL_KERNELS(scalar, Scalar)
+const SoftmaxKlFunctions kSoftmaxKlScalar = Functions<Scalar>::all;
 
 }  // namespace trine

@@ -13,7 +13,13 @@
 //     skewed KL   D = KL(q || m), the same m
 //     total variation  D = sum_j |p_j - q_j| / 2
 //   reverse KL and skewed reverse KL are the forward ones with student and teacher exchanged.
-// A row of weight w counts w times; one of weight 0 is not looked at, its loss and gradient are 0.
+// The operator gives D itself of every row, and the cross entropy of softmax(s) with a label. What
+// becomes of them (T^2, weights, means) is PyTorch's business, on vectors of a value a row.
+//
+// Logits may be seen through z = cap * tanh(scale * x / cap). Of a teacher known by some of its
+// classes alone, the others are one class of their own, the tail: then the rows above are the bins,
+// and a student's tail has the logit T * log(sum of exp(s_j / T)) over the classes in no bin.
+//
 //
 // Limits: exp(b_j) = 0 contributes 0, also where a_j is -inf; a_j = -inf where exp(b_j) > 0 makes
 // kl +inf; NaN or +inf in a row, or a row of nothing but -inf, makes the row's loss and gradient
@@ -106,20 +112,43 @@ using SoftmaxKlBackward = void(LogitRow student, LogitRow teacher, int64_t n, fl
                                const SoftmaxKlRow& row, Divergence divergence, float scale,
                                void* gradient);
 
-struct SoftmaxKlKernel {
-  Isa needs;
-  SoftmaxKlForward* forward;
-  SoftmaxKlSecondPass* slopes;
-  SoftmaxKlBackward* student_gradient;
-  SoftmaxKlBackward* teacher_gradient;
+// How logits are seen: cap * tanh(scale * x / cap); without a cap (0) scale * x.
+struct LogitsSeen {
+  float scale = 1, cap = 0;
+  bool changes() const { return scale != 1 || cap != 0; }
 };
 
-SoftmaxKlForward softmax_kl_scalar, softmax_kl_avx2, softmax_kl_avx512, softmax_kl_neon;
-SoftmaxKlSecondPass softmax_kl_slopes_scalar, softmax_kl_slopes_avx2, softmax_kl_slopes_avx512,
-    softmax_kl_slopes_neon;
-SoftmaxKlBackward softmax_kl_student_gradient_scalar, softmax_kl_student_gradient_avx2,
-    softmax_kl_student_gradient_avx512, softmax_kl_student_gradient_neon;
-SoftmaxKlBackward softmax_kl_teacher_gradient_scalar, softmax_kl_teacher_gradient_avx2,
-    softmax_kl_teacher_gradient_avx512, softmax_kl_teacher_gradient_neon;
+// Of logits z of a row or a part of one: their maximum, and the sum of exp((z - max) / T).
+struct SoftmaxSums {
+  float max = -std::numeric_limits<float>::infinity();
+  double sum = 0;
+};
+
+// Sum of weight * (z - origin), and of the weights; without weights each is 1.
+struct WeightedSum {
+  double logits, weights;
+};
+
+using SeeLogits = void(LogitRow x, int64_t n, LogitsSeen seen, float* z);
+// Writes gradient * dz / dx, in the type of x.
+using SeeLogitsBackward = void(LogitRow x, int64_t n, LogitsSeen seen, const float* gradient,
+                               void* out);
+using SumSoftmax = SoftmaxSums(LogitRow z, int64_t n, float rate);
+using SumWeighted = WeightedSum(LogitRow z, int64_t n, const float* weight, float origin);
+// Adds factor * exp((z - max) / T) - shift * weight to `gradient`.
+using AddSoftmax = void(LogitRow z, int64_t n, float rate, float max, float factor,
+                        const float* weight, float shift, float* gradient);
+
+struct SoftmaxKlFunctions {
+  SoftmaxKlForward* forward;
+  SoftmaxKlSecondPass* slopes;
+  SoftmaxKlBackward *student_gradient, *teacher_gradient;
+  SeeLogits* see;
+  SeeLogitsBackward* see_backward;
+  SumSoftmax* sum_softmax;
+  SumWeighted* sum_weighted;
+  AddSoftmax* add_softmax;
+};
+extern const SoftmaxKlFunctions kSoftmaxKlScalar, kSoftmaxKlAvx2, kSoftmaxKlAvx512, kSoftmaxKlNeon;
 
 }  // namespace trine

@@ -22,6 +22,16 @@ constexpr double kSmallestExponent = -126.5;
   return before == -kInfinity ? 0.0 : double(*maximum) - before;
 }
 
+[[maybe_unused]] inline void raise_maximum(SoftmaxSums* sums, float candidate, double rate) {
+  if (candidate > sums->max) sums->sum *= std::exp2(-raise(&sums->max, candidate) * rate);
+}
+
+[[maybe_unused]] inline void merge(SoftmaxSums* sums, SoftmaxSums other, double rate) {
+  raise_maximum(sums, other.max, rate);
+  raise_maximum(&other, sums->max, rate);
+  sums->sum += other.sum;
+}
+
 [[maybe_unused]] inline void raise_maxima(SoftmaxKlSums* sums, float student, float teacher,
                                           double rate) {
   if (student <= sums->max_student && teacher <= sums->max_teacher) return;

@@ -48,7 +48,10 @@ quantize_rows, rms_norm, int8_linear, ternary_linear, sparse24_linear, softmax_k
 # ---- calls ----
 
 # As the program numbers them.
-TYPES = (torch.uint8, torch.int8, torch.int32, torch.float16, torch.float32, torch.bfloat16)
+TYPES = (
+    *(torch.uint8, torch.int8, torch.int32, torch.float16, torch.float32, torch.bfloat16),
+    *(torch.int64, torch.bool),
+)
 
 
 @dataclass
@@ -262,59 +265,82 @@ def within_bound(x: Tensor, values: Tensor, indices: Tensor, expected: Tensor):
 
 
 def calls_of_softmax_kl() -> Iterator[Call]:
-    reductions = ("none", "batchmean", "sum", "mean")
     for i, (n, temperature) in enumerate(product((1, 7, 8, 9, 100, 511, 512, 513, 1300), (1, 4))):
         for j, dtype in enumerate(DTYPES):
             student, teacher = softmax_kl.example_inputs(3, classes=n)
             student, teacher = padded(student.to(dtype)), teacher.to(DTYPES[(i + j) % 3])
-            yield softmax_kl_call(student, teacher, temperature, reductions[i % 4], 1 + j)
+            yield softmax_kl_call(student, teacher, temperature, 1 + j)
     for offset in (1e4, -1e4):
         student, teacher = softmax_kl.example_inputs(4, classes=3000)
-        yield softmax_kl_call(student + offset, teacher - offset, 2.0, "none")
+        yield softmax_kl_call(student + offset, teacher - offset, 2.0)
         rising = torch.linspace(-1, 1, 3000)
-        yield softmax_kl_call(student + offset * rising, teacher + rising, 1.0, "none")
+        yield softmax_kl_call(student + offset * rising, teacher + rising, 1.0)
     for i, (divergence, n) in enumerate(product(softmax_kl.DIVERGENCES, (1, 9, 100, 1300))):
         student, teacher = (z.to(DTYPES[i % 3]) for z in softmax_kl.example_inputs(3, classes=n))
-        yield softmax_kl_call(student, teacher, 2.0, reductions[i % 4], 1, divergence, 0.3)
+        yield softmax_kl_call(student, teacher, 2.0, 1, divergence, 0.3)
+        labels = torch.randint(n, (3,))
+        yield softmax_kl_call(student, teacher, 2.0, 1, divergence, 0.3, labels, None, 0.1, 1.5, 9)
+        k = min(n, 5)
+        indices = torch.rand(3, n).argsort(1)[:, :k].contiguous()
+        known = torch.log_softmax(teacher.float(), -1).gather(1, indices)
+        yield softmax_kl_call(student, known, 2.0, 1, divergence, 0.3, labels, indices)
     # A row in three parts, which the threads share.
-    yield softmax_kl_call(*softmax_kl.example_inputs(1, classes=40000), 2.0, "none", 2)
+    yield softmax_kl_call(*softmax_kl.example_inputs(1, classes=40000), 2.0, 2)
     yield same_logits_call()
     yield special_rows_call()
 
 
 def softmax_kl_call(
-    student, teacher, temperature, reduction, threads=1, divergence="forward_kl", beta=0.5
+    student,
+    teacher,
+    temperature,
+    threads=1,
+    divergence="forward_kl",
+    beta=0.5,
+    labels=None,
+    indices=None,
+    smoothing=0.0,
+    scale=1.0,
+    cap=0.0,
 ) -> Call:
     s, t = (logits.double().requires_grad_() for logits in (student, teacher))
-    losses = softmax_kl.softmax_kl(s, t, temperature, reduction, divergence, beta)
-    losses.sum().backward()
-    losses = losses.detach()
+    options = (None, None, temperature, divergence, beta, smoothing, student.shape[-1])
+    terms = softmax_kl.rows(s, t, indices, labels, *options, scale, cap, scale, cap, False)
+    sum(term.sum() for term in terms).backward()
+    terms = [term.detach() for term in terms]
 
     def check(*results: bytes) -> None:
-        actual = as_tensor(results[0], losses.float()).double()
-        assert (actual - losses).norm() <= 1e-5 * losses.norm()
-        assert_gradient(as_tensor(results[1], student), s.grad)
-        assert_gradient(as_tensor(results[2], teacher), t.grad)
+        for result, term in zip(results, terms, strict=False):
+            actual = as_tensor(result, term.float()).double()
+            assert (actual - term).norm() <= 1e-5 * term.norm() + 1e-6
+        assert_gradient(as_tensor(results[2], student), s.grad)
+        if indices is None:
+            assert_gradient(as_tensor(results[3], teacher), t.grad)
 
-    tensors = (torch.ones_like(losses, dtype=torch.float32), student, teacher)
-    numbers, strings = (float(temperature), beta), (reduction, divergence)
-    return Call("softmax_kl", tensors, check, numbers, strings, threads)
+    upstream = (torch.ones_like(term, dtype=torch.float32) for term in terms)
+    tensors = (*upstream, student, teacher, indices, labels)
+    numbers = (float(temperature), beta, smoothing, scale, cap)
+    return Call("softmax_kl", tensors, check, numbers, (divergence,), threads)
 
 
 def assert_gradient(actual: Tensor, truth: Tensor) -> None:
     """Within 1e-5 of the truth's norm, beside what rounding to a 16-bit dtype must lose."""
     wide = actual.dtype == torch.float32
     unavoidable = 0 if wide else (truth.to(actual.dtype).double() - truth).norm()
-    assert (actual.double() - truth).norm() <= 1e-5 * truth.norm() + 1.1 * unavoidable
+    assert (actual.double() - truth).norm() <= 1e-5 * truth.norm() + 1.1 * unavoidable + 1e-7
+
+
+def unlabelled_call(student, teacher, temperature, check) -> Call:
+    tensors = (torch.ones(len(student)), torch.empty(0), student, teacher, None, None)
+    numbers = (temperature, 0.5, 0.0, 1.0, 0.0)
+    return Call("softmax_kl", tensors, check, numbers, ("forward_kl",))
 
 
 def same_logits_call() -> Call:
     """No divergence, and no gradient, exactly."""
     logits, _ = softmax_kl.example_inputs(4, classes=1001)
-    check = same_bits(torch.zeros(4), torch.zeros(4, 1001), torch.zeros(4, 1001))
-    return Call(
-        "softmax_kl", (torch.ones(4), logits, logits), check, (3.0, 0.5), ("none", "forward_kl")
-    )
+    check = same_bits(torch.zeros(4), torch.zeros(0), torch.zeros(4, 1001), torch.zeros(4, 1001))
+    return unlabelled_call(logits, logits, 3.0, check)
 
 
 def special_rows_call() -> Call:
@@ -329,14 +355,12 @@ def special_rows_call() -> Call:
     def check(*results: bytes) -> None:
         losses = as_tensor(results[0], expected.float()).double()
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0, equal_nan=True)
-        for result in results[1:]:
+        for result in results[2:]:
             gradient = as_tensor(result, student)
             assert gradient[:3].isnan().all()
             assert gradient[4:].isfinite().all()
 
-    return Call(
-        "softmax_kl", (torch.ones(6), student, teacher), check, (1.0, 0.5), ("none", "forward_kl")
-    )
+    return unlabelled_call(student, teacher, 1.0, check)
 
 
 # ---- running them ----

@@ -130,20 +130,30 @@ std::vector<Tensor> run(const Call& call) {
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&,
                                  const Optional&)>("sparse24_linear")(
         call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3), call.tensors.at(4))};
-  if (call.op == "softmax_kl") {  // the loss and both gradients
-    const Tensor &upstream = call.tensor(0), &student = call.tensor(1), &teacher = call.tensor(2);
-    const double temperature = call.numbers.at(0), beta = call.numbers.at(1);
-    const std::string &reduction = call.strings.at(0), &divergence = call.strings.at(1);
-    const auto [loss, saved] = registered_as<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, Optional, double, std::string, std::string, double)>(
-        "softmax_kl")(student, teacher, std::nullopt, temperature, reduction, divergence, beta);
-    std::vector results{loss};
+  if (call.op == "softmax_kl") {  // both terms of each row, and the gradients
+    const Tensor &of_soft = call.tensor(0), &of_hard = call.tensor(1), &student = call.tensor(2),
+                 &teacher = call.tensor(3);
+    const Optional &indices = call.tensors.at(4), &labels = call.tensors.at(5);
+    const auto number = [&](size_t i) { return call.numbers.at(i); };
+    const double temperature = number(0), beta = number(1), smoothing = number(2);
+    const double scale = number(3), cap = number(4);
+    const int64_t classes = student.size(student.dim() - 1);
+    const std::string& divergence = call.strings.at(0);
+    const auto [soft, hard, saved] = registered_as<std::tuple<Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, Optional, Optional, Optional, Optional, double, std::string,
+        double, double, int64_t, double, double, double, double, bool)>("softmax_kl")(
+        student, teacher, indices, labels, {}, {}, temperature, divergence, beta, smoothing,
+        classes, scale, cap, scale, cap, false);
+    std::vector results{soft, hard};
     for (const bool for_teacher : {false, true})
-      results.push_back(
-          registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, Optional, const Tensor&,
-                               double, std::string, std::string, double, bool)>(
-              "softmax_kl_backward")(upstream, student, teacher, std::nullopt, saved, temperature,
-                                     reduction, divergence, beta, for_teacher));
+      if (!(indices && for_teacher))
+        results.push_back(registered_as<Tensor(
+                              const Tensor&, const Tensor&, const Tensor&, const Tensor&, Optional,
+                              Optional, Optional, Optional, double, std::string, double, double,
+                              int64_t, double, double, double, double, bool, const Tensor&, bool)>(
+            "softmax_kl_backward")(of_soft, of_hard, student, teacher, indices, labels, {}, {},
+                                   temperature, divergence, beta, smoothing, classes, scale, cap,
+                                   scale, cap, false, saved, for_teacher));
     return results;
   }
   fail("no op is named " + call.op);

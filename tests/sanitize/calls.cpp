@@ -220,35 +220,60 @@ Call ternary24_linear(const Shape& shape, ScalarType type, int variant, Values v
   };
 }
 
-// Forward and both gradients. 0: contiguous, the mean over rows; 1: strided, a loss per row; then
-// the other divergences, strided or not, with weights of rows.
+// Of rows of classes: one in each of `count` places, which are different ones.
+Tensor classes_of_rows(int64_t m, int64_t count, int64_t classes, ScalarType type) {
+  const Tensor tensor({m, count}, type);
+  for (int64_t i = 0; i < m * count; ++i) {
+    const int64_t value = classes > 0 ? (i % count + i / count) % classes : -1;
+    if (type == ScalarType::Int)
+      values_of<int32_t>(tensor)[i] = int32_t(value);
+    else
+      values_of<int64_t>(tensor)[i] = value;
+  }
+  return tensor;
+}
+
+// Forward and both gradients. 0: contiguous; 1: strided; then the other divergences, strided or
+// not, without some rows; 5: with labels, weights of classes, capped logits and padding; 6: the
+// teacher known by some classes.
 Call softmax_kl(const Shape& shape, ScalarType type, int variant, Values values) {
   const auto [m, n, k] = shape;
-  const bool strided = variant % 2;
-  const Tensor student = float_rows(m, k, type, strided ? 3 : 0, values);
-  const Tensor teacher = float_rows(m, k, type, strided ? 5 : 0, values);
-  const std::string reduction = strided ? "none" : "batchmean";
-  constexpr const char* kDivergences[] = {"forward_kl", "reverse_kl", "jsd", "skewed_forward_kl",
-                                          "total_variation"};
+  const bool strided = variant % 2, labelled = variant >= 5, binned = variant == 6;
+  const int64_t slots = std::min<int64_t>(k, 3), padding = variant == 5 ? 2 : 0;
+  const Tensor student = float_rows(m, k + padding, type, strided ? 3 : 0, values);
+  const Tensor teacher = float_rows(m, binned ? slots : k, type, strided ? 5 : 0, values);
+  constexpr const char* kDivergences[] = {"forward_kl",        "reverse_kl",      "jsd",
+                                          "skewed_forward_kl", "total_variation", "jsd",
+                                          "forward_kl"};
   const std::string divergence = kDivergences[variant];
-  Optional weight;
+  Optional mask, labels, indices, weight;
   if (variant > 1) {
-    weight = floats({m}, ScalarType::Float, Values::extreme);
-    // Odd ones: the row where a planted overlap begins must count.
-    for (int64_t i = 1; i < m; i += 4) set(*weight, i, 0.0f);
+    mask = Tensor({m}, ScalarType::Bool);
+    // Odd ones are left out: the row where a planted overlap begins must count.
+    for (int64_t i = 0; i < m; ++i) values_of<bool>(*mask)[i] = i % 4 != 1;
   }
-  const Tensor upstream = floats({strided ? m : 1}, ScalarType::Float, Values::extreme);
-  return [=] {
-    const auto [loss, saved] = registered_as<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, Optional, double, std::string, std::string, double)>(
-        "softmax_kl")(student, teacher, weight, 2.0, reduction, divergence, 0.3);
-    std::vector outputs{loss, saved};
+  if (labelled && k > 0) labels = classes_of_rows(m, 1, k, ScalarType::Long);
+  if (variant == 5) weight = floats({k}, ScalarType::Float, Values::extreme);
+  if (binned) indices = classes_of_rows(m, slots, k, ScalarType::Int);
+  const double cap = variant == 5 ? 5.0 : 0.0, smoothing = labelled ? 0.1 : 0.0;
+  const Tensor of_soft = floats({m}, ScalarType::Float, Values::extreme);
+  const Tensor of_hard = floats({labels ? m : 0}, ScalarType::Float, Values::extreme);
+  return [=, k = k] {
+    const auto [soft, hard, saved] = registered_as<std::tuple<Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, Optional, Optional, Optional, Optional, double, std::string,
+        double, double, int64_t, double, double, double, double, bool)>("softmax_kl")(
+        student, teacher, indices, labels, weight, mask, 2.0, divergence, 0.3, smoothing, k, 1.0,
+        cap, 1.0, cap, false);
+    std::vector outputs{soft, hard, saved};
     for (const bool for_teacher : {false, true})
-      outputs.push_back(
-          registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, Optional, const Tensor&,
-                               double, std::string, std::string, double, bool)>(
-              "softmax_kl_backward")(upstream, student, teacher, weight, saved, 2.0, reduction,
-                                     divergence, 0.3, for_teacher));
+      if (!(binned && for_teacher))
+        outputs.push_back(
+            registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                 Optional, Optional, Optional, Optional, double, std::string,
+                                 double, double, int64_t, double, double, double, double, bool,
+                                 const Tensor&, bool)>("softmax_kl_backward")(
+                of_soft, of_hard, student, teacher, indices, labels, weight, mask, 2.0, divergence,
+                0.3, smoothing, k, 1.0, cap, 1.0, cap, false, saved, for_teacher));
     return outputs;
   };
 }
@@ -262,7 +287,7 @@ const std::vector<Op> kOps{
     {"ternary_linear", 4, ternary_linear, {{0, trine::kTernaryMaxK}}},
     {"sparse24_linear", 4, sparse24_linear, {{3, trine::kSparse24Int8MaxK}}},
     {"ternary24_linear", 2, ternary24_linear, {{0, trine::kTernary24MaxK}}},
-    {"softmax_kl", 5, softmax_kl, {}},
+    {"softmax_kl", 7, softmax_kl, {}},
 };
 
 }  // namespace sanitize

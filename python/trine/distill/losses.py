@@ -1,7 +1,5 @@
 """Losses that train a student on a teacher's outputs."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trine.ops import softmax_kl
@@ -26,7 +24,8 @@ def distillation_loss(
     The two terms are means over the same rows: those whose label is not -100 (padding, masked
     tokens). p = softmax(logits / T); the factor T^2 keeps the two terms' gradients in proportion
     when T changes (Hinton et al. 2015, arXiv:1503.02531). The teacher is a constant: no gradient
-    flows to it. A term whose weight is 0 is not computed at all.
+    flows to it. A term whose weight is 0 adds nothing, even where it is infinite or NaN.
+    `trine.ops.softmax_kl`, which computes it, has more options.
 
     Args:
         student_logits: [..., C], float32, bfloat16 or float16.
@@ -44,48 +43,17 @@ def distillation_loss(
     Raises:
         ValueError: shapes or dtypes that do not fit, a temperature that is not positive and finite,
             alpha outside [0, 1], an unknown divergence, beta outside (0, 1).
-        IndexError: a label outside [0, C) other than -100 (on the CPU, where alpha < 1).
+        IndexError: a label outside [0, C) other than -100 (on the CPU).
     """
-    _check(student_logits, teacher_logits, labels, temperature, alpha)
-    counted = labels != IGNORED_LABEL
-    loss = torch.zeros((), device=student_logits.device)
-    if alpha < 1:
-        classes = student_logits.shape[-1]
-        hard = F.cross_entropy(
-            student_logits.reshape(-1, classes).float(),
-            labels.reshape(-1),
-            ignore_index=IGNORED_LABEL,
-        )
-        loss = loss + (1 - alpha) * hard
-    if alpha > 0:
-        soft = softmax_kl(
-            student_logits,
-            teacher_logits.detach(),
-            temperature,
-            divergence=divergence,
-            beta=beta,
-            row_weight=counted,
-        )
-        loss = loss + alpha * soft
-    return loss
-
-
-def _check(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float
-) -> None:
-    if student_logits.dim() == 0 or student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            "distillation_loss: student_logits and teacher_logits must have the same shape [..., C]"
-            f"; they have {list(student_logits.shape)} and {list(teacher_logits.shape)}"
-        )
-    if labels.dtype != torch.int64 or labels.shape != student_logits.shape[:-1]:
-        raise ValueError(
-            "distillation_loss: labels must be int64 class indices of shape "
-            f"{list(student_logits.shape[:-1])}; they are {labels.dtype} {list(labels.shape)}"
-        )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(
-            f"distillation_loss: temperature must be positive and finite, it is {temperature}"
-        )
     if not 0 <= alpha <= 1:
         raise ValueError(f"distillation_loss: alpha must lie in [0, 1], it is {alpha}")
+    return softmax_kl(
+        student_logits,
+        teacher_logits.detach(),
+        temperature,
+        labels=labels,
+        alpha=alpha,
+        ignore_index=IGNORED_LABEL,
+        divergence=divergence,
+        beta=beta,
+    )

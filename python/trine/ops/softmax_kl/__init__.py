@@ -1,5 +1,7 @@
 """Divergence of a student's softmax from a teacher's: the soft-target loss of distillation."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,22 @@ from trine.ops._checks import (
 )
 from trine.ops.softmax_kl import reference
 
-__all__ = ["softmax_kl"]
+__all__ = ["LossTerms", "softmax_kl"]
 
 _op = torch.ops.trine.softmax_kl.default
 _backward_op = torch.ops.trine.softmax_kl_backward.default
 explain_missing_kernel("softmax_kl")
 explain_missing_kernel("softmax_kl_backward")
-_SAVED_COLUMNS = 6  # SoftmaxKlRow: what backward needs to know of a row
+_SAVED_COLUMNS = 10  # what backward needs to know of a row, on any backend at most
+_TENSORS = 6  # arguments of the operator before its options
+
+
+class LossTerms(NamedTuple):
+    """The loss, and the two terms of which it is alpha and 1 - alpha; these without a gradient."""
+
+    loss: Tensor
+    soft: Tensor
+    hard: Tensor | None
 
 
 def softmax_kl(
@@ -29,16 +40,29 @@ def softmax_kl(
     *,
     divergence: str = "forward_kl",
     beta: float = 0.5,
+    labels: Tensor | None = None,
+    alpha: float = 0.5,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    teacher_indices: Tensor | None = None,
+    teacher_is_log_probabilities: bool = False,
+    classes: int | None = None,
+    softcap: float | tuple[float | None, float | None] | None = None,
+    logit_scale: float | tuple[float, float] = 1.0,
     row_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     scale_by_t_squared: bool = True,
-) -> Tensor:
+    return_terms: bool = False,
+) -> Tensor | LossTerms:
     """T^2 * D(p_teacher, p_student) with p = softmax(logits / T), no probability ever stored.
 
     It replaces `F.kl_div(log_softmax(s / T), softmax(t / T)) * T * T` and its relatives. The factor
     T^2 keeps the gradient's size independent of T (Hinton et al. 2015, arXiv:1503.02531); it is
     contained in the result, so do not multiply again. Computed in fp32 whatever the inputs' dtype,
-    also under autocast.
+    also under autocast. With `labels` the loss is
+
+        alpha * T^2 * D(p_teacher, p_student) + (1 - alpha) * F.cross_entropy(student, labels)
 
     With p of the student, q of the teacher and m their mixture, `divergence` is one of
 
@@ -59,16 +83,38 @@ def softmax_kl(
 
     Args:
         student_logits: [..., C], float32, bfloat16 or float16.
-        teacher_logits: the same shape; its dtype may differ.
+        teacher_logits: [..., C']; dtype and last dimension may differ from the student's (see
+            `classes`). Or log-probabilities, see `teacher_is_log_probabilities`, or some of them,
+            see `teacher_indices`.
         temperature: T > 0. Far beyond the spread of the logits the loss drowns in the rounding of
             fp32, as it does in torch: for 1000 logits of unit variance its relative error is 1e-5
             at T = 100, 3e-3 at 1000, and nothing is left at 10000.
         reduction: "batchmean" divides the sum by the number of rows, which are all leading
             dimensions (`F.kl_div` counts the first one only), "sum", "none" (a loss per row), or
             "mean", which divides by the number of elements as `F.kl_div` does: C times smaller
-            than the mean divergence, and hardly ever what is wanted.
+            than the mean divergence, and hardly ever what is wanted. The cross entropy's mean is
+            that of `F.cross_entropy`, whose divisor is the sum of the labels' class weights.
         divergence: see above.
         beta: between 0 and 1, of the divergences that mix; the others ignore it.
+        labels: int64 [...], classes, of a cross entropy beside the divergence (at T = 1).
+        alpha: the divergence's share of the loss, from 0 to 1, where there are labels. A term whose
+            share is 0 adds nothing, even where it is infinite or NaN.
+        label_smoothing: of the cross entropy, from 0 to 1, as in `F.cross_entropy`.
+        class_weight: [C], of the cross entropy, as `weight` of `F.cross_entropy`.
+        ignore_index: the label of rows that count in neither term: they are never read.
+        teacher_indices: int64 or int32 [..., k]: the classes of which `teacher_logits`, [..., k],
+            holds log-probabilities (at the temperature T). What they lack to 1, at least 2^-23, is
+            the probability of all other classes together, and the divergence is one of k + 1
+            classes. Of a row no index twice; -1 leaves a place unused. The teacher gets no
+            gradient.
+        teacher_is_log_probabilities: `teacher_logits` holds log-probabilities, at the temperature T
+            already; they may lack a constant.
+        classes: C, where the last dimensions are padded: columns from C on are never read, and
+            their gradient is 0. Needed only where the last dimensions differ.
+        softcap: a logit x counts as softcap * tanh(x / softcap). One for both models or a pair
+            (student's, teacher's); None: none.
+        logit_scale: a positive factor of the logits, before the cap; one or a pair, too. Neither
+            concerns a teacher's log-probabilities.
         row_weight: [...], a factor of each row, which gets no gradient. A row of weight 0 (padding,
             a masked token: `labels != -100`) is never read: its loss and gradient are 0 even if it
             holds NaN. The means divide by the sum of the weights in place of the number of rows.
@@ -76,101 +122,280 @@ def softmax_kl(
             only: the number of tokens in all the batches of a step, say. Positive; of a tensor that
             is not checked, for the check would have to wait for its device.
         scale_by_t_squared: False leaves the factor T^2 out.
+        return_terms: also return the two terms, for a log.
 
     Returns:
         float32, a scalar, or for "none" the leading dimensions of the logits: a loss in 16 bits
         would be good to three digits only. Gradients flow to both arguments, each in its dtype.
         Second derivatives (`create_graph=True`) come from plain PyTorch in float64, which stores
-        every probability. Without rows "sum" is 0, the means are NaN as in torch.
+        every probability. Without rows "sum" is 0, the means are NaN as in torch. With return_terms
+        a `LossTerms` of three such tensors.
 
     Raises:
         ValueError: shapes that differ, float64 or integer logits, a temperature that is not
             positive and finite, an unknown reduction or divergence, beta outside (0, 1), a
-            denominator that is not positive or stands beside another reduction than "batchmean".
+            denominator that is not positive or stands beside another reduction than "batchmean",
+            options that do not go together.
+        IndexError: a label outside [0, C), a teacher index outside [-1, C) (on the CPU).
     """
     if in_forward_mode():
         refuse_tangents("softmax_kl", student_logits, teacher_logits)
-    if row_weight is not None:
-        if row_weight.shape != student_logits.shape[:-1]:
-            raise ValueError(
-                "softmax_kl: row_weight must have the leading dimensions of the logits, "
-                f"{list(student_logits.shape[:-1])}; its shape is {list(row_weight.shape)}"
-            )
-        row_weight = row_weight.detach().float().contiguous()
-    if denominator is not None:
-        if reduction != "batchmean":
-            raise ValueError(
-                "softmax_kl: a denominator takes the place of 'batchmean', the reduction is "
-                f"'{reduction}'"
-            )
-        if not isinstance(denominator, Tensor) and not denominator > 0:
-            raise ValueError(f"softmax_kl: the denominator must be positive, it is {denominator}")
-        reduction = "sum"
-    loss, _ = _op(
-        student_logits, teacher_logits, row_weight, temperature, reduction, divergence, beta
+    if reduction not in ("batchmean", "mean", "sum", "none"):
+        raise ValueError(
+            "softmax_kl: reduction must be 'batchmean', 'sum', 'mean' or 'none', it is "
+            f"'{reduction}'"
+        )
+    _check_denominator(denominator, reduction)
+    _check_labels(student_logits, labels, alpha, class_weight, label_smoothing)
+    if teacher_indices is not None and teacher_is_log_probabilities:
+        raise ValueError(
+            "softmax_kl: beside teacher_indices the teacher's values are log-probabilities anyway; "
+            "leave teacher_is_log_probabilities away"
+        )
+    classes = _classes(student_logits, teacher_logits, teacher_indices, classes)
+    is_log = teacher_is_log_probabilities or teacher_indices is not None
+    student_scale, teacher_scale = _pair(logit_scale, 1.0)
+    student_cap, teacher_cap = _pair(softcap, 0.0)
+
+    rows = _Rows(student_logits, row_weight, labels, ignore_index)
+    with_hard = labels is not None and (alpha < 1 or return_terms)
+    if class_weight is not None:
+        class_weight = class_weight.detach().float().contiguous()
+    soft, hard, _ = _op(
+        student_logits,
+        teacher_logits if teacher_indices is None else teacher_logits.detach(),
+        teacher_indices,
+        rows.labels if with_hard else None,
+        class_weight if with_hard else None,
+        rows.mask,
+        temperature,
+        divergence,
+        beta,
+        label_smoothing,
+        classes,
+        *(student_scale, student_cap),
+        *((1.0, 0.0) if is_log else (teacher_scale, teacher_cap)),
+        teacher_is_log_probabilities,
     )
-    if denominator is not None:
-        loss = loss / denominator
-    return loss if scale_by_t_squared else loss / temperature**2
+    if scale_by_t_squared:
+        soft = soft * temperature**2
+    per_mean = classes if reduction == "mean" else 1
+    soft = rows.reduced(soft, reduction, denominator, per_mean, None)
+    if with_hard:
+        hard = rows.reduced(hard, reduction, denominator, 1, class_weight)
+    if labels is None or alpha == 1:
+        loss = soft
+    else:
+        loss = (1 - alpha) * hard
+        if alpha > 0:
+            loss = alpha * soft + loss
+    if return_terms:
+        return LossTerms(loss, soft.detach(), hard.detach() if with_hard else None)
+    return loss
+
+
+class _Rows:
+    """Which rows count, and how much."""
+
+    def __init__(
+        self, logits: Tensor, weight: Tensor | None, labels: Tensor | None, ignore_index: int
+    ):
+        self.leading = logits.shape[:-1]
+        self.weight = self.mask = self.labels = None
+        if weight is not None:
+            if weight.shape != self.leading:
+                raise ValueError(
+                    "softmax_kl: row_weight must have the leading dimensions of the logits, "
+                    f"{list(self.leading)}; its shape is {list(weight.shape)}"
+                )
+            self.weight = weight.detach().float().reshape(-1)
+            self.mask = self.weight != 0
+        if labels is not None:
+            self.labels = labels.reshape(-1)
+            counted = self.labels != ignore_index
+            self.mask = counted if self.mask is None else self.mask & counted
+
+    def reduced(
+        self,
+        losses: Tensor,
+        reduction: str,
+        denominator: float | Tensor | None,
+        factor: int,
+        class_weight: Tensor | None,
+    ) -> Tensor:
+        """Their weighted sum or mean. A mean counts a row by the weight of its label, too."""
+        if self.weight is not None:  # 0 times the 0 of a row that is not read
+            losses = losses * self.weight
+        if reduction == "none":
+            return losses.reshape(self.leading)
+        total = _sum(losses)
+        if reduction == "sum":
+            return total
+        if denominator is not None:
+            return total / denominator
+        if self.mask is None and class_weight is None:
+            return total / (losses.numel() * factor)
+        count = self.mask.float() if self.weight is None else self.weight * self.mask
+        if class_weight is not None:
+            count = count * class_weight[torch.where(self.mask, self.labels, 0)]
+        return total / (_sum(count) * factor)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Of a vector; its rounding does not depend on the number of threads. torch cuts a single sum
+    of 32768 values or more among them; of two sums each is one thread's."""
+    return values.expand(2, -1).sum(1)[0]
+
+
+def _pair(value, none: float) -> tuple[float, float]:
+    """Of the student and the teacher."""
+    of_student, of_teacher = value if isinstance(value, (tuple, list)) else (value, value)
+    return (
+        none if of_student is None else float(of_student),
+        none if of_teacher is None else float(of_teacher),
+    )
+
+
+def _check_denominator(denominator: float | Tensor | None, reduction: str) -> None:
+    if denominator is None:
+        return
+    if reduction != "batchmean":
+        raise ValueError(
+            "softmax_kl: a denominator takes the place of 'batchmean', the reduction is "
+            f"'{reduction}'"
+        )
+    if not isinstance(denominator, Tensor) and not denominator > 0:
+        raise ValueError(f"softmax_kl: the denominator must be positive, it is {denominator}")
+
+
+def _check_labels(
+    logits: Tensor,
+    labels: Tensor | None,
+    alpha: float,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+) -> None:
+    if labels is None:
+        if class_weight is not None or label_smoothing:
+            raise ValueError(
+                "softmax_kl: class_weight and label_smoothing are of the cross entropy, which "
+                "needs labels"
+            )
+        return
+    if labels.dtype != torch.int64 or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            "softmax_kl: labels must be int64 class indices of shape "
+            f"{list(logits.shape[:-1])}; they are {labels.dtype} {list(labels.shape)}"
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"softmax_kl: alpha must lie in [0, 1], it is {alpha}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"softmax_kl: label_smoothing must lie in [0, 1], it is {label_smoothing}")
+
+
+def _classes(student: Tensor, teacher: Tensor, indices: Tensor | None, classes: int | None) -> int:
+    if student.dim() == 0:
+        raise ValueError(
+            "softmax_kl: student_logits must have at least one dimension, [..., C]; it is a scalar"
+        )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "softmax_kl: student_logits and teacher_logits must have the same shape, but for a "
+            f"padding of classes; they have {list(student.shape)} and {list(teacher.shape)}"
+        )
+    if indices is not None and indices.shape != teacher.shape:
+        raise ValueError(
+            "softmax_kl: teacher_indices must have the shape of the teacher's log-probabilities, "
+            f"{list(teacher.shape)}; theirs is {list(indices.shape)}"
+        )
+    most = student.shape[-1] if indices is not None else min(student.shape[-1], teacher.shape[-1])
+    if classes is None:
+        if indices is None and student.shape != teacher.shape:
+            raise ValueError(
+                "softmax_kl: student_logits and teacher_logits must have the same shape, or "
+                "`classes` must tell how many of their columns are classes; they have "
+                f"{list(student.shape)} and {list(teacher.shape)}"
+            )
+        return most
+    if not 0 <= classes <= most:
+        raise ValueError(
+            f"softmax_kl: classes must lie in [0, {most}], what the logits hold; it is {classes}"
+        )
+    return classes
+
+
+def _number_of_rows(logits: Tensor) -> int:
+    rows = 1
+    for size in logits.shape[:-1]:
+        rows = rows * size
+    return rows
 
 
 @torch.library.register_fake("trine::softmax_kl")
-def _fake(student_logits, teacher_logits, row_weight, temperature, reduction, divergence, beta):
-    check_one_device("softmax_kl", student_logits, teacher_logits, row_weight)
-    if student_logits.shape != teacher_logits.shape:
+def _fake(student_logits, teacher, teacher_indices, labels, class_weight, row_mask, *options):
+    check_one_device(
+        "softmax_kl", student_logits, teacher, teacher_indices, labels, class_weight, row_mask
+    )
+    if student_logits.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            "softmax_kl: student_logits and teacher_logits must have the same shape; they have "
-            f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
+            "softmax_kl: student_logits and teacher_logits must have the same leading dimensions; "
+            f"they have {list(student_logits.shape)} and {list(teacher.shape)}"
         )
-    leading = student_logits.shape[:-1]
-    loss = student_logits.new_empty(leading if reduction == "none" else (), dtype=torch.float32)
-    rows = 1
-    for size in leading:
-        rows = rows * size
-    return loss, student_logits.new_empty(rows, _SAVED_COLUMNS, dtype=torch.float32)
+    rows = _number_of_rows(student_logits)
+
+    def new(*shape):
+        return student_logits.new_empty(*shape, dtype=torch.float32)
+
+    return new(rows), new(0 if labels is None else rows), new(rows, _SAVED_COLUMNS)
 
 
 @torch.library.register_fake("trine::softmax_kl_backward")
-def _fake_backward(grad_loss, student, teacher, row_weight, saved, *options):
-    for_teacher = options[-1]
-    check_one_device("softmax_kl_backward", grad_loss, student, teacher, saved, row_weight)
+def _fake_backward(grad_soft, grad_hard, student, teacher, *others):
+    *_, for_teacher = others
+    tensors = (a for a in others if isinstance(a, Tensor))
+    check_one_device("softmax_kl_backward", grad_soft, grad_hard, student, teacher, *tensors)
     logits = teacher if for_teacher else student
     return logits.new_empty(logits.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    student_logits, teacher_logits, row_weight, *ctx.options = inputs
-    ctx.save_for_backward(student_logits, teacher_logits, row_weight, output[1])
+    ctx.options = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS], output[2])
 
 
-def _gradients(ctx, grad_loss: Tensor, _grad_saved: Tensor | None):
+def _gradients(ctx, grad_soft: Tensor, grad_hard: Tensor, _grad_saved: Tensor | None):
+    *tensors, saved = ctx.saved_tensors
+
     def gradient(for_teacher: bool) -> Tensor:
-        return _backward_op(grad_loss, *ctx.saved_tensors, *ctx.options, for_teacher)
+        return _backward_op(grad_soft, grad_hard, *tensors, *ctx.options, saved, for_teacher)
 
     wants_student, wants_teacher = ctx.needs_input_grad[:2]
     return (
         gradient(for_teacher=False) if wants_student else None,
         gradient(for_teacher=True) if wants_teacher else None,
-        *(None for _ in ("row_weight", *ctx.options)),
+        *(None for _ in (*tensors[2:], *ctx.options)),
     )
 
 
 def _save_backward(ctx, inputs, output) -> None:
-    grad_loss, student, teacher, row_weight, _saved, *ctx.options, ctx.for_teacher = inputs
-    ctx.save_for_backward(grad_loss, student, teacher, row_weight)
+    *ctx.options, _saved, ctx.for_teacher = inputs[2 + _TENSORS :]
+    ctx.save_for_backward(*inputs[: 2 + _TENSORS])
 
 
 def _second_derivative(ctx, grad_gradient: Tensor):
     """Of the definition in float64, which autograd differentiates as often as it is asked to."""
-    *inputs, row_weight = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:3]
+    *inputs, indices, labels, class_weight, row_mask = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[: len(inputs)]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         inputs = [t.view_as(t) if again else t.detach().requires_grad_() for t in inputs]
-        grad_loss, student, teacher = inputs
-        loss = reference.softmax_kl(student, teacher, *ctx.options, row_weight)
+        *upstream, student, teacher = inputs
+        terms = reference.rows(
+            student, teacher, indices, labels, class_weight, row_mask, *ctx.options
+        )
+        total = sum((g.double() * term).sum() for g, term in zip(upstream, terms, strict=True))
         logits = teacher if ctx.for_teacher else student
-        (gradient,) = torch.autograd.grad(loss, logits, grad_loss.to(loss.dtype), create_graph=True)
+        (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
         of_wanted = torch.autograd.grad(
             gradient,
             [t for t, is_wanted in zip(inputs, wanted, strict=True) if is_wanted],
@@ -179,9 +404,10 @@ def _second_derivative(ctx, grad_gradient: Tensor):
             allow_unused=True,
         )
     gradients = iter(of_wanted)
+    others = (indices, labels, class_weight, row_mask, *ctx.options, "saved", ctx.for_teacher)
     return (
         *(next(gradients) if is_wanted else None for is_wanted in wanted),
-        *(None for _ in ("row_weight", "saved", *ctx.options, ctx.for_teacher)),
+        *(None for _ in others),
     )
 
 

@@ -38,7 +38,7 @@ class Tensor {
 
   ScalarType scalar_type() const { return type_; }
   int64_t element_size() const {
-    constexpr int64_t kBytes[] = {1, 1, 4, 2, 4, 2};
+    constexpr int64_t kBytes[] = {1, 1, 4, 2, 4, 2, 8, 1};
     return kBytes[static_cast<int>(type_)];
   }
   int64_t dim() const { return int64_t(sizes_.size()); }
