@@ -288,7 +288,7 @@ def sm90a_mutants(kernel: str) -> list[Mutant]:
         Mutant(
             "released to the own block alone",
             PIPELINE,
-            "free, uint32_t(lane))",
+            "free, lane)",
             "free, cluster_rank())",
             BY_SCHEDULE,
         ),

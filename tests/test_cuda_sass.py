@@ -200,6 +200,17 @@ def test_kernels_are_made_of_what_is_meant(source, target):
             assert re.search(rf"\b{instruction}", code[name]), f"{name} lacks {instruction}"
 
 
+@pytest.mark.parametrize("target", ["90a"])
+@pytest.mark.parametrize("source", [source for source in GATES if source.endswith("sm90a")])
+def test_wgmma_loops_wait_for_tiles_alone(source, target):
+    """Not for all of memory, but where clusters begin and end; not for every product."""
+    code = by_kernel(compiled(source, target), "--dump-sass", r"Function : (\S+)")
+    for name, text in code.items():
+        assert text.count("MEMBAR.ALL.GPU") == text.count("UCGABAR_ARV") == 2, name
+        products = [at.start() for at in re.finditer("GMMA", text)]
+        assert text[products[0] : products[-1]].count("WARPGROUP.DEPBAR") <= 1, name
+
+
 @pytest.mark.parametrize("target", ["80", "90a"])
 def test_quantize_rows_has_all_loads_in_flight(target):
     """The four chunks that a thread holds are on their way before it waits for one."""

@@ -126,7 +126,7 @@ void run(const DeviceLinear& linear, cudaStream_t stream) {
       make_tensor_map(op, linear.q, linear.m, linear.q_stride, linear.q_stride, kTileM);
   const TensorMap w_map = make_tensor_map(op, linear.weight, linear.n, linear.weight_stride,
                                           linear.weight_stride, kTileN / kCluster);
-  launch_roles(op, wgmma_kernel<T>, x_map, w_map, problem, kDynamicBytes, stream);
+  launch_roles(op, wgmma_kernel<T>, problem, kDynamicBytes, stream, x_map, w_map);
 }
 
 }  // namespace

@@ -113,22 +113,24 @@ uint32_t swizzle_128(uint32_t address) { return address ^ ((address >> 7 & 7u) <
 void for_each_unit(const TensorMap& map, int x, int y, uint32_t tile,
                    const std::function<void(unsigned char*, int, uint32_t)>& visit) {
   for (int row = 0; row < map.box_rows; ++row)
-    for (int byte = 0; byte < kTileRowBytes; byte += kUnitBytes) {
+    for (int byte = 0; byte < map.box_bytes; byte += kUnitBytes) {
       const int64_t at = int64_t(x) + byte, line = int64_t(y) + row;
       const bool inside = line >= 0 && line < map.rows && at >= 0 && at < map.width;
       const int count = inside ? int(std::min<int64_t>(kUnitBytes, map.width - at)) : 0;
+      const uint32_t to = tile + uint32_t(row * map.box_bytes + byte);
       visit(inside ? map.data + line * map.row_bytes + at : nullptr, count,
-            swizzle_128(tile + uint32_t(row * kTileRowBytes + byte)));
+            map.box_bytes == kTileRowBytes ? swizzle_128(to) : to);
     }
 }
 
 void check_tile(const TensorMap& map, int x, uint32_t tile, const char* operation) {
   if (reinterpret_cast<uintptr_t>(map.data) % kUnitBytes != 0 || map.row_bytes % kUnitBytes != 0 ||
-      map.box_rows < 1 || map.box_rows > 256 || map.rows < 1 || map.width < 1)
+      map.box_rows < 1 || map.box_rows > 256 || map.rows < 1 || map.width < 1 ||
+      map.box_bytes < 1 || map.box_bytes > kTileRowBytes || map.box_bytes % kUnitBytes != 0)
     fail("%s: no driver makes such a tensor map", operation);
   if (x % kUnitBytes != 0) fail("%s: the tests' tiles begin at whole units of 16 bytes", operation);
-  at_shared(View::threads, running_block(), tile, std::size_t(map.box_rows) * kTileRowBytes, 1024,
-            operation);
+  at_shared(View::threads, running_block(), tile, std::size_t(map.bytes()),
+            map.box_bytes == kTileRowBytes ? 1024 : 128, operation);
 }
 
 void land_tile(unsigned block, uint32_t to, const TensorMap& map, int x, int y, uint32_t barrier) {
@@ -141,7 +143,7 @@ void land_tile(unsigned block, uint32_t to, const TensorMap& map, int x, int y, 
                   kUnitBytes);
   });
   Mbarrier& signalled = mbarrier_at(barrier, "load_tile", block);
-  signalled.bytes -= int64_t(map.box_rows) * kTileRowBytes;
+  signalled.bytes -= map.bytes();
   signalled.end_phase_if_complete();
 }
 
@@ -218,7 +220,7 @@ void load_tile(uint32_t to, const TensorMap& map, int x, int y, uint32_t barrier
     fail("load_tile: its mbarrier was not shown to the copy engine by fence_mbarrier_init");
   for (unsigned block = 0; block < blocks; ++block)
     if (ranks >> block & 1u) {
-      poison(block, to, std::size_t(map.box_rows) * kTileRowBytes);
+      poison(block, to, std::size_t(map.bytes()));
       do_later([=] { land_tile(block, to, map, x, y, barrier); });
     }
 }

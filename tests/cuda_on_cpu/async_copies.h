@@ -23,11 +23,13 @@ void mbarrier_arrive(uint32_t barrier);
 void mbarrier_arrive_expect(uint32_t barrier, int bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity, std::source_location where);
 
-// A matrix as the copy engine sees it: bytes in rows, boxes of 128 of them.
+// A matrix as the copy engine sees it: bytes in rows, boxes of them; those of 128 are swizzled.
 struct alignas(64) TensorMap {
   unsigned char* data;
   int64_t rows, width, row_bytes;  // only `width` bytes of a row count
-  int box_rows;
+  int box_rows, box_bytes;
+
+  int64_t bytes() const { return int64_t(box_rows) * box_bytes; }
 };
 
 // Lands at some moment, and then signals the barrier. `ranks`: the blocks of the cluster that get

@@ -37,7 +37,8 @@ Element b_element(Kind kind, int lane, int i) {
 }
 
 // Who holds the position, of two bits, of stored value `column` of a row of a sparse A. PTX ISA,
-// "Matrix Fragments for sparse mma.m16n8k32" (16-bit types) and "... m16n8k64" (8-bit types).
+// "Matrix Fragments for sparse mma.m16n8k32" (16-bit types) and "... m16n8k64" (8-bit types); wgmma
+// has the same for each warp.
 struct MetadataPlace {
   int lane, bit;
 };
@@ -48,11 +49,31 @@ MetadataPlace metadata_place(Kind kind, int selector, int row, int column) {
   return {4 * group + 2 * selector + column / 8, 16 * below + 2 * (column % 8)};
 }
 
+int depth(Kind kind) { return kind == Kind::s8 ? 32 : 16; }
+
+constexpr int kWarpRows = 16, kWarpsOfGroup = 4, kMostDepth = 32;
+
+// Of each stored value of a row of A.
+using Columns = int[kWarpRows][kMostDepth];
+
+// `word_of` gives the metadata of a lane.
+template <class WordOf>
+void gather_columns(const char* operation, Kind kind, int selector, const WordOf& word_of,
+                    Columns& columns) {
+  if (kind == Kind::s8 && selector != 0) fail("%s: the selector of 8-bit types is 0", operation);
+  for (int row = 0; row < kWarpRows; ++row)
+    for (int i = 0; i < depth(kind); ++i) {
+      const MetadataPlace at = metadata_place(kind, selector, row, i);
+      columns[row][i] = i / 2 * 4 + int(word_of(at.lane) >> at.bit & 3);
+      if (i % 2 == 1 && columns[row][i] <= columns[row][i - 1])
+        fail("%s: positions of row %d do not ascend (lane %d, bit %d)", operation, row, at.lane,
+             at.bit);
+    }
+}
+
 Element sum_element(int lane, int i) {
   return {(lane >> 2) + (i < 2 ? 0 : 8), (lane % 4) * 2 + (i & 1)};
 }
-
-int depth(Kind kind) { return kind == Kind::s8 ? 32 : 16; }
 
 double value_of(Kind kind, const void* elements, int i) {
   if (kind == Kind::s8) return static_cast<const int8_t*>(elements)[i];
@@ -104,8 +125,6 @@ struct MultiplyPost {
   const uint32_t *a, *b;
   uint32_t metadata;
 };
-
-constexpr int kWarpRows = 16, kWarpsOfGroup = 4, kMostDepth = 32;
 
 using LeftMatrix = double[kWarpRows][kMostDepth];
 using RightMatrix = double[2 * kMostDepth][8];
@@ -176,26 +195,6 @@ class Tile {
   uint32_t start_, eight_rows_;
 };
 
-// Which k of a sparse step value i of row `row` of the warp's 16 is. PTX ISA, "Matrix fragments for
-// warpgroup-level multiply-accumulate operation with sparse matrix A", the figures of metadata
-// for .f16/.bf16 and .e4m3/.e5m2/.s8/.u8.
-int column_of_stored(const std::vector<Wgmma>& lanes, int row, int i) {
-  const int group = row % 8, below = row / 8;
-  int lane, bits;
-  if (lanes[0].kind == Kind::s8) {
-    if (lanes[0].selector != 0) fail("wgmma_sparse: the selector of 8-bit types is 0");
-    lane = 4 * group + below + i / 16 * 2;
-    bits = i % 16 * 2;
-  } else {
-    lane = 4 * group + 2 * lanes[0].selector + i / 8;
-    bits = 16 * below + i % 8 * 2;
-  }
-  const uint32_t word = *lanes[lane].metadata;
-  if ((word >> (bits & ~2) & 3) == (word >> (bits | 2) & 3))
-    fail("wgmma_sparse: metadata name one k twice, which is undefined: %#x of lane %d", word, lane);
-  return i / 2 * 4 + int(word >> bits & 3);
-}
-
 // One warp's 16 of the 64 rows. PTX ISA, "Register fragments and shared memory matrix layouts" of
 // wgmma.m64nNk32 and k16: A as for mma; sum i of a lane is in the 8 columns i / 4.
 void run_wgmma(const std::vector<Wgmma>& lanes) {
@@ -208,10 +207,12 @@ void run_wgmma(const std::vector<Wgmma>& lanes) {
                    kWarpsOfGroup * kWarpRows;
   constexpr int kStepBytes = 32;
   double a[kWarpRows][kMostDepth];
-  int column_of[kWarpRows][kMostDepth];
   unsigned char row[2 * kStepBytes];
-  for (int r = 0; r < kWarpRows; ++r)
-    for (int i = 0; i < values; ++i) column_of[r][i] = sparse ? column_of_stored(lanes, r, i) : i;
+  Columns column_of;
+  if (sparse)
+    gather_columns(
+        "wgmma_sparse", kind, first.selector, [&](int lane) { return *lanes[lane].metadata; },
+        column_of);
   if (first.a == nullptr) {
     const Tile tile(first.a_tile);
     for (int r = 0; r < kWarpRows; ++r) {
@@ -232,7 +233,7 @@ void run_wgmma(const std::vector<Wgmma>& lanes) {
     for (int i = 0; i < k; ++i) b[i] = value_of(kind, row, i);
     for (int r = 0; r < kWarpRows; ++r) {
       double dot = 0;
-      for (int i = 0; i < values; ++i) dot += a[r][i] * b[column_of[r][i]];
+      for (int i = 0; i < values; ++i) dot += a[r][i] * b[sparse ? column_of[r][i] : i];
       const int lane = r % 8 * 4 + column % 8 / 2;
       const int i = column / 8 * 4 + r / 8 * 2 + column % 2;
       add(kind, lanes[lane].sums, i, dot, first.accumulate);
@@ -291,15 +292,10 @@ void multiply_sparse(Kind kind, int selector, void* sums, const uint32_t* a, con
     LeftMatrix left;
     RightMatrix right;
     gather(kind, posts, 2 * stored, left, right);
-    int column_of[kWarpRows][kMostDepth];
-    for (int row = 0; row < kWarpRows; ++row)
-      for (int i = 0; i < stored; ++i) {
-        const MetadataPlace at = metadata_place(kind, selector, row, i);
-        column_of[row][i] = i / 2 * 4 + int(post_of(posts, at.lane).metadata >> at.bit & 3);
-        if (i % 2 == 1 && column_of[row][i] <= column_of[row][i - 1])
-          fail("multiply_sparse: positions of row %d do not ascend (lane %d, bit %d)", row, at.lane,
-               at.bit);
-      }
+    Columns column_of;
+    gather_columns(
+        "multiply_sparse", kind, selector, [&](int lane) { return post_of(posts, lane).metadata; },
+        column_of);
     // What is not stored is not read: it may be NaN.
     add_products(kind, posts, [&](int row, int column) {
       double dot = 0;

@@ -47,8 +47,8 @@ __device__ __forceinline__ void store_rows(const DeviceLinear& linear, int64_t m
   T* const y = static_cast<T*>(linear.y);
   const bool whole_units = linear.n * kBytes % 16 == 0;
 #pragma unroll
-  for (int unit = int(threadIdx.x) % kWarpThreads; unit < kUnits; unit += kWarpThreads) {
-    const int row = unit / (kRowBytes / 16), at = unit % (kRowBytes / 16) * 16;
+  for (uint32_t unit = threadIdx.x % kWarpThreads; unit < kUnits; unit += kWarpThreads) {
+    const uint32_t row = unit / (kRowBytes / 16), at = unit % (kRowBytes / 16) * 16;
     const int64_t m = m0 + row, n = n0 + at / kBytes;
     const unsigned char* from = staging + row * kStride + at;
     if (m >= linear.m) continue;

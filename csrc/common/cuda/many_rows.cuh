@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kManyRowsThreads, 1) many_rows_kernel(DeviceLi
   const int warp = int(threadIdx.x) / kWarpThreads, lane = int(threadIdx.x) % kWarpThreads;
   const int64_t row_tiles = (linear.m + kManyRowsTile - 1) / kManyRowsTile;
   const int64_t column_tiles = (linear.n + kManyRowsTile - 1) / kManyRowsTile;
-  const RasterPosition tile = raster_position(blockIdx.x, row_tiles, column_tiles);
+  const RasterPosition tile =
+      raster_position(blockIdx.x, uint32_t(row_tiles), uint32_t(column_tiles));
   const int64_t m0 = tile.row * kManyRowsTile, n0 = tile.column * kManyRowsTile;
   const int64_t steps =
       (linear.weight_stride + Weight::kStageRowBytes - 1) / Weight::kStageRowBytes;

@@ -75,11 +75,11 @@ struct Ring {
 
   // By a whole consumer warp that has read it.
   __device__ __forceinline__ void release(int64_t number) const {
-    const int lane = int(threadIdx.x) % kWarpThreads;
+    const uint32_t lane = threadIdx.x % kWarpThreads;
     if constexpr (kBlocks == 1) {
       if (lane == 0) mbarrier_arrive(use(number).free);
     } else {
-      if (lane < kBlocks) mbarrier_arrive_remote(use(number).free, uint32_t(lane));
+      if (lane < kBlocks) mbarrier_arrive_remote(use(number).free, lane);
     }
   }
 };
@@ -101,12 +101,13 @@ __device__ __forceinline__ void load_shared_tile(SharedAddress to, const TensorM
 struct TiledLinear {
   DeviceLinear linear;
   int64_t row_tiles, column_tiles;
-  int steps;  // of 128 k
+  int steps;  // of a tile of the weight
 
   template <class Visit>
   __device__ __forceinline__ void for_each_tile(const Visit& visit) const {
-    for (int64_t t = blockIdx.x / kCluster; t < row_tiles * column_tiles; t += gridDim.x / kCluster)
-      visit(raster_position(t, row_tiles, column_tiles));
+    const auto rows = uint32_t(row_tiles), columns = uint32_t(column_tiles);
+    for (uint32_t t = blockIdx.x / kCluster; t < rows * columns; t += gridDim.x / kCluster)
+      visit(raster_position(t, rows, columns));
   }
 };
 
@@ -132,14 +133,14 @@ __device__ __forceinline__ void run_roles(const TiledLinear& problem, const Init
   if constexpr (kCluster > 1) cluster_sync();
 }
 
-inline void launch_roles(const char* op,
-                         void (*kernel)(const TensorMap, const TensorMap, const TiledLinear),
-                         const TensorMap& x_map, const TensorMap& w_map, const TiledLinear& problem,
-                         int dynamic_bytes, cudaStream_t stream) {
+// `kernel` takes the maps and then the problem.
+template <class Kernel, class... Maps>
+void launch_roles(const char* op, Kernel kernel, const TiledLinear& problem, int dynamic_bytes,
+                  cudaStream_t stream, const Maps&... maps) {
   const int64_t clusters = std::max(multiprocessors() / kCluster, 1);
   const int64_t tiles = problem.row_tiles * problem.column_tiles;
   launch(op, kernel, {std::min(tiles, clusters) * kCluster, kRolesThreads, dynamic_bytes, kCluster},
-         stream, x_map, w_map, problem);
+         stream, maps..., problem);
 }
 
 }  // namespace trine

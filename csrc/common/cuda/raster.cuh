@@ -7,18 +7,20 @@
 
 namespace trine {
 
-inline constexpr int kRasterRows = 8;
+inline constexpr uint32_t kRasterRows = 8;
 
 struct RasterPosition {
   int64_t row, column;  // of the tile
 };
 
-__device__ __forceinline__ RasterPosition raster_position(int64_t index, int64_t row_tiles,
-                                                          int64_t column_tiles) {
-  const int64_t group = index / (kRasterRows * column_tiles);
-  const int64_t first_row = group * kRasterRows;
-  const int64_t rows = row_tiles - first_row < kRasterRows ? row_tiles - first_row : kRasterRows;
-  const int64_t in_group = index - group * kRasterRows * column_tiles;
+// There are fewer tiles than a grid holds blocks, 2^31; division in 64 bits would be a subroutine
+// and many registers.
+__device__ __forceinline__ RasterPosition raster_position(uint32_t index, uint32_t row_tiles,
+                                                          uint32_t column_tiles) {
+  const uint32_t group = index / (kRasterRows * column_tiles);
+  const uint32_t first_row = group * kRasterRows;
+  const uint32_t rows = row_tiles - first_row < kRasterRows ? row_tiles - first_row : kRasterRows;
+  const uint32_t in_group = index - group * kRasterRows * column_tiles;
   return {first_row + in_group % rows, in_group / rows};
 }
 

@@ -1,8 +1,9 @@
 // The copy engine (sm_90): boxes of a matrix between global and shared memory, by one thread. A
 // load signals an mbarrier with its bytes; stores form groups, as cp.async does.
 //
-// Rows of a box are 128 bytes and lie in shared memory as tile.cuh says. What a box covers beyond
-// the matrix reads as zeros and is not written; it counts as bytes all the same.
+// Rows of a box are 128 bytes and lie in shared memory as tile.cuh says; narrower ones lie one
+// after the other. What a box covers beyond the matrix reads as zeros and is not written; it counts
+// as bytes all the same.
 #pragma once
 
 #include <cuda.h>
@@ -20,9 +21,10 @@ namespace trine {
 using TensorMap = CUtensorMap;
 
 // A matrix of `rows` rows, `row_bytes` apart, of which `width` bytes count; boxes of `box_rows`
-// rows of 128 bytes. `data` and `row_bytes` must be multiples of 16, box_rows at most 256.
+// rows of `box_bytes` bytes. `data`, `row_bytes` and box_bytes must be multiples of 16, box_rows at
+// most 256.
 inline TensorMap make_tensor_map(const char* op, const void* data, int64_t rows, int64_t width,
-                                 int64_t row_bytes, int box_rows) {
+                                 int64_t row_bytes, int box_rows, int box_bytes = kTileRowBytes) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* found = nullptr;  // asked of the runtime: nothing links with the driver
@@ -36,11 +38,13 @@ inline TensorMap make_tensor_map(const char* op, const void* data, int64_t rows,
   TensorMap map;
   const cuuint64_t dims[2] = {cuuint64_t(width), cuuint64_t(rows)};
   const cuuint64_t strides[1] = {cuuint64_t(row_bytes)};
-  const cuuint32_t box[2] = {kTileRowBytes, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const cuuint32_t box[2] = {cuuint32_t(box_bytes), cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const auto swizzle =
+      box_bytes == kTileRowBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUresult error =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), dims, strides, box,
-             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS)
     throw std::runtime_error(std::string(op) + ": the CUDA driver refused a tensor map (error " +
                              std::to_string(error) + ")");

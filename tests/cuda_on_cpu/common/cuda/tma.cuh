@@ -10,8 +10,13 @@ namespace trine {
 using cuda_on_cpu::store_tile, cuda_on_cpu::store_tile_commit, cuda_on_cpu::TensorMap;
 
 inline TensorMap make_tensor_map(const char*, const void* data, int64_t rows, int64_t width,
-                                 int64_t row_bytes, int box_rows) {
-  return {static_cast<unsigned char*>(const_cast<void*>(data)), rows, width, row_bytes, box_rows};
+                                 int64_t row_bytes, int box_rows, int box_bytes = kTileRowBytes) {
+  return {static_cast<unsigned char*>(const_cast<void*>(data)),
+          rows,
+          width,
+          row_bytes,
+          box_rows,
+          box_bytes};
 }
 
 inline void load_tile(SharedAddress to, const TensorMap& map, int x, int y, SharedAddress barrier) {
