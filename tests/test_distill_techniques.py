@@ -1,0 +1,38 @@
+"""The techniques in the README of trine.distill: each row names what there is and its check."""
+
+import re
+from pathlib import Path
+
+import pytest
+import trine.distill
+from trine.distill import objectives, schedules
+
+README = Path(trine.distill.__file__).with_name("README.md")
+TESTS = {
+    name
+    for path in Path(__file__).parent.glob("test_*.py")
+    for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE)
+}
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in README.read_text().splitlines()
+    if line.startswith("| ") and not line.startswith("| technique")
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+def test_a_technique_has_public_names_and_a_float64_check(row):
+    _, names, check, _ = row
+    public = [*re.findall(r"`(\w+)`", names)]
+    assert public
+    for name in public:
+        assert any(name in room.__all__ for room in (trine.distill, objectives, schedules)), name
+    checks = re.findall(r"`(\w+)`", check)
+    assert checks
+    assert set(checks) <= TESTS
+
+
+def test_every_objective_is_in_the_table():
+    named = set(re.findall(r"`(\w+)`", " ".join(row[1] for row in ROWS)))
+    bases = {"Batch", "Objective", "Terms", "View", "every_layer"}
+    assert set(objectives.__all__) - bases <= named
