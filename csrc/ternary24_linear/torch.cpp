@@ -8,6 +8,9 @@ namespace {
 constexpr const char* kOp = "ternary24_linear";
 
 constexpr Ternary24LinearKernel kKernels[] = {
+#ifdef TRINE_X86
+    {Isa::avx512vbmi, ternary24_linear_avx512vbmi},
+#endif
     {Isa::scalar, ternary24_linear_scalar},
 };
 [[maybe_unused]] const bool announced = announce(kOp, kKernels);

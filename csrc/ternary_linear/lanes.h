@@ -19,6 +19,8 @@
 // arrives at half of its speed where prefetches alone ask for it.
 #pragma once
 
+#include <immintrin.h>
+
 #include <algorithm>
 
 #include "common/gemm_blocking.h"

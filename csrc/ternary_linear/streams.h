@@ -25,6 +25,8 @@
 // each plane and row: 15 instructions on four ports, 31 GB/s; 25 are measured.
 #pragma once
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -73,9 +75,11 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
   // One row leaves registers for a sum of each plane, whose codes then stay where they lie in their
   // bytes, 4^i times too large.
   constexpr int kPlaneSums = Simd::kScalesPlanes && kRows == 1 && !chunks ? 4 : 1;
-  constexpr int64_t kVectorBytes = Simd::kLanes * 4;
+  constexpr int64_t kVectorBytes = Simd::kLanes * 4, kPackedBytes = Simd::kPackedBytes;
   constexpr int64_t kAhead = chunks ? kGroupedPrefetchBytes : kPrefetchBytes;
-  const int64_t steps = stride / kVectorBytes, words_left = stride % kVectorBytes / 4;
+  // A step reads a whole vector, of which another packed form may use less: none beyond the row.
+  const int64_t steps = stride < kVectorBytes ? 0 : (stride - kVectorBytes) / kPackedBytes + 1;
+  const int64_t bytes_left = stride - steps * kPackedBytes;
   for (int64_t j = 0; j < count; ++j) {
     Sums acc[kRows * kPlaneSums][kStreams];
     Int32 total[kRows][kStreams];
@@ -88,11 +92,11 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
       });
     };
     const auto multiply = [&](const Words(&words)[kStreams],
-                              int64_t at) __attribute__((always_inline)) {
+                              int64_t step) __attribute__((always_inline)) {
       unrolled<4>([&](auto plane) __attribute__((always_inline)) {
         Words x[kRows];
         unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
-          x[i] = Simd::load(q + i * q_stride + (4 * at + plane * kVectorBytes));
+          x[i] = Simd::load(q + i * q_stride + (4 * step + plane) * kVectorBytes);
         });
         unrolled<kStreams>([&](auto s) __attribute__((always_inline)) {
           const Words codes = kPlaneSums == 4 ? words[s] & (0x03030303u << 2 * plane)
@@ -124,13 +128,14 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
 
     clear();
     for (int64_t step = 0; step < steps; ++step) {
-      const int64_t at = step * kVectorBytes;
+      const int64_t at = step * kPackedBytes;
       Words words[kStreams];
       unrolled<kStreams>([&](auto s) __attribute__((always_inline)) {
-        if (at % 64 == 0) _mm_prefetch(streams.row[s] + at + kAhead, _MM_HINT_T1);
-        words[s] = Simd::load(streams.row[s] + at);
+        if (kPackedBytes > 32 || at % 64 == 0)
+          _mm_prefetch(streams.row[s] + at + kAhead, _MM_HINT_T1);
+        words[s] = Simd::load_codes(streams.row[s] + at);
       });
-      multiply(words, at);
+      multiply(words, step);
       if constexpr (chunks) {
         store_chunks(step);
         clear();
@@ -140,12 +145,12 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
           clear();
         }
     }
-    if (words_left > 0) {
+    if (bytes_left > 0) {
       Words words[kStreams];
       unrolled<kStreams>([&](auto s) __attribute__((always_inline)) {
-        words[s] = Simd::load_first(streams.row[s] + steps * kVectorBytes, words_left);
+        words[s] = Simd::load_first_codes(streams.row[s] + steps * kPackedBytes, bytes_left);
       });
-      multiply(words, steps * kVectorBytes);
+      multiply(words, steps);
       if constexpr (chunks) store_chunks(steps);
     }
     if constexpr (!chunks) {
@@ -160,12 +165,13 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
   }
 }
 
-// All of `tile`; the weight has no groups.
-template <class Simd>
-void linear_by_streams(const QuantizedRows& x, const TernaryWeight& weight, const LinearOutput& out,
+// All of `tile`; the weight, a TernaryWeight or one of another packed form, has no groups.
+template <class Simd, class Weight>
+void linear_by_streams(const QuantizedRows& x, const Weight& weight, const LinearOutput& out,
                        const Tile& tile) {
   const int64_t rows = tile.m_end - tile.m_begin, columns = tile.n_end - tile.n_begin;
-  const int64_t words = weight.stride / 4, q_stride = round_up(words, Simd::kLanes) * 16;
+  const int64_t words = round_up(weight.k, kTernaryChunk) / kTernaryPerWord;
+  const int64_t q_stride = round_up(words, Simd::kLanes) * 16;
   const int64_t sums_stride = round_up(columns, 16);  // finish_rows reads whole vectors
   const Scratch scratch(rows * (q_stride + sums_stride * int64_t(sizeof(int32_t))));
   int8_t* const q = scratch.data<int8_t>();

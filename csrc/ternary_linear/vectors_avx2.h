@@ -26,6 +26,12 @@ struct Vectors256 {
   static Words load_first(const void* from, int64_t count) {
     return (Words)_mm256_maskload_epi32(static_cast<const int*>(from), first_lanes(count));
   }
+  // Packed codes, as streams.h takes them.
+  static constexpr int64_t kPackedBytes = 32;
+  static Words load_codes(const uint8_t* from) { return load(from); }
+  static Words load_first_codes(const uint8_t* from, int64_t bytes) {
+    return load_first(from, bytes / 4);
+  }
   static void store(Words words, void* to) {
     _mm256_store_si256(static_cast<__m256i*>(to), (__m256i)words);
   }
