@@ -6,6 +6,7 @@ namespace {
 
 struct Vector {
   static constexpr int width = 8;
+  static constexpr bool kTables = false;
   __m256 v;
 
   explicit Vector(__m256 value) : v(value) {}
@@ -51,10 +52,12 @@ struct Vector {
   static Vector low_bits_to_exponent(Vector x) {
     return Vector(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23)));
   }
-  static Vector exponent(Vector x) {
+  static std::pair<Vector, Vector> split_exponent(Vector x) {
     const __m256i above =
         _mm256_sub_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(kBitsOfSquareRootOfHalf));
-    return Vector(_mm256_cvtepi32_ps(_mm256_srai_epi32(above, 23)));
+    const __m256i exponent = _mm256_and_si256(above, _mm256_set1_epi32(kExponentAndSign));
+    return {Vector(_mm256_cvtepi32_ps(exponent)),
+            Vector(_mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(kBitsOf1), exponent)))};
   }
   float reduce_add() const {
     return fold([](__m128 a, __m128 b) { return _mm_add_ps(a, b); });

@@ -6,6 +6,7 @@ namespace {
 
 struct Vector {
   static constexpr int width = 16;
+  static constexpr bool kTables = true;
   __m512 v;
 
   explicit Vector(__m512 value) : v(value) {}
@@ -48,13 +49,27 @@ struct Vector {
     return Vector(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
         bit, _mm512_castps_si512(sign.v), _mm512_castps_si512(size.v), kChoose)));
   }
-  static Vector low_bits_to_exponent(Vector x) {
-    return Vector(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23)));
+  // By the 4 low bits.
+  static Vector look_up(const float (&table)[16], Vector at) {
+    return Vector(_mm512_permutexvar_ps(_mm512_castps_si512(at.v), _mm512_load_ps(table)));
   }
-  static Vector exponent(Vector x) {
-    const __m512i above =
-        _mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(kBitsOfSquareRootOfHalf));
-    return Vector(_mm512_cvtepi32_ps(_mm512_srai_epi32(above, 23)));
+  // 2^x of x in sixteenths, whose 4 low bits lie below the exponent's.
+  static Vector power_of_sixteenths(Vector shifted) {
+    const __m512i bits = _mm512_castps_si512(shifted.v);
+    const __m512i mantissa = _mm512_permutexvar_epi32(bits, _mm512_load_si512(kPowersOfSixteenths));
+    constexpr int kAndOr = 0xea;  // (a & b) | c
+    return Vector(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+        _mm512_slli_epi32(bits, 23 - 4), _mm512_set1_epi32(kExponentAndSign), mantissa, kAndOr)));
+  }
+  static Split<Vector> split_sixteenths(Vector x) {
+    const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(x.v),
+                                           _mm512_set1_epi32(kBitsOf1 - kMantissaOfSixteenth / 2));
+    const __m512i exponent = _mm512_and_si512(above, _mm512_set1_epi32(kExponentAndSign));
+    const __m512i j = _mm512_srli_epi32(above, 23 - 4);
+    const Vector at(_mm512_castsi512_ps(j)), inverse = look_up(kInverses, at);
+    return {Vector(_mm512_cvtepi32_ps(exponent)),
+            Vector(_mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(inverse.v), exponent))),
+            look_up(kLogsOfInverses, at)};
   }
   float reduce_add() const { return _mm512_reduce_add_ps(v); }
   float reduce_max() const { return _mm512_reduce_max_ps(v); }
@@ -62,6 +77,6 @@ struct Vector {
 
 }  // namespace
 
-const SoftmaxKlFunctions kSoftmaxKlAvx512 = Functions<Vector>::all;
+const SoftmaxKlFunctions kSoftmaxKlAvx512 = Functions<Vector, Two<Vector>>::all;
 
 }  // namespace trine

@@ -8,6 +8,7 @@ namespace {
 
 struct Vector {
   static constexpr int width = 8;
+  static constexpr bool kTables = false;
   Floats v;
 
   struct Condition {
@@ -81,14 +82,18 @@ struct Vector {
         },
         x);
   }
-  static Vector exponent(Vector x) {
-    return map(
-        [](float32x4_t y) {
-          const int32x4_t above =
-              vsubq_s32(vreinterpretq_s32_f32(y), vdupq_n_s32(kBitsOfSquareRootOfHalf));
-          return vcvtq_f32_s32(vshrq_n_s32(above, 23));
-        },
-        x);
+  static std::pair<Vector, Vector> split_exponent(Vector x) {
+    const auto exponent = [](float32x4_t y) {
+      const int32x4_t above =
+          vsubq_s32(vreinterpretq_s32_f32(y), vdupq_n_s32(kBitsOfSquareRootOfHalf));
+      return vandq_s32(above, vdupq_n_s32(kExponentAndSign));
+    };
+    return {map([&](float32x4_t y) { return vcvtq_f32_s32(exponent(y)); }, x),
+            map(
+                [&](float32x4_t y) {
+                  return vreinterpretq_f32_s32(vsubq_s32(vdupq_n_s32(kBitsOf1), exponent(y)));
+                },
+                x)};
   }
   float reduce_add() const { return vaddvq_f32(vaddq_f32(v.low, v.high)); }
   float reduce_max() const { return vmaxvq_f32(vmaxq_f32(v.low, v.high)); }

@@ -28,9 +28,7 @@ struct Tanh {
 
   explicit Tanh(V u) : of_size(0.0f), slope(0.0f) {
     const V bits = V::copy_sign(u * V(float(2 * std::numbers::log2e)), V(-1.0f));
-    const V d = V::max(V(kPowerIsZero), bits);
-    const V shifted = d + V(kRound);
-    const Power<V> e = power(shifted, d - (shifted - V(kRound)));
+    const Power<V> e = power_of_2(V::max(V(kPowerIsZero), bits));
     const V minus_1 = e.minus_1(), sum = minus_1 + V(2.0f);
     of_size = (V(0.0f) - minus_1) / sum;
     slope = V(4.0f) * e.value() / (sum * sum);
@@ -116,8 +114,9 @@ void add_softmax_part(const T* z, int64_t n, float rate, float max, float factor
   });
 }
 
-// The functions of a kernel file, on its vector type.
-template <class V>
+// The functions of a kernel file, on its vector type; `Wide` is the one for the divergences with a
+// mixture, whose chains are long.
+template <class V, class Wide = V>
 struct Functions {
   static SoftmaxKlSums forward(LogitRow student, LogitRow teacher, int64_t n, float rate) {
     return with_types(student, teacher,
@@ -125,28 +124,27 @@ struct Functions {
   }
   static SoftmaxKlSlopes slopes(LogitRow student, LogitRow teacher, int64_t n, float rate,
                                 const SoftmaxKlRow& row, Divergence divergence) {
-    const Probabilities<V> probabilities(row, rate, 1.0f);
-    return with_divergence<V>(divergence, [&](const auto& slopes_at) {
+    return with_divergence<Wide>(divergence, [&](const auto& slopes_at) {
       return with_types(student, teacher, [&](const auto* s, const auto* t) {
-        return slopes_part<V>(s, t, n, probabilities, slopes_at);
+        return slopes_part<Wide>(s, t, n, row, rate, slopes_at);
       });
     });
   }
   static void student_gradient(LogitRow student, LogitRow teacher, int64_t n, float rate,
                                const SoftmaxKlRow& row, Divergence divergence, float scale,
                                void* out) {
-    with_gradient<false, V>(divergence, row, rate, scale, [&](const auto& gradient) {
+    with_gradient<false, V, Wide>(divergence, row, rate, scale, [&](const auto& gradient) {
       with_types(student, teacher, [&]<class S>(const S* s, const auto* t) {
-        gradient_part<V>(s, t, n, gradient, static_cast<S*>(out));
+        gradient_part(s, t, n, gradient, static_cast<S*>(out));
       });
     });
   }
   static void teacher_gradient(LogitRow student, LogitRow teacher, int64_t n, float rate,
                                const SoftmaxKlRow& row, Divergence divergence, float scale,
                                void* out) {
-    with_gradient<true, V>(divergence, row, rate, scale, [&](const auto& gradient) {
+    with_gradient<true, V, Wide>(divergence, row, rate, scale, [&](const auto& gradient) {
       with_types(student, teacher, [&]<class T>(const auto* s, const T* t) {
-        gradient_part<V>(s, t, n, gradient, static_cast<T*>(out));
+        gradient_part(s, t, n, gradient, static_cast<T*>(out));
       });
     });
   }

@@ -14,6 +14,7 @@
 #include "softmax_kl/divergences.h"
 #include "softmax_kl/exponential.h"
 #include "softmax_kl/sums.h"
+#include "softmax_kl/two.h"
 
 namespace trine {
 namespace {
@@ -32,6 +33,10 @@ template <class V, class T>
 }
 
 // Rows of bf16 are taken two vectors at a time, the even elements and the odd ones.
+template <class V>
+constexpr bool kIsTwo = false;
+template <class V>
+constexpr bool kIsTwo<Two<V>> = true;
 template <class V, class S, class T>
 constexpr bool kEvenOdd = V::width > 1 && std::is_same_v<S, bfloat16>&& std::is_same_v<T, bfloat16>;
 
@@ -49,7 +54,12 @@ void for_each_vector(const S* student, const T* teacher, int64_t count, const Bo
     }
   };
   int64_t i = 0;
-  if constexpr (kEvenOdd<V, S, T>)
+  if constexpr (kEvenOdd<V, S, T> && kIsTwo<V>)
+    for (; i + V::width <= count; i += V::width) {
+      fetch(i);
+      body(V::load_even_odd(student + i), V::load_even_odd(teacher + i), whole);
+    }
+  else if constexpr (kEvenOdd<V, S, T>)
     for (; i + 2 * V::width <= count; i += 2 * V::width) {
       const auto [s_even, s_odd] = V::load_even_odd(student + i);
       const auto [t_even, t_odd] = V::load_even_odd(teacher + i);
@@ -145,32 +155,36 @@ SoftmaxKlSums forward_part(const S* student, const T* teacher, int64_t n, float 
 // delta = a - b, which neither cancels nor multiplies 0 by infinity.
 template <class V>
 struct StudentGradient {
+  using Vector = V;
   Exponential<V> exp;
-  V max_student, max_teacher, log2_ratio, student_scale, teacher_scale;
+  float max_student, max_teacher, minus_log2_ratio, student_scale, teacher_scale;
 
   StudentGradient(const SoftmaxKlRow& row, float rate, float scale)
       : exp(rate),
         max_student(row.max_student),
         max_teacher(row.max_teacher),
-        log2_ratio(row.log2_ratio),
+        minus_log2_ratio(-row.log2_ratio),
         student_scale(float(-scale * row.inverse_sum_teacher * std::exp2(-double(row.log2_ratio)))),
         teacher_scale(scale * row.inverse_sum_teacher) {}
 
   [[gnu::always_inline]] V operator()(V s, V t) const {
-    const V x = s - max_student, y = t - max_teacher;
-    const V bits = V::mul_add(x - y, exp.rate, V(0.0f) - log2_ratio);  // delta / ln 2
+    const V x = s - V(max_student), y = t - V(max_teacher);
+    const V bits = V::mul_add(x - y, V(exp.rate), V(minus_log2_ratio));  // delta / ln 2
     const auto student_larger = V::greater(bits, V(0.0f));
     const V larger = exp(V::select(student_larger, x, y));
-    const V scale = V::select(student_larger, student_scale, teacher_scale);
-    return larger * power_of_2(V::copy_sign(bits, V(-1.0f))).minus_1() * scale;
+    const V scale = V::select(student_larger, V(student_scale), V(teacher_scale));
+    // NaN, of two infinities, counts as -inf.
+    const V log2 = V::max(V::copy_sign(bits, V(-1.0f)), V(kPowerIsZero));
+    return larger * power_of_2(log2).minus_1() * scale;
   }
 };
 
 // d loss / d t, over T: exp(b) * (b - a - kl), where the log-sums of b - a and of kl cancel.
 template <class V>
 struct TeacherGradient {
+  using Vector = V;
   Exponential<V> exp;
-  V max_student, max_teacher, mean_difference, scale;
+  float max_student, max_teacher, mean_difference, scale;
 
   TeacherGradient(const SoftmaxKlRow& row, float rate, float scale)
       : exp(rate),
@@ -180,113 +194,130 @@ struct TeacherGradient {
         scale(float(scale * row.inverse_sum_teacher * (rate * std::numbers::ln2))) {}
 
   [[gnu::always_inline]] V operator()(V s, V t) const {
-    const V x = s - max_student, y = t - max_teacher, q = exp(y), zero(0.0f);
-    return V::select(V::greater(q, zero), q * ((y - x) - mean_difference), zero) * scale;
+    const V x = s - V(max_student), y = t - V(max_teacher), q = exp(y), zero(0.0f);
+    const V product = q * ((y - x) - V(mean_difference));
+    return V::select(V::greater(q, zero), product, zero) * V(scale);
   }
 };
 
-// Both probabilities of classes, times `scale`, from the larger of them and their quotient.
+// How the probabilities of classes stand to each other.
 template <class V>
-struct Probabilities {
-  Exponential<V> exp;
-  V max_student, max_teacher, log2_ratio, student_scale, teacher_scale;
+struct Quotients {
+  float max_student, max_teacher, rate, minus_log2_ratio;
 
-  Probabilities(const SoftmaxKlRow& row, float rate, float scale)
-      : exp(rate),
-        max_student(row.max_student),
+  Quotients(const SoftmaxKlRow& row, float rate)
+      : max_student(row.max_student),
         max_teacher(row.max_teacher),
-        log2_ratio(row.log2_ratio),
-        student_scale(float(scale * row.inverse_sum_teacher * std::exp2(-double(row.log2_ratio)))),
-        teacher_scale(scale * row.inverse_sum_teacher) {}
+        rate(rate),
+        minus_log2_ratio(-row.log2_ratio) {}
 
-  [[gnu::always_inline]] Classes<V> operator()(V s, V t) const {
-    const V x = s - max_student, y = t - max_teacher, zero(0.0f);
-    const V bits = V::mul_add(x - y, exp.rate, zero - log2_ratio);  // log2(p / q); NaN: both 0
-    const auto p_larger = V::greater(bits, zero);
-    const V larger =
-        exp(V::select(p_larger, x, y)) * V::select(p_larger, student_scale, teacher_scale);
-    const V quotient = V::max(V::copy_sign(bits, V(-1.0f)), V(kPowerIsZero));
-    const Power<V> power = power_of_2(quotient);
-    const V smaller = larger * power.value();  // not larger * (1 + e), which cancels
-    return {V::select(p_larger, larger, smaller),
-            V::select(p_larger, smaller, larger),
-            quotient,
-            power.minus_1(),
-            p_larger,
-            V::greater(zero, bits)};
+  // Of logits relative to their maxima.
+  [[gnu::always_inline]] Quotient<V> operator()(V x, V y) const {
+    const V zero(0.0f);
+    const V bits = V::mul_add(x - y, V(rate), V(minus_log2_ratio));  // log2(p / q); NaN: both 0
+    const V log2 = V::max(V::copy_sign(bits, V(-1.0f)), V(kPowerIsZero));
+    return {log2, power_of_2(log2), V::greater(bits, zero), V::greater(zero, bits)};
   }
 };
 
 // sum of p * (slope of p) and of q * (slope of q); the divergences are homogeneous functions of p
-// and q, and so their sum is the divergence (Euler). No term of it is negative.
+// and q, and so their sum is the divergence (Euler).
 template <class V, class OfDivergence, class S, class T>
-SoftmaxKlSlopes slopes_part(const S* student, const T* teacher, int64_t n,
-                            const Probabilities<V> probabilities, const OfDivergence slopes_at) {
+SoftmaxKlSlopes slopes_part(const S* student, const T* teacher, int64_t n, const SoftmaxKlRow& row,
+                            float rate, const OfDivergence slopes_at) {
+  const Quotients<V> quotients(row, rate);
+  const Exponential<V> exp(rate);
+  const float student_scale(row.inverse_sum_teacher * std::exp2(-double(row.log2_ratio)));
+  const float teacher_scale(row.inverse_sum_teacher);
   SoftmaxKlSlopes sums{};
   for (int64_t begin = 0; begin < n; begin += kBlock<V>) {
     const int64_t block = std::min(kBlock<V>, n - begin);
-    V p(0.0f), q(0.0f), student_slope(0.0f), divergence(0.0f);
+    V p_sum(0.0f), q_sum(0.0f), student_slope(0.0f), teacher_slope(0.0f);
     for_each_vector<true, V>(student + begin, teacher + begin, block, [&](V s, V t, auto n) {
       if constexpr (!is_whole<decltype(n)>) {
         s = V::first(n, s, V(-kInfinity));
         t = V::first(n, t, V(-kInfinity));
       }
-      const Classes<V> classes = probabilities(s, t);
-      const Slopes<V> slopes = slopes_at(classes);
-      const V term = classes.p * slopes.student;
-      p = p + classes.p;
-      q = q + classes.q;
-      student_slope = student_slope + term;
-      divergence = divergence + V::mul_add(classes.q, slopes.teacher, term);
+      const V x = s - V(row.max_student), y = t - V(row.max_teacher);
+      const Quotient<V> c = quotients(x, y);
+      const V larger = exp(V::select(c.p_larger, x, y)) *
+                       V::select(c.p_larger, V(student_scale), V(teacher_scale));
+      const V smaller = larger * c.power.value();  // not larger * (1 + e), which cancels
+      const V p = V::select(c.p_larger, larger, smaller),
+              q = V::select(c.p_larger, smaller, larger);
+      const Slopes<V> slopes = slopes_at(c);
+      p_sum = p_sum + p;
+      q_sum = q_sum + q;
+      student_slope = V::mul_add(p, slopes.student, student_slope);
+      teacher_slope = V::mul_add(q, slopes.teacher, teacher_slope);
     });
-    sums.student += p.reduce_add();
-    sums.teacher += q.reduce_add();
+    sums.student += p_sum.reduce_add();
+    sums.teacher += q_sum.reduce_add();
     sums.student_slope += student_slope.reduce_add();
-    sums.divergence += divergence.reduce_add();
+    sums.teacher_slope += teacher_slope.reduce_add();
   }
+  sums.student_slope *= slopes_at.student_factor;
+  sums.teacher_slope *= slopes_at.teacher_factor;
   return sums;
 }
 
 // d loss / d s, over T: p * (slope - sum of p * slope), and likewise for t and q.
 template <bool for_teacher, class V, class OfDivergence>
 struct SlopeGradient {
-  Probabilities<V> probabilities;
+  using Vector = V;
+  Quotients<V> quotients;
+  Exponential<V> exp;
   OfDivergence slopes_at;
-  V mean;
+  float scale, factor, minus_mean;
+
+  SlopeGradient(const SoftmaxKlRow& row, float rate, float scale, const OfDivergence& slopes_at)
+      : quotients(row, rate),
+        exp(rate),
+        slopes_at(slopes_at),
+        scale(float(scale * row.inverse_sum_teacher *
+                    (for_teacher ? 1.0 : std::exp2(-double(row.log2_ratio))))),
+        factor(for_teacher ? slopes_at.teacher_factor : slopes_at.student_factor),
+        minus_mean(for_teacher ? -row.teacher_mean : -row.student_mean) {}
 
   [[gnu::always_inline]] V operator()(V s, V t) const {
-    const Classes<V> classes = probabilities(s, t);
-    const Slopes<V> slopes = slopes_at(classes);
-    if constexpr (for_teacher) return classes.q * (slopes.teacher - mean);
-    return classes.p * (slopes.student - mean);
+    const V x = s - V(quotients.max_student), y = t - V(quotients.max_teacher);
+    const V probability = exp(for_teacher ? y : x) * V(scale);
+    const Slopes<V> slopes = slopes_at(quotients(x, y));
+    return probability *
+           V::mul_add(for_teacher ? slopes.teacher : slopes.student, V(factor), V(minus_mean));
   }
 };
 
 // Calls body with the gradient of the divergence that is meant.
-template <bool for_teacher, class V, class Body>
+template <bool for_teacher, class V, class Wide, class Body>
 void with_gradient(Divergence divergence, const SoftmaxKlRow& row, float rate, float scale,
                    const Body& body) {
   if (divergence.kind == Divergence::kullback_leibler) {
-    using Gradient = std::conditional_t<for_teacher, TeacherGradient<V>, StudentGradient<V>>;
+    using Gradient = std::conditional_t<for_teacher, TeacherGradient<V>, StudentGradient<Wide>>;
     return body(Gradient(row, rate, scale));
   }
-  with_divergence<V>(divergence, [&]<class OfDivergence>(const OfDivergence& slopes_at) {
-    body(SlopeGradient<for_teacher, V, OfDivergence>{
-        Probabilities<V>(row, rate, scale), slopes_at,
-        V(for_teacher ? row.teacher_mean : row.student_mean)});
+  with_divergence<Wide>(divergence, [&]<class OfDivergence>(const OfDivergence& slopes_at) {
+    body(SlopeGradient<for_teacher, Wide, OfDivergence>(row, rate, scale, slopes_at));
   });
 }
 
-template <class V, class Gradient, class S, class T, class Out>
+template <class Gradient, class S, class T, class Out>
 void gradient_part(
     const S* student, const T* teacher, int64_t n, const Gradient gradient,
     Out* out) {  // by value: what is stored cannot change it, and it stays in registers
+  using V = typename Gradient::Vector;
   const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
     prefetch_next_block<V>(student + i);
     prefetch_next_block<V>(teacher + i);
   };
   int64_t i = 0;
-  if constexpr (kEvenOdd<V, S, T>)
+  if constexpr (kEvenOdd<V, S, T> && kIsTwo<V>)
+    for (; i + V::width <= n; i += V::width) {
+      fetch(i);
+      gradient(V::load_even_odd(student + i), V::load_even_odd(teacher + i))
+          .store_even_odd(out + i);
+    }
+  else if constexpr (kEvenOdd<V, S, T>)
     for (; i + 2 * V::width <= n; i += 2 * V::width) {
       const auto [s_even, s_odd] = V::load_even_odd(student + i);
       const auto [t_even, t_odd] = V::load_even_odd(teacher + i);

@@ -6,6 +6,7 @@ namespace {
 // One float, with the operations of a vector.
 struct Scalar {
   static constexpr int width = 1;
+  static constexpr bool kTables = false;
   float v;
 
   explicit Scalar(float value) : v(value) {}
@@ -35,8 +36,9 @@ struct Scalar {
     return Scalar(std::copysign(size.v, sign.v));
   }
   static Scalar low_bits_to_exponent(Scalar x) { return Scalar(from_bits(to_bits(x.v) << 23)); }
-  static Scalar exponent(Scalar x) {
-    return Scalar(float((int32_t(to_bits(x.v)) - kBitsOfSquareRootOfHalf) >> 23));
+  static std::pair<Scalar, Scalar> split_exponent(Scalar x) {
+    const int32_t exponent = (int32_t(to_bits(x.v)) - kBitsOfSquareRootOfHalf) & kExponentAndSign;
+    return {Scalar(float(exponent)), Scalar(from_bits(uint32_t(kBitsOf1 - exponent)))};
   }
   float reduce_add() const { return v; }
   float reduce_max() const { return v; }

@@ -93,7 +93,7 @@ struct Divergence {
 struct SoftmaxKlSlopes {
   double student, teacher;  // sum of p, of q: nearly 1
   double student_slope;     // sum of p * g
-  double divergence;        // sum of p * g + q * h
+  double teacher_slope;     // sum of q * h
 };
 
 // A kernel works on n elements of a row, all of them or a part. `rate` is log2(e) / T, so that

@@ -75,14 +75,15 @@ struct FinishedRow {
   sums->student += other.student;
   sums->teacher += other.teacher;
   sums->student_slope += other.student_slope;
-  sums->divergence += other.divergence;
+  sums->teacher_slope += other.teacher_slope;
 }
 
 // Completes the row and returns its divergence.
 [[maybe_unused]] inline float finish(const SoftmaxKlSlopes& sums, SoftmaxKlRow* row) {
   row->student_mean = float(sums.student_slope / sums.student);
-  row->teacher_mean = float((sums.divergence - sums.student_slope) / sums.teacher);
-  return std::isnan(row->log2_ratio) ? row->log2_ratio : std::max(0.0f, float(sums.divergence));
+  row->teacher_mean = float(sums.teacher_slope / sums.teacher);
+  if (std::isnan(row->log2_ratio)) return row->log2_ratio;
+  return std::max(0.0f, float(sums.student_slope + sums.teacher_slope));
 }
 
 }  // namespace
