@@ -46,7 +46,14 @@ from benchmarks.linear_cases import comparisons as linear_comparisons
 from benchmarks.measure import in_turns
 
 LINEAR = ("ternary_linear", "int8_linear", "sparse24_linear")
-OTHER = ("quantize_rows", "softmax_kl", "small_shapes", "call_overhead", "minilm")
+OTHER = (
+    "quantize_rows",
+    "softmax_kl",
+    "linear_softmax_kl",
+    "small_shapes",
+    "call_overhead",
+    "minilm",
+)
 
 
 # An unfinished run, from which --resume goes on.

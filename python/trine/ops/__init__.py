@@ -1,6 +1,7 @@
 """The operators: functions on tensors, on whatever backend the tensors' device has."""
 
 from trine.ops.int8_linear import int8_linear, pack_int8, unpack_int8
+from trine.ops.linear_softmax_kl import linear_softmax_kl
 from trine.ops.quantize_rows import quantize_rows
 from trine.ops.quantized_rows import QuantizedRows
 from trine.ops.rms_norm_quantize_rows import rms_norm_quantize_rows
@@ -12,6 +13,7 @@ from trine.ops.ternary_linear import pack_ternary, ternary_linear, unpack_ternar
 __all__ = [
     "QuantizedRows",
     "int8_linear",
+    "linear_softmax_kl",
     "pack_int8",
     "pack_sparse24",
     "pack_ternary",

@@ -1,7 +1,5 @@
 """Divergence of a student's softmax from a teacher's: the soft-target loss of distillation."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from trine.ops._checks import (
     refuse_tangents,
 )
 from trine.ops.softmax_kl import reference
+from trine.ops.softmax_kl.loss import Loss, LossTerms, pair
 
 __all__ = ["LossTerms", "softmax_kl"]
 
@@ -22,14 +21,6 @@ explain_missing_kernel("softmax_kl")
 explain_missing_kernel("softmax_kl_backward")
 _SAVED_COLUMNS = 10  # what backward needs to know of a row, on any backend at most
 _TENSORS = 6  # arguments of the operator before its options
-
-
-class LossTerms(NamedTuple):
-    """The loss, and the two terms of which it is alpha and 1 - alpha; these without a gradient."""
-
-    loss: Tensor
-    soft: Tensor
-    hard: Tensor | None
 
 
 def softmax_kl(
@@ -140,13 +131,6 @@ def softmax_kl(
     """
     if in_forward_mode():
         refuse_tangents("softmax_kl", student_logits, teacher_logits)
-    if reduction not in ("batchmean", "mean", "sum", "none"):
-        raise ValueError(
-            "softmax_kl: reduction must be 'batchmean', 'sum', 'mean' or 'none', it is "
-            f"'{reduction}'"
-        )
-    _check_denominator(denominator, reduction)
-    _check_labels(student_logits, labels, alpha, class_weight, label_smoothing)
     if teacher_indices is not None and teacher_is_log_probabilities:
         raise ValueError(
             "softmax_kl: beside teacher_indices the teacher's values are log-probabilities anyway; "
@@ -154,20 +138,31 @@ def softmax_kl(
         )
     classes = _classes(student_logits, teacher_logits, teacher_indices, classes)
     is_log = teacher_is_log_probabilities or teacher_indices is not None
-    student_scale, teacher_scale = _pair(logit_scale, 1.0)
-    student_cap, teacher_cap = _pair(softcap, 0.0)
-
-    rows = _Rows(student_logits, row_weight, labels, ignore_index)
-    with_hard = labels is not None and (alpha < 1 or return_terms)
-    if class_weight is not None:
-        class_weight = class_weight.detach().float().contiguous()
+    student_scale, teacher_scale = pair(logit_scale, 1.0)
+    student_cap, teacher_cap = pair(softcap, 0.0)
+    loss = Loss(
+        "softmax_kl",
+        student_logits.shape[:-1],
+        classes,
+        temperature=temperature,
+        reduction=reduction,
+        labels=labels,
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        row_weight=row_weight,
+        denominator=denominator,
+        scale_by_t_squared=scale_by_t_squared,
+        return_terms=return_terms,
+    )
     soft, hard, _ = _op(
         student_logits,
         teacher_logits if teacher_indices is None else teacher_logits.detach(),
         teacher_indices,
-        rows.labels if with_hard else None,
-        class_weight if with_hard else None,
-        rows.mask,
+        loss.labels,
+        loss.class_weight,
+        loss.mask,
         temperature,
         divergence,
         beta,
@@ -177,120 +172,7 @@ def softmax_kl(
         *((1.0, 0.0) if is_log else (teacher_scale, teacher_cap)),
         teacher_is_log_probabilities,
     )
-    if scale_by_t_squared:
-        soft = soft * temperature**2
-    per_mean = classes if reduction == "mean" else 1
-    soft = rows.reduced(soft, reduction, denominator, per_mean, None)
-    if with_hard:
-        hard = rows.reduced(hard, reduction, denominator, 1, class_weight)
-    if labels is None or alpha == 1:
-        loss = soft
-    else:
-        loss = (1 - alpha) * hard
-        if alpha > 0:
-            loss = alpha * soft + loss
-    if return_terms:
-        return LossTerms(loss, soft.detach(), hard.detach() if with_hard else None)
-    return loss
-
-
-class _Rows:
-    """Which rows count, and how much."""
-
-    def __init__(
-        self, logits: Tensor, weight: Tensor | None, labels: Tensor | None, ignore_index: int
-    ):
-        self.leading = logits.shape[:-1]
-        self.weight = self.mask = self.labels = None
-        if weight is not None:
-            if weight.shape != self.leading:
-                raise ValueError(
-                    "softmax_kl: row_weight must have the leading dimensions of the logits, "
-                    f"{list(self.leading)}; its shape is {list(weight.shape)}"
-                )
-            self.weight = weight.detach().float().reshape(-1)
-            self.mask = self.weight != 0
-        if labels is not None:
-            self.labels = labels.reshape(-1)
-            counted = self.labels != ignore_index
-            self.mask = counted if self.mask is None else self.mask & counted
-
-    def reduced(
-        self,
-        losses: Tensor,
-        reduction: str,
-        denominator: float | Tensor | None,
-        factor: int,
-        class_weight: Tensor | None,
-    ) -> Tensor:
-        """Their weighted sum or mean. A mean counts a row by the weight of its label, too."""
-        if self.weight is not None:  # 0 times the 0 of a row that is not read
-            losses = losses * self.weight
-        if reduction == "none":
-            return losses.reshape(self.leading)
-        total = _sum(losses)
-        if reduction == "sum":
-            return total
-        if denominator is not None:
-            return total / denominator
-        if self.mask is None and class_weight is None:
-            return total / (losses.numel() * factor)
-        count = self.mask.float() if self.weight is None else self.weight * self.mask
-        if class_weight is not None:
-            count = count * class_weight[torch.where(self.mask, self.labels, 0)]
-        return total / (_sum(count) * factor)
-
-
-def _sum(values: Tensor) -> Tensor:
-    """Of a vector; its rounding does not depend on the number of threads. torch cuts a single sum
-    of 32768 values or more among them; of two sums each is one thread's."""
-    return values.expand(2, -1).sum(1)[0]
-
-
-def _pair(value, none: float) -> tuple[float, float]:
-    """Of the student and the teacher."""
-    of_student, of_teacher = value if isinstance(value, (tuple, list)) else (value, value)
-    return (
-        none if of_student is None else float(of_student),
-        none if of_teacher is None else float(of_teacher),
-    )
-
-
-def _check_denominator(denominator: float | Tensor | None, reduction: str) -> None:
-    if denominator is None:
-        return
-    if reduction != "batchmean":
-        raise ValueError(
-            "softmax_kl: a denominator takes the place of 'batchmean', the reduction is "
-            f"'{reduction}'"
-        )
-    if not isinstance(denominator, Tensor) and not denominator > 0:
-        raise ValueError(f"softmax_kl: the denominator must be positive, it is {denominator}")
-
-
-def _check_labels(
-    logits: Tensor,
-    labels: Tensor | None,
-    alpha: float,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-) -> None:
-    if labels is None:
-        if class_weight is not None or label_smoothing:
-            raise ValueError(
-                "softmax_kl: class_weight and label_smoothing are of the cross entropy, which "
-                "needs labels"
-            )
-        return
-    if labels.dtype != torch.int64 or labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            "softmax_kl: labels must be int64 class indices of shape "
-            f"{list(logits.shape[:-1])}; they are {labels.dtype} {list(labels.shape)}"
-        )
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"softmax_kl: alpha must lie in [0, 1], it is {alpha}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"softmax_kl: label_smoothing must lie in [0, 1], it is {label_smoothing}")
+    return loss.of(soft, hard)
 
 
 def _classes(student: Tensor, teacher: Tensor, indices: Tensor | None, classes: int | None) -> int:
