@@ -181,7 +181,7 @@ def test_calls_take_what_forward_names():
             return ids * mask
 
     batch = {"ids": torch.ones(2), "mask": torch.ones(2), "labels": None, "extra": 3}
-    assert call(Capture(Named()), batch)["logits"].shape == (2,)
+    assert call(Capture(Named()), batch)[1]["logits"].shape == (2,)
     with pytest.raises(ValueError, match=r"nothing that Named.forward takes \(ids, mask\)"):
         call(Capture(Named()), {"labels": None, "pixels": 1})
 

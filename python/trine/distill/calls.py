@@ -14,7 +14,9 @@ __all__ = ["NOT_FOR_MODELS", "as_batch", "call", "moved"]
 
 # What a batch says to objectives and not to models. Labels stay out, too: models of Hugging Face
 # would compute a loss of their own.
-NOT_FOR_MODELS = frozenset({"labels", "index", "step", "row_weight"})
+NOT_FOR_MODELS = frozenset(
+    {"labels", "other_labels", "share", "index", "step", "row_weight", "prompt_ids", "prompt_mask"}
+)
 
 
 def as_batch(batch: Any) -> dict[str, Any]:
@@ -34,11 +36,11 @@ def as_batch(batch: Any) -> dict[str, Any]:
     )
 
 
-def call(capture: Capture, batch: Batch) -> View:
-    """The view of a model's call: with batch["inputs"], or with what its forward has names for."""
+def call(capture: Capture, batch: Batch) -> tuple[Any, View]:
+    """A model's output and view: with batch["inputs"], or with what its forward has names for."""
     if "inputs" in batch:
-        return capture(batch["inputs"])[1]
-    return capture(**_arguments(unwrapped(capture.model), batch))[1]
+        return capture(batch["inputs"])
+    return capture(**_arguments(unwrapped(capture.model), batch))
 
 
 def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Lesson(nn.Module):
         self._teacher = [teacher]  # in a list: a module is not to be trained for being a teacher
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        student = call(self._capture, batch)
+        _, student = call(self._capture, batch)
         (teacher,) = self._teacher
         view = {} if teacher is None else teacher(batch, student)
         terms = self.objective(student, view, batch)
@@ -60,6 +60,9 @@ class Distiller:
         objective: what student and teacher should have in common.
         balance: weighs the objective's terms.
         paths: what to capture in the student, as for `Capture`.
+        transform: called with each batch and the student, returns the batch to learn from:
+            augmentation, what the student writes itself (`OnPolicy`), what a generator makes
+            (`DataFree`). One that has a state_dict is in the checkpoint.
         training: settings.
         folder: for the checkpoint, the history (history.jsonl, curves.png) and the final weights
             (student.safetensors); None: nothing is written, and a killed job starts again.
@@ -81,6 +84,7 @@ class Distiller:
         balance: nn.Module,
         *,
         paths: Mapping[str, str] | None = None,
+        transform: Callable[[Batch, nn.Module], Batch] | None = None,
         training: Training | None = None,
         folder: str | Path | None = None,
         tensorboard: bool = False,
@@ -89,7 +93,7 @@ class Distiller:
         self.training = training or Training()
         self.accelerator = processes.accelerator_for(self.training)
         self.folder = None if folder is None else Path(folder)
-        self.teacher, self.student = teacher, student
+        self.teacher, self.student, self.transform = teacher, student, transform
         self.lesson = Lesson(Capture(student, paths), teacher, objective, balance)
         self.tensorboard, self.progress = tensorboard, progress
         self.history: list[dict[str, Any]] = []

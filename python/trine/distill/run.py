@@ -39,6 +39,7 @@ class Run:
         evaluate: Callable[[nn.Module], float] | None,
     ) -> None:
         self.training, self.evaluate, self.teacher = owner.training, evaluate, owner.teacher
+        self.transform = owner.transform
         self.accelerator, self.lesson = owner.accelerator, owner.lesson
         self.student = owner.lesson.student
         self.rank = self.accelerator.process_index
@@ -102,6 +103,8 @@ class Run:
         batch["step"] = position["step"]
         self.lesson.train()
         with self.draws.drawing(), processes.synchronised(self.module, is_update):
+            if self.transform is not None:
+                batch = {**self.transform(batch, self.student), "step": batch["step"]}
             with self.autocast():
                 loss, terms = self.module(batch)
             loss = loss / of_update
@@ -218,6 +221,7 @@ class Run:
         draws = processes.everyones(self.draws.state)
         if self.accelerator.is_main_process:
             teacher = getattr(self.teacher, "update", None)
+            transform = getattr(self.transform, "state_dict", dict)
             state = {
                 "training": asdict(self.training),
                 "lesson": lesson,
@@ -227,6 +231,7 @@ class Run:
                 "position": self.position,
                 "draws": draws,
                 "scaler": None if self.scaler is None else self.scaler.state_dict(),
+                "transform": transform(),
                 "teacher": None if teacher is None else self.teacher.model.state_dict(),
             }
             partial = self.folder / f"{_CHECKPOINT}.part"
@@ -261,6 +266,8 @@ class Run:
             self._set_parameters(lesson)
         if state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
+        if state["transform"]:
+            self.transform.load_state_dict(state["transform"])
         if state["teacher"] is not None:
             self.teacher.model.load_state_dict(state["teacher"])
         self.best, self.position = state["best"], state["position"]

@@ -49,7 +49,7 @@ class Frozen:
         inputs = dict(batch) if self.device is None else moved(batch, self.device)
         if self.dtype is not None:
             inputs = {name: self._cast(value) for name, value in inputs.items()}
-        view = call(self._capture, inputs)
+        _, view = call(self._capture, inputs)
         if self.device is None or not student:
             return view
         return moved(view, next(iter(student.values())).device)

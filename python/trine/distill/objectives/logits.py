@@ -60,13 +60,20 @@ class Labels(Objective):
     def forward(self, student: View, teacher: View, batch: Batch) -> Terms:
         logits = look(student, self.student, "student")
         labels = labels_of(batch, self.labels, logits, self.shift)
-        loss = F.cross_entropy(
+        loss = self._cross_entropy(logits, labels)
+        if "other_labels" in batch:  # inputs were mixed
+            others = labels_of(batch, "other_labels", logits, self.shift)
+            share = batch["share"]
+            loss = share * loss + (1 - share) * self._cross_entropy(logits, others)
+        return {self.name: loss}
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(
             logits.flatten(0, -2).float(),
             labels.flatten(),
             ignore_index=IGNORED_LABEL,
             label_smoothing=self.label_smoothing,
         )
-        return {self.name: loss}
 
 
 class SoftTargets(Objective):
