@@ -12,6 +12,7 @@
 // - two to four rows: the products, and the decoding beside them: 0.85 times.
 // - five rows and more: the making of the picks, then the units that pick or multiply, see picks.h:
 //   0.8 to 0.95 times at 5 to 8 rows, 1.1 at 16, 1.2 at 32, 1.25 from 128 rows on.
+#include "ternary24_linear/changed_rows.h"
 #include "ternary24_linear/picks.h"
 #include "ternary_linear/streams.h"
 #include "ternary_linear/vectors_avx512vnni.h"
@@ -41,22 +42,6 @@ struct Simd : Vectors512 {
   }
 };
 
-// The rows of a tile, each 64 bytes of x changed by `change`; they are numbered from 0.
-template <class Change, class Run>
-void with_changed_rows(const QuantizedRows& x, const LinearOutput& out, const Tile& tile,
-                       const Change& change, const Run& run) {
-  const int64_t m = tile.m_begin, rows = tile.m_end - m;
-  const Scratch storage(rows * x.stride);
-  auto* q = storage.data<int8_t>();
-  for (int64_t at = 0; at < rows * x.stride; at += 64)
-    _mm512_store_si512(q + at, change(_mm512_load_si512(x.q + m * x.stride + at)));
-  const int64_t value_bytes = out.type == FloatType::float32 ? 4 : 2;
-  run(QuantizedRows{q, x.stride, x.scale + m, x.sum + m},
-      LinearOutput{static_cast<char*>(out.y) + m * out.stride * value_bytes, out.stride, out.type,
-                   out.bias},
-      Tile{0, rows, tile.n_begin, tile.n_end});
-}
-
 }  // namespace
 
 void ternary24_linear_avx512vbmi(const QuantizedRows& x, const Ternary24Weight& weight,
@@ -66,14 +51,20 @@ void ternary24_linear_avx512vbmi(const QuantizedRows& x, const Ternary24Weight& 
     const __m512i by_column =
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     with_changed_rows(
-        x, out, tile, [&](__m512i q) { return _mm512_shuffle_epi8(q, by_column); },
+        x, out, tile,
+        [&](const int8_t* from, int8_t* to) {
+          _mm512_store_si512(to, _mm512_shuffle_epi8(_mm512_load_si512(from), by_column));
+        },
         [&](const QuantizedRows& rows, const LinearOutput& y, const Tile& part) {
           linear_by_streams<Simd>(rows, weight, y, part);
         });
   } else {
     const __m512i offset = _mm512_set1_epi8(static_cast<char>(128));
     with_changed_rows(
-        x, out, tile, [&](__m512i q) { return _mm512_xor_si512(q, offset); },
+        x, out, tile,
+        [&](const int8_t* from, int8_t* to) {
+          _mm512_store_si512(to, _mm512_xor_si512(_mm512_load_si512(from), offset));
+        },
         [&](const QuantizedRows& rows, const LinearOutput& y, const Tile& part) {
           linear_by_picks(rows, weight, y, part);
         });

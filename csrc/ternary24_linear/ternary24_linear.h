@@ -23,11 +23,10 @@
 //   one
 //                  look-up. Indices and signs in places of their own, as in sparse24_linear, would
 //                  take 6: two to spread each, one to join them, one look-up
-//   AVX2           26 for 2 x 128 weights: two loads, a shuffle, five to split 24 bits into bytes
-//                  (shifts that multiply), and for each value of a group a look-up of eight
-//                  entries, joined by OR: the bits of a value are together, and its look-up needs
-//                  no other's
-//   NEON           15: vld3 splits 24 bits; then as above
+//   AVX2           2 x 17: two loads, a shuffle, eight that move the fields to bytes, and for each
+//                  value of a group a look-up of eight entries, joined by OR; the bits of a value
+//                  are together, so that its look-up needs no other's
+//   NEON           4 x 7: a load, a look-up and four that move the fields to bytes, one look-up
 #pragma once
 
 #include <cstdint>

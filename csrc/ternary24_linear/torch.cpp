@@ -10,6 +10,13 @@ constexpr const char* kOp = "ternary24_linear";
 constexpr Ternary24LinearKernel kKernels[] = {
 #ifdef TRINE_X86
     {Isa::avx512vbmi, ternary24_linear_avx512vbmi},
+    {Isa::avx512vnni, ternary24_linear_avx512vnni},
+    {Isa::avx2vnni, ternary24_linear_avx2vnni},
+    {Isa::avx2vnni_evex, ternary24_linear_avx2vnni_evex},
+    {Isa::avx2, ternary24_linear_avx2},
+#elif defined(TRINE_ARM64)
+    {Isa::i8mm, ternary24_linear_i8mm},
+    {Isa::dotprod, ternary24_linear_dotprod},
 #endif
     {Isa::scalar, ternary24_linear_scalar},
 };

@@ -1,29 +1,12 @@
 // vpdpbusd on 32 codes: see streams.h and lanes.h.
-#include "common/x86/gemm_avx2vnni.h"
 #include "ternary_linear/few_or_many.h"
-#include "ternary_linear/vectors_avx2.h"
+#include "ternary_linear/vectors_avx2vnni.h"
 
 namespace trine {
-namespace {
-
-struct Simd : Vectors256 {
-  // More than with AVX2: two rows take as long to decode, but half as long to multiply. At 3 to 8
-  // rows 1.05 to 1.3 times as fast as by lanes.
-  static constexpr int64_t kFewRows = 8;
-  using Sums = Int32;
-  static constexpr int64_t kDotsPerSum = 0;  // never too many: int32 holds them all
-
-  static Sums dot(Sums sum, Words codes, Words q) {
-    return trine::dot(sum, (__m256i)codes, (__m256i)q);
-  }
-  static Int32 widened(Sums sum) { return sum; }
-};
-
-}  // namespace
 
 void ternary_linear_avx2vnni(const QuantizedRows& x, const TernaryWeight& weight,
                              const LinearOutput& out, const Tile& tile) {
-  linear_by_simd<Simd>(x, weight, out, tile);
+  linear_by_simd<VnniVectors256>(x, weight, out, tile);
 }
 
 }  // namespace trine

@@ -39,11 +39,18 @@ OPS = (
     "int8_linear",
     "ternary_linear",
     "sparse24_linear",
+    "ternary24_linear",
     "softmax_kl",
 )
-quantize_rows, rms_norm, int8_linear, ternary_linear, sparse24_linear, softmax_kl = map(
-    reference, OPS
-)
+(
+    quantize_rows,
+    rms_norm,
+    int8_linear,
+    ternary_linear,
+    sparse24_linear,
+    ternary24_linear,
+    softmax_kl,
+) = map(reference, OPS)
 
 # ---- calls ----
 
@@ -244,6 +251,24 @@ def calls_of_sparse24_linear() -> Iterator[Call]:
         yield call(difficult_rows(k, dtype).repeat(repeats, 1), *weight, scale.get("weight_scale"))
 
 
+def calls_of_ternary24_linear() -> Iterator[Call]:
+    def call(x, packed, scale, bias=None, threads=1) -> Call:
+        y = ternary24_linear.ternary24_linear(x, packed, scale, bias)
+        return Call("ternary24_linear", (x, packed, scale, bias), same_bits(y), threads=threads)
+
+    for shape, dtype, bias, threads in linear_cases():
+        for scale_shape in ((), None):
+            x, *weight = ternary24_linear.example_inputs(*shape, dtype, bias, scale_shape)
+            yield call(padded(x) if bias else x, *weight, threads=threads)
+    for k, dtype in product((1, 37, 130), DTYPES):
+        _, *weight = ternary24_linear.example_inputs(1, 7, k, dtype)
+        yield call(difficult_rows(k, dtype), *weight)
+    # The largest sums that there are: two values of 1 in every group.
+    packed = torch.tensor([0x08, 0x82, 0x20], dtype=torch.uint8).repeat(5, 512)
+    for m in (1, 4, 20):
+        yield call(torch.full((m, 8192), 3.0), packed, torch.ones(5))
+
+
 def within_bound(x: Tensor, values: Tensor, indices: Tensor, expected: Tensor):
     """|error| <= 4 eps sqrt(K) sum |x w|, one rounding with the bias, one to the output's dtype."""
     eps = torch.finfo(torch.float32).eps
@@ -381,6 +406,7 @@ KERNELS = {
     "sparse24_linear (int8 values)": INTEGER,
     "int8_linear": INTEGER,
     "ternary_linear": INTEGER,
+    "ternary24_linear": INTEGER,
 }
 
 
