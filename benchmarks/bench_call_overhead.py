@@ -11,7 +11,7 @@ from benchmarks.case import Comparison, Contestant, hot
 from benchmarks.ceilings import Work
 
 SIZE = 64
-CHOICES = ("ternary", "int8", "sparse24", "sparse24-int8")
+CHOICES = ("ternary", "int8", "sparse24", "sparse24-int8", "ternary24")
 MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
 
 

@@ -531,7 +531,7 @@ def test_a_model_in_training_under_quantisation_is_refused():
         trine.compress(qat, Recipe(), torch.randn(2, 12), timer=says(2))
 
 
-@pytest.mark.parametrize("choice", ["ternary", "sparse24", "sparse24-int8"])
+@pytest.mark.parametrize("choice", ["ternary", "sparse24", "sparse24-int8", "ternary24"])
 def test_every_choice_is_packed_as_from_linear_does(choice):
     model, x = mlp(), torch.randn(7, 12)
     small = trine.compress(model, Recipe({"first": choice}), x, timer=says(2))

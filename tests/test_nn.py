@@ -92,6 +92,34 @@ def test_ternary_errors():
         packed_nn.TernaryLinear.from_codes(codes, torch.ones(1), torch.zeros(5))
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_ternary24_granularities(isa, granularity, bias):
+    n, k = 6, 190
+    codes = torch.randint(-1, 2, (n, k), dtype=torch.int8) * (torch.arange(k) % 4 < 2)
+    scale = torch.rand(1 if granularity == "tensor" else n) + 0.1
+    bias_values = torch.randn(n) if bias else None
+    layer = packed_nn.Ternary24Linear.from_codes(codes, scale, bias_values)
+    assert layer.granularity == granularity
+    assert_same_bits(layer.weight, codes * scale[:, None])
+    x = torch.randn(4, k)
+    assert relative_error(layer(x), nn.functional.linear(x, layer.weight, bias_values)) < 0.02
+    twin = packed_nn.TernaryLinear.from_codes(codes, scale, bias_values)
+    assert_same_bits(layer(x), twin(x))
+    assert layer.packed_weight.shape == (6, 48)  # 288 bits, whole 16 bytes
+
+
+def test_ternary24_errors():
+    with pytest.raises(ValueError, match="granularity is 64"):
+        packed_nn.Ternary24Linear(192, 4, granularity=64)
+    codes = torch.zeros(6, 192, dtype=torch.int8)
+    for shape in ((5,), (6, 3), ()):
+        with pytest.raises(ValueError, match="weight_scale has shape"):
+            packed_nn.Ternary24Linear.from_codes(codes, torch.ones(shape))
+    with pytest.raises(ValueError, match="bias has shape"):
+        packed_nn.Ternary24Linear.from_codes(codes, torch.ones(1), torch.zeros(5))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sparse24_keeps_the_two_largest_of_each_four(dtype):
     weight = torch.tensor([[3.0, -4.0, 1.0, 2.0, 0.5, 0.5, -0.5], [-0.0, 0, 7, 0, 1, 2, 3]])

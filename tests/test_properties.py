@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from trine import backends, ops
 from trine.nn import PackedLinear, pack_linear
 
-LINEAR = ("int8", "ternary", "sparse24", "sparse24-int8")
-EXACT = ("int8", "ternary", "sparse24-int8")
+LINEAR = ("int8", "ternary", "sparse24", "sparse24-int8", "ternary24")
+EXACT = ("int8", "ternary", "sparse24-int8", "ternary24")
 THREADS = (1, 2, 3, 7, 16)
 
 # Small enough to be quick, large enough that threads share the work: some 256k products each.

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from trine import nn as packed_nn
 from trine.ops.quantize_rows import reference
 from trine.quantize import QatLinear, int8_absmax, prepare_qat, ternary_absmean, two_of_four
+from trine.quantize.weights import ternary24_absmean
 
 CHOICES = list(packed_nn._CHOICES)
 SHAPES = ((1, 1, 1), (3, 5, 37), (2, 17, 64), (9, 16, 130))  # (M, N, K)
@@ -47,6 +48,21 @@ class TestWeightRules:
         assert codes.tolist() == [[1, -1, 0], [0, 1, 0]]
         assert_same_bits(scale, torch.tensor([4.0 / 6.0]))
         assert [t.tolist() for t in ternary_absmean(torch.zeros(2, 2))] == [[[0, 0], [0, 0]], [0.0]]
+
+    def test_ternary24_absmean_by_hand(self):
+        # kept are 4, -2, 1 and 1, of mean 2: 1 is half of it, and is rounded to even
+        weight = torch.tensor([[4.0, 0.5, -2.0, 0.25, 1.0, 1.0, 0.5, -0.5]])
+        codes, scale = ternary24_absmean(weight)
+        assert (codes.tolist(), scale.tolist()) == ([[1, 0, -1, 0, 0, 0, 0, 0]], [2.0])
+        codes, scale = ternary24_absmean(torch.zeros(2, 4))
+        assert (codes.tolist(), scale.tolist()) == ([[0] * 4] * 2, [0.0])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_ternary24_keeps_a_weight_of_its_kind(self, dtype):
+        codes = torch.randint(-1, 2, (33, 70), dtype=torch.int8) * (torch.arange(70) % 4 > 1)
+        again, scale = ternary24_absmean((codes * 0.3).to(dtype))
+        assert torch.equal(again, codes)
+        assert scale == torch.tensor([0.3]).to(dtype)
 
     def test_ternary_rounds_half_to_even(self):
         codes, scale = ternary_absmean(torch.tensor([[0.5, -0.5, 1.5, 1.5]]))
@@ -182,7 +198,7 @@ class TestForward:
 def quantised_by_hand(choice: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What x and the weight are rounded to, in float64, from the formulas."""
     rows, values = x.double(), weight.double()
-    if choice.startswith("sparse24"):
+    if "24" in choice:
         n, k = values.shape
         groups = torch.cat((values, torch.zeros(n, -k % 4)), 1).reshape(n, -1, 4)
         largest = groups.abs().topk(2).indices
@@ -191,8 +207,9 @@ def quantised_by_hand(choice: str, x: Tensor, weight: Tensor) -> tuple[Tensor, T
     if choice.endswith("int8"):
         step = values.abs().amax(1, keepdim=True) / 127
         values = (values / step).round() * step
-    if choice == "ternary":
-        step = values.abs().mean()
+    if choice.startswith("ternary"):
+        counted = values[values != 0] if "24" in choice else values
+        step = counted.abs().mean()
         values = (values / step).round().clamp(-1, 1) * step
     if choice != "sparse24":
         step = rows.abs().amax(1, keepdim=True) / 127

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-CHOICES = ("int8", "ternary", "sparse24", "sparse24-int8", "float")
+CHOICES = ("int8", "ternary", "sparse24", "sparse24-int8", "ternary24", "float")
 PREFERENCES = ("speed", "size")
 
 
@@ -15,8 +15,8 @@ PREFERENCES = ("speed", "size")
 class Recipe:
     """Which compressed kind each linear layer is meant to get.
 
-    linear: one choice for every layer ("int8", "ternary", "sparse24", "sparse24-int8", "float"), or
-        a mapping from patterns of layer names to choices, as in
+    linear: one choice for every layer ("int8", "ternary", "sparse24", "sparse24-int8", "ternary24",
+        "float"), or a mapping from patterns of layer names to choices, as in
         ``{"lm_head": "float", "*.mlp.*": "sparse24", "*": "int8"}``. Patterns are those of fnmatch,
         case-sensitive, tried in order: the first that matches the layer's whole name decides. A
         layer that none matches stays float.

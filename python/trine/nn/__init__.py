@@ -7,19 +7,21 @@ from trine.nn.packed import PackedLinear
 from trine.nn.quantizing_norm import QuantizingRMSNorm
 from trine.nn.sparse24 import Sparse24Linear
 from trine.nn.ternary import TernaryLinear
+from trine.nn.ternary24 import Ternary24Linear
 
 __all__ = [
     "Int8Linear",
     "PackedLinear",
     "QuantizingRMSNorm",
     "Sparse24Linear",
+    "Ternary24Linear",
     "TernaryLinear",
     "layer_kinds",
     "pack_linear",
 ]
 
 layer_kinds: dict[str, type[PackedLinear]] = {
-    layer.kind: layer for layer in (TernaryLinear, Int8Linear, Sparse24Linear)
+    layer.kind: layer for layer in (TernaryLinear, Int8Linear, Sparse24Linear, Ternary24Linear)
 }
 
 # What a recipe may choose for a layer: the class, and the options of its `from_linear`.
@@ -28,6 +30,7 @@ _CHOICES: dict[str, tuple[type[PackedLinear], dict[str, str]]] = {
     "ternary": (TernaryLinear, {}),
     "sparse24": (Sparse24Linear, {"values": "float"}),
     "sparse24-int8": (Sparse24Linear, {"values": "int8"}),
+    "ternary24": (Ternary24Linear, {}),
 }
 
 
@@ -36,7 +39,7 @@ def pack_linear(linear: nn.Module, choice: str) -> PackedLinear:
 
     Args:
         linear: torch.nn.Linear or transformers' Conv1D, float32, bfloat16 or float16.
-        choice: "int8", "ternary", "sparse24" or "sparse24-int8".
+        choice: "int8", "ternary", "sparse24", "sparse24-int8" or "ternary24".
 
     Raises ValueError for an unknown choice, and what `from_linear` raises.
     """

@@ -24,7 +24,7 @@ class QatLinear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as for torch.nn.Linear.
-        choice: "int8", "ternary", "sparse24" or "sparse24-int8".
+        choice: "int8", "ternary", "sparse24", "sparse24-int8" or "ternary24".
 
     Raises ValueError for another choice.
     """

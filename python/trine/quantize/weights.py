@@ -76,6 +76,22 @@ def sparse24_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return int8_absmax(sparse24(weight)[0])
 
 
+def ternary24_absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise what `sparse24` keeps of `weight` [N, K] to {-1, 0, 1} by its mean magnitude.
+
+    As `ternary_absmean`, but scale is the mean magnitude of the non-zeros that are kept: the mean
+    of all weights would be too small a scale for the larger half of them. So a weight that is
+    2:4-sparse and ternary already keeps its values.
+
+    Returns codes int8 [N, K] and scale float32 [1].
+    """
+    kept = sparse24(weight)[0].float()
+    magnitudes = kept.abs().sum(dtype=torch.float64)
+    scale = (magnitudes / (kept != 0).sum().clamp(min=1)).float()
+    codes = torch.where(scale > 0, kept / scale, 0.0).round().clamp(-1, 1).to(torch.int8)
+    return codes, scale.reshape(1)
+
+
 # What becomes of a weight [N, K] under each choice of a recipe: its values [N, K], and their scale
 # ([N] or [1]; None where the values are floats). Where there is a scale, activations are int8 rows.
 WEIGHT_RULES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
@@ -83,4 +99,5 @@ WEIGHT_RULES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
     "ternary": ternary_absmean,
     "sparse24": sparse24,
     "sparse24-int8": sparse24_int8,
+    "ternary24": ternary24_absmean,
 }
