@@ -1,11 +1,14 @@
 """softmax_kl with labels, partial teachers, caps, padding and masks: any combination against the
 reference, and against a computation in float64 written out row by row."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import isas_to_test
 from linear_inputs import DTYPES
+from test_softmax_kl import operator_arguments
 from torch import Tensor
 from trine import backends
 from trine.ops import softmax_kl
@@ -171,3 +174,243 @@ def test_any_combination(
     assert (gradient[:, classes:] == 0).all()
     if rows > 2:
         assert (gradient[:2] == 0).all()
+
+
+def results_of(student: Tensor, teacher: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient to the student."""
+    student = student.detach().requires_grad_()
+    loss = softmax_kl(student, teacher, *args, **options)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), student)
+
+
+def truth_of(student: Tensor, teacher: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
+    student = student.detach().double().requires_grad_()
+    loss = reference.softmax_kl(student, teacher.double(), *args, **options)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), student)
+
+
+def assert_close(actual: Tensor, truth: Tensor, tolerance: float = 1e-5) -> None:
+    assert torch.isfinite(actual).all()
+    assert (actual.double() - truth).norm() <= tolerance * truth.norm()
+
+
+@pytest.mark.parametrize("rows", [2, 50])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_rows_of_several_parts(isa, threads, divergence, rows):
+    """Few rows are shared by all threads, many are not; nothing depends on which."""
+    student, teacher = reference.example_inputs(rows, classes=33000)
+    options = dict(
+        divergence=divergence,
+        labels=torch.randint(33000, (rows,)),
+        label_smoothing=0.1,
+        class_weight=torch.rand(33000),
+        softcap=(20.0, None),
+    )
+    results = []
+    for number in (1, 3):
+        threads(number)
+        results.append(results_of(student, teacher, 2.0, "none", **options))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    options["labels"] = options["labels"][-2:]
+    last = results_of(student[-2:], teacher[-2:], 2.0, "none", **options)
+    for a, b in zip(results[0], last, strict=True):
+        assert torch.equal(a[-2:], b)
+    truth = truth_of(student[-2:], teacher[-2:], 2.0, "none", **options)
+    for a, b in zip(last, truth, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_a_few_classes_of_a_long_row(isa, divergence):
+    student, _ = reference.example_inputs(3, classes=33000)
+    known, indices = log_probabilities(3, 64, 33000)
+    indices[:, 40:50] = -1
+    options = dict(divergence=divergence, teacher_indices=indices, beta=0.3)
+    for offset in (0.0, 1e4):  # the student's probability of the tail must not suffer
+        actual = results_of(student + offset, known, 2.0, **options)
+        truth = truth_of(student + offset, known, 2.0, **options)
+        for a, b in zip(actual, truth, strict=True):
+            assert_close(a, b, 3e-5)  # a tail of nearly 1 is known to 6e-8, such losses are 1e-2
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_identical_rows_and_huge_logits(isa, divergence):
+    for dtype in DTYPES:
+        student, teacher = reference.example_inputs(4, classes=1500, dtype=dtype)
+        options = dict(divergence=divergence, softcap=30.0, logit_scale=0.7)
+        for result in results_of(student, student, 3.0, "none", **options):
+            assert (result == 0).all()
+        student, teacher = student * 3e3, teacher.float().sign() * 1e4
+        labels = torch.zeros(4, dtype=torch.int64)
+        for result in results_of(student, teacher, 1.0, divergence=divergence, labels=labels):
+            assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_gradient_in_bf16_of_a_large_vocabulary(divergence):
+    student, teacher = (z.bfloat16() for z in torch.randn(2, 2, 128256))
+    labels = torch.tensor([5, 128255])
+    _, gradient = results_of(student, teacher, divergence=divergence, labels=labels)
+    truth = truth_of(student, teacher, divergence=divergence, labels=labels)[1]
+    assert_close(gradient, truth, 0.005)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean", 7.0])
+def test_reductions_of_both_terms(reduction):
+    student, teacher = reference.example_inputs(3, 4, classes=11)
+    labels = torch.randint(11, (3, 4))
+    labels[1, 2] = labels[0, 0] = 10
+    options = dict(labels=labels, ignore_index=10, alpha=0.3, label_smoothing=0.2)
+    if reduction == 7.0:
+        reduction, options["denominator"] = "batchmean", 7.0
+    for weights in ({}, {"class_weight": torch.rand(11)}, {"row_weight": torch.rand(3, 4)}):
+        actual = results_of(student, teacher, 2.0, reduction, **options, **weights)
+        truth = truth_of(student, teacher, 2.0, reduction, **options, **weights)
+        for a, b in zip(actual, truth, strict=True):
+            assert a.shape == b.shape
+            assert_close(a, b)
+    if reduction == "batchmean" and "denominator" not in options:
+        hard = softmax_kl(student, teacher, 2.0, **options | {"alpha": 0.0})
+        args = (student.flatten(0, 1), labels.flatten())
+        torch.testing.assert_close(
+            hard, F.cross_entropy(*args, ignore_index=10, label_smoothing=0.2)
+        )
+
+
+def test_terms():
+    student, teacher = reference.example_inputs(5, classes=9)
+    student.requires_grad_()
+    labels = torch.randint(9, (5,))
+    for alpha in (0.0, 0.3, 1.0):
+        found = softmax_kl(student, teacher, 2.0, labels=labels, alpha=alpha, return_terms=True)
+        torch.testing.assert_close(found.loss, alpha * found.soft + (1 - alpha) * found.hard)
+        torch.testing.assert_close(found.soft, softmax_kl(student, teacher, 2.0))
+        torch.testing.assert_close(found.hard, F.cross_entropy(student, labels))
+        assert found.loss.requires_grad
+        assert not found.soft.requires_grad
+        assert not found.hard.requires_grad
+    alone = softmax_kl(student, teacher, 2.0, return_terms=True)
+    assert alone.hard is None
+    assert torch.equal(alone.loss, alone.soft)
+
+
+def test_classes_of_no_probability(isa):
+    student, teacher = reference.example_inputs(2, classes=600)
+    student[:, 100:200] = teacher[:, 100:200] = -INF
+    labels = torch.tensor([3, 150])
+    wide = student.double().requires_grad_()
+    hard = F.cross_entropy(wide, labels, reduction="none")
+    _, actual = results_of(student, teacher, labels=labels, alpha=0.0, reduction="none")
+    loss = softmax_kl(student, teacher, labels=labels, alpha=0.0, reduction="none")
+    torch.testing.assert_close(loss, hard.float())  # of the second infinite
+    truth = torch.autograd.grad(hard.sum(), wide)[0]
+    torch.testing.assert_close(actual, truth.float(), rtol=1e-5, atol=1e-7)
+
+
+def test_the_loss_may_be_used_twice():
+    student, teacher = reference.example_inputs(4, classes=300)
+    student.requires_grad_()
+    loss = softmax_kl(student, teacher, labels=torch.arange(4), softcap=5.0)
+    (loss * 3 + loss).backward(retain_graph=True)
+    first, student.grad = student.grad, None
+    (4 * loss).backward()
+    torch.testing.assert_close(first, student.grad, rtol=1e-6, atol=0)
+
+
+def test_a_sum_over_many_rows_does_not_depend_on_threads(threads):
+    student, teacher = torch.randn(2, 40000, 3)
+    losses = []
+    for number in (1, 3):
+        threads(number)
+        losses.append(softmax_kl(student, teacher, 2.0, labels=torch.zeros(40000).long()))
+    assert torch.equal(*losses)
+
+
+SECOND = {
+    "labels": dict(labels=torch.tensor([0, 4]), label_smoothing=0.2, class_weight=torch.rand(5)),
+    "seen": dict(softcap=(4.0, 5.0), logit_scale=(0.7, 1.5), classes=4),
+    "log": dict(teacher_is_log_probabilities=True),
+    "known": dict(teacher_indices=torch.tensor([[4, 1], [2, -1]])),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives(name):
+    student, teacher = torch.randn(2, 2, 5)
+    if name == "known":
+        teacher = torch.tensor([[-1.0, -2], [-0.7, 0]])
+
+    def loss(s: Tensor) -> Tensor:
+        return softmax_kl(s, teacher, 2.0, divergence="jsd", **SECOND[name])
+
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(loss, student, eps=1e-2, atol=2e-3, rtol=1e-2)
+    assert torch.autograd.gradgradcheck(loss, student, eps=1e-2, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["labels", "known"])
+def test_opcheck_and_compile(name):
+    student, teacher = reference.example_inputs(2, classes=5)
+    options = dict(SECOND[name])
+    if name == "known":
+        teacher = torch.log_softmax(teacher, -1)[:, :2].contiguous()
+    mask = torch.tensor([True, False])
+    arguments = operator_arguments(
+        student.requires_grad_(),
+        teacher,
+        labels=options.get("labels"),
+        class_weight=options.get("class_weight"),
+        teacher_indices=options.get("teacher_indices"),
+        student_cap=4.0,
+        row_mask=mask,
+    )
+    ops = torch.ops.trine
+    torch.library.opcheck(ops.softmax_kl.default, arguments)
+    with torch.no_grad():
+        soft, hard, saved = ops.softmax_kl(*arguments)
+    for for_teacher in (False, True)[: 1 if name == "known" else 2]:
+        backward = (torch.ones_like(soft), torch.ones_like(hard), *arguments, saved, for_teacher)
+        torch.library.opcheck(ops.softmax_kl_backward.default, backward)
+
+    def function(s: Tensor) -> Tensor:
+        return softmax_kl(s, teacher, 2.0, **options)
+
+    gradients = [
+        torch.autograd.grad(f(student), student)[0]
+        for f in (function, torch.compile(function, fullgraph=True))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
+def test_errors():
+    s = torch.zeros(2, 3)
+    labels = torch.tensor([0, 3])
+    with pytest.raises(IndexError, match=r"the label of row 1 is 3; it must lie in \[0, 3\)"):
+        softmax_kl(s, s, labels=labels)
+    with pytest.raises(ValueError, match=r"labels must be int64 class indices of shape \[2\]"):
+        softmax_kl(s, s, labels=labels.int())
+    known = torch.tensor([[0, 1], [2, 3]])
+    with pytest.raises(IndexError, match="a teacher index of row 1 is 3"):
+        softmax_kl(s, s[:, :2], teacher_indices=known)
+    with pytest.raises(ValueError, match=r"teacher_indices must have the shape .* \[2, 3\]"):
+        softmax_kl(s, s, teacher_indices=known)
+    with pytest.raises(ValueError, match="teacher_indices must be int64 or int32"):
+        softmax_kl(s, s[:, :2], teacher_indices=known.float())
+    with pytest.raises(ValueError, match="log-probabilities anyway"):
+        softmax_kl(s, s[:, :2], teacher_indices=known, teacher_is_log_probabilities=True)
+    with pytest.raises(ValueError, match="`classes` must tell how many"):
+        softmax_kl(s, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"classes must lie in \[0, 3\].*it is 4"):
+        softmax_kl(s, torch.zeros(2, 4), classes=4)
+    for options, words in (
+        (dict(alpha=1.5), r"alpha must lie in \[0, 1\]"),
+        (dict(label_smoothing=-0.1), r"label_smoothing must lie in \[0, 1\]"),
+        (dict(class_weight=torch.ones(2)), "a value for each of the 3 classes"),
+        (dict(softcap=-1.0), "the student's soft-cap must be positive"),
+        (dict(logit_scale=(1.0, 0.0)), "the teacher's logit scale must be positive"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            softmax_kl(s, s, labels=torch.tensor([0, 1]), **options)
+    with pytest.raises(ValueError, match="which needs labels"):
+        softmax_kl(s, s, label_smoothing=0.1)

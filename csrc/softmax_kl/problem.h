@@ -45,6 +45,10 @@ struct Slots {
   }
 };
 
+struct Part {
+  int64_t row, begin, size;
+};
+
 struct Problem {
   Logits student, teacher;
   int64_t classes;
@@ -75,6 +79,11 @@ struct Problem {
     if (classes == 0) return 0;
     const int64_t even = (classes + parts() - 1) / parts();
     return (even + kAlign - 1) / kAlign * kAlign;
+  }
+
+  Part part(int64_t row, int64_t i) const {
+    const int64_t begin = i * part_size();
+    return {row, begin, std::min(part_size(), classes - begin)};
   }
 
   // Elements of a row that one call of a kernel takes at most. Few long rows thus feed many

@@ -7,8 +7,7 @@
 #endif
 
 #include "common/dispatch.h"
-#include "softmax_kl/problem.h"
-#include "softmax_kl/sums.h"
+#include "softmax_kl/worker.h"
 
 namespace trine {
 namespace {
@@ -28,266 +27,27 @@ constexpr Kernel kKernels[] = {
 };
 [[maybe_unused]] const bool announced = announce(kOp, kKernels);
 
-constexpr float kLog2e = float(std::numbers::log2e);
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+// Rows for each thread from which on a row is one thread's business.
+constexpr int64_t kRowsAThread = 8;
 
-// Row of the saved tensor.
-struct Saved {
-  SoftmaxKlRow soft;
-  // Of the student's softmax at T = 1; NaN: a row without a cross entropy.
-  float max, inverse_sum;
-  // Of the classes that are in no bin.
-  float tail_max, tail_sum;
-};
-constexpr int64_t kSavedColumns = sizeof(Saved) / sizeof(float);
+// Parts that are worth a thread: 10 us or so.
+int64_t grain(const Problem& problem) {
+  constexpr int64_t kElements = 1 << 14;
+  return std::max<int64_t>(1, kElements / problem.classes);
+}
 
-// What is known of a part of a row.
-struct PartSums {
-  SoftmaxKlSums soft;
-  SoftmaxSums hard, tail;
-  double smoothed, weights;  // sum of weight * (z - hard.max) and of the weights
-};
-
-struct Part {
-  int64_t row, begin, size;
-};
-
-// Computes on parts of rows, in memory of its own; one for each piece of work.
-class Worker {
- public:
-  Worker(const Problem& problem, const SoftmaxKlFunctions& kernel)
-      : problem_(problem),
-        kernel_(kernel),
-        bins_(problem.slots ? problem.slots->count + 1 : 0),
-        memory_((3 * problem.part_size() + 3 * bins_) * int64_t(sizeof(float))) {}
-
-  PartSums forward(const Part& part) const {
-    PartSums sums{};
-    const LogitRow s = see(problem_.student, part, 0);
-    if (problem_.labels) {
-      sums.hard = kernel_.sum_softmax(s, part.size, kLog2e);
-      if (problem_.smoothing != 0) {
-        const WeightedSum weighted =
-            kernel_.sum_weighted(s, part.size, weights_of(part), origin(sums.hard.max));
-        sums.smoothed = weighted.logits;
-        sums.weights = weighted.weights;
-      }
-    }
-    if (problem_.slots) {
-      sums.tail = kernel_.sum_softmax(tail_of(part), part.size, problem_.rate);
-    } else {
-      const LogitRow t = see(problem_.teacher, part, 1);
-      sums.soft = problem_.reversed ? kernel_.forward(t, s, part.size, problem_.rate)
-                                    : kernel_.forward(s, t, part.size, problem_.rate);
-    }
-    return sums;
-  }
-
-  SoftmaxKlSlopes slopes(const Part& part, const SoftmaxKlRow& row) const {
-    return slopes(see(problem_.student, part, 0), see(problem_.teacher, part, 1), part.size, row);
-  }
-
-  // The soft loss of a row whose bins are known.
-  float forward_bins(int64_t row, Saved* saved) const {
-    fill_bins(row, *saved);
-    const auto [s, t] = bin_rows();
-    const FinishedRow finished =
-        finish(problem_.reversed ? kernel_.forward(t, s, bins_, problem_.rate)
-                                 : kernel_.forward(s, t, bins_, problem_.rate),
-               problem_.rate);
-    saved->soft = finished.row;
-    if (problem_.divergence.kind == Divergence::kullback_leibler) return finished.kl;
-    return finish(slopes(s, t, bins_, finished.row), &saved->soft);
-  }
-
-  float hard(int64_t row, const PartSums& sums, Saved* saved) const {
-    const int64_t label = problem_.label(row);
-    float z;
-    kernel_.see(problem_.student.at(row, label), 1, problem_.student.seen, &z);
-    saved->max = sums.hard.max;
-    saved->inverse_sum = sums.hard.max == -kInfinity ? kNan : float(1 / sums.hard.sum);
-    if (std::isnan(saved->inverse_sum)) return kNan;
-    const double log_sum = std::log(sums.hard.sum), max = sums.hard.max;
-    double loss = (1 - problem_.smoothing) * problem_.weight(label) * (log_sum - (double(z) - max));
-    if (problem_.smoothing != 0)
-      loss +=
-          problem_.smoothing / double(problem_.classes) * (sums.weights * log_sum - sums.smoothed);
-    return float(loss);
-  }
-
-  // Writes the gradient of soft_scale * T * soft + hard_scale * hard at a part's logits.
-  void gradient(const Part& part, const Saved& saved, float soft_scale, float hard_scale,
-                double sum_of_weights, bool for_teacher, void* out) const {
-    const Logits& logits = for_teacher ? problem_.teacher : problem_.student;
-    const FloatType type = logits.rows.type;
-    const int64_t n = part.size;
-    if (soft_scale == 0 && hard_scale == 0)  // what is masked out keeps its NaN in the loss
-      return void(std::memset(out, 0, static_cast<std::size_t>(n * bytes_of(type))));
-    if (is_nan(soft_scale, saved.soft.log2_ratio) || is_nan(hard_scale, saved.inverse_sum))
-      return fill_with_nan(type, out, n);
-    if (hard_scale == 0 && !logits.seen.changes() && !problem_.slots)
-      return soft_gradient(see(problem_.student, part, 0), see(problem_.teacher, part, 1), n, saved,
-                           soft_scale, for_teacher, out);
-
-    const bool in_place = type == FloatType::float32 && !logits.seen.changes();
-    float* sum = in_place ? static_cast<float*>(out) : buffer(2);
-    const LogitRow z = widened(logits, part, for_teacher ? 1 : 0);
-    if (soft_scale == 0 || problem_.slots)
-      std::fill(sum, sum + n, 0.0f);
-    else
-      soft_gradient(for_teacher ? see(problem_.student, part, 0) : z,
-                    for_teacher ? z : see(problem_.teacher, part, 1), n, saved, soft_scale,
-                    for_teacher, sum);
-    if (hard_scale != 0) add_hard(part, z, saved, hard_scale, sum_of_weights, sum);
-    if (problem_.slots && soft_scale != 0) add_bins(part, saved, soft_scale, sum);
-    if (!in_place) kernel_.see_backward(logits.at(part.row, part.begin), n, logits.seen, sum, out);
-  }
-
- private:
-  static bool is_nan(float scale, float of_row) {
-    return std::isnan(scale) || (scale != 0 && std::isnan(of_row));
-  }
-  static float origin(float max) { return max == -kInfinity ? 0.0f : max; }
-
-  static void fill_with_nan(FloatType type, void* to, int64_t count) {
-    const auto fill = [&]<class T>(T* values) {
-      T nan;
-      narrow(kNan, &nan);
-      std::fill(values, values + count, nan);
-    };
-    switch (type) {
-      case FloatType::float32:
-        return fill(static_cast<float*>(to));
-      case FloatType::bfloat16:
-        return fill(static_cast<bfloat16*>(to));
-      case FloatType::float16:
-        return fill(static_cast<float16*>(to));
-    }
-  }
-
-  float* buffer(int i) const { return memory_.data<float>() + i * problem_.part_size(); }
-  const float* weights_of(const Part& part) const {
-    return problem_.class_weight ? problem_.weights() + part.begin : nullptr;
-  }
-
-  // A part's logits as they are seen, where they lie or in a buffer.
-  LogitRow see(const Logits& logits, const Part& part, int i) const {
-    return logits.seen.changes() ? to_buffer(logits, part, i) : logits.at(part.row, part.begin);
-  }
-  LogitRow widened(const Logits& logits, const Part& part, int i) const {
-    return logits.rows.type == FloatType::float32 ? see(logits, part, i)
-                                                  : to_buffer(logits, part, i);
-  }
-  LogitRow to_buffer(const Logits& logits, const Part& part, int i) const {
-    kernel_.see(logits.at(part.row, part.begin), part.size, logits.seen, buffer(i));
-    return {buffer(i), FloatType::float32};
-  }
-
-  SoftmaxKlSlopes slopes(LogitRow s, LogitRow t, int64_t n, const SoftmaxKlRow& row) const {
-    if (problem_.reversed) std::swap(s, t);
-    return kernel_.slopes(s, t, n, problem_.rate, row, problem_.divergence);
-  }
-  void soft_gradient(LogitRow s, LogitRow t, int64_t n, const Saved& saved, float scale,
-                     bool for_teacher, void* out) const {
-    if (problem_.reversed) std::swap(s, t);
-    const auto run =
-        for_teacher != problem_.reversed ? kernel_.teacher_gradient : kernel_.student_gradient;
-    run(s, t, n, problem_.rate, saved.soft, problem_.divergence, scale, out);
-  }
-
-  void add_hard(const Part& part, LogitRow z, const Saved& saved, float scale,
-                double sum_of_weights, float* sum) const {
-    const int64_t label = problem_.label(part.row);
-    const double of_label = scale * (1 - problem_.smoothing) * problem_.weight(label);
-    const double of_each = scale * problem_.smoothing / double(problem_.classes);
-    kernel_.add_softmax(z, part.size, kLog2e, saved.max,
-                        float((of_label + of_each * sum_of_weights) * saved.inverse_sum),
-                        weights_of(part), float(of_each), sum);
-    if (label >= part.begin && label < part.begin + part.size)
-      sum[label - part.begin] -= float(of_label);
-  }
-
-  // The part's logits without those of the bins.
-  LogitRow tail_of(const Part& part) const {
-    const LogitRow z = to_buffer(problem_.student, part, 1);
-    for (int64_t j = 0; j < problem_.slots->count; ++j) {
-      const int64_t at = problem_.slots->at(part.row, j) - part.begin;
-      if (at >= 0 && at < part.size) buffer(1)[at] = -kInfinity;
-    }
-    return z;
-  }
-
-  float* student_bins() const { return buffer(3); }
-  float* teacher_bins() const { return student_bins() + bins_; }
-  std::pair<LogitRow, LogitRow> bin_rows() const {
-    return {{student_bins(), FloatType::float32}, {teacher_bins(), FloatType::float32}};
-  }
-
-  // The logits of a row's bins, the tail's last; the student's relative to the largest.
-  void fill_bins(int64_t row, const Saved& saved) const {
-    float *s = student_bins(), *t = teacher_bins(), origin = saved.tail_max;
-    const int64_t k = problem_.slots->count;
-    int64_t used = 0;
-    double known = 0;
-    kernel_.see(problem_.teacher.at(row, 0), k, problem_.teacher.seen, t);
-    for (int64_t j = 0; j < k; ++j) {
-      const int64_t at = problem_.slots->at(row, j);
-      s[j] = -kInfinity;
-      if (at < 0) {
-        t[j] = -kInfinity;
-        continue;
-      }
-      kernel_.see(problem_.student.at(row, at), 1, problem_.student.seen, &s[j]);
-      origin = std::max(origin, s[j]);
-      known += std::exp(t[j] / problem_.temperature);
-      ++used;
-    }
-    for (int64_t j = 0; j < k; ++j) s[j] -= origin;
-    const double tail = saved.tail_sum;
-    s[k] = float(double(saved.tail_max) - origin + problem_.temperature * std::log(tail));
-    // What rounding leaves of a tail is none; fp32 knows 1 to 2^-23.
-    constexpr double kLeast = 0x1p-23;
-    t[k] = used == problem_.classes
-               ? -kInfinity
-               : float(problem_.temperature * std::log(std::max(1 - known, kLeast)));
-  }
-
-  void add_bins(const Part& part, const Saved& saved, float scale, float* sum) const {
-    fill_bins(part.row, saved);
-    const auto [s, t] = bin_rows();
-    float* of_bins = teacher_bins() + bins_;
-    soft_gradient(s, t, bins_, saved, scale, false, of_bins);
-    const int64_t k = bins_ - 1;
-    if (saved.tail_max != -kInfinity)
-      kernel_.add_softmax(tail_of(part), part.size, problem_.rate, saved.tail_max,
-                          of_bins[k] / saved.tail_sum, nullptr, 0.0f, sum);
-    for (int64_t j = 0; j < k; ++j) {
-      const int64_t at = problem_.slots->at(part.row, j) - part.begin;
-      if (at >= 0 && at < part.size) sum[at] += of_bins[j];
-    }
-  }
-
-  const Problem& problem_;
-  const SoftmaxKlFunctions& kernel_;
-  int64_t bins_;
-  Scratch memory_;  // logits of both models, a gradient, the bins' logits and gradient
-};
-
-// Calls run(worker, i, part) for part i of those of rows begin to end - 1 that count.
+// Calls run(worker, i, part) for part i of those of all rows that count.
 template <class Run>
-void for_each_part(const Problem& problem, const SoftmaxKlFunctions& kernel, int64_t begin,
-                   int64_t end, const Run& run) {
-  constexpr int64_t kWorthAThread = 1 << 14;  // elements: 10 us or so
+void for_each_part(const Problem& problem, const SoftmaxKlFunctions& kernel, const Run& run) {
   if (problem.classes == 0) return;
-  const int64_t n = problem.classes, parts = problem.parts(), size = problem.part_size();
-  const int64_t grain = std::max<int64_t>(1, kWorthAThread / n);
-  torch::stable::parallel_for(begin * parts, end * parts, grain, [&](int64_t first, int64_t last) {
-    const Worker worker(problem, kernel);
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t row = i / parts, from = i % parts * size;
-      if (!problem.skips(row)) run(worker, i, Part{row, from, std::min(size, n - from)});
-    }
-  });
+  const int64_t parts = problem.parts();
+  torch::stable::parallel_for(0, problem.rows() * parts, grain(problem),
+                              [&](int64_t first, int64_t last) {
+                                const Worker worker(problem, kernel);
+                                for (int64_t i = first; i < last; ++i)
+                                  if (!problem.skips(i / parts))
+                                    run(worker, i, problem.part(i / parts, i % parts));
+                              });
 }
 
 // A large tensor is fresh memory every time, and its page faults cost several times the arithmetic:
@@ -304,40 +64,10 @@ void advise_huge_pages([[maybe_unused]] char* memory, [[maybe_unused]] int64_t b
 #endif
 }
 
-// Rows that are taken together, so that a second pass over them reads from L3; few enough for what
-// is kept of each to be small (1 MB).
-int64_t rows_at_a_time(const Problem& problem) {
-  const int64_t bytes =
-      problem.divergence.kind == Divergence::kullback_leibler ? 64 << 20 : 8 << 20;
-  const int64_t row_bytes = problem.classes * 2 * int64_t(sizeof(float));
-  const int64_t rows = std::min<int64_t>(bytes / std::max<int64_t>(1, row_bytes) + 1, 1 << 13);
-  return std::min(rows, problem.rows());
-}
-
-// A row's parts, in their order.
-PartSums merged(const PartSums* of_parts, int64_t parts, const Problem& problem) {
-  PartSums row = of_parts[0];
-  for (int64_t j = 1; j < parts; ++j) {
-    const PartSums& part = of_parts[j];
-    if (!problem.slots) merge(&row.soft, part.soft, problem.rate);
-    merge(&row.hard, part.hard, kLog2e);
-    merge(&row.tail, part.tail, problem.rate);
-  }
-  // Each part's logits were summed from its own maximum on.
-  row.smoothed = row.weights = 0;
-  for (int64_t j = 0; j < parts && problem.smoothing != 0; ++j) {
-    const PartSums& part = of_parts[j];
-    const double up = part.hard.max == -kInfinity ? 0.0 : double(part.hard.max) - row.hard.max;
-    row.smoothed += part.smoothed + part.weights * up;
-    row.weights += part.weights;
-  }
-  return row;
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Arguments& arguments) {
   const Problem problem = read(arguments);
   const SoftmaxKlFunctions& kernel = *select(kKernels).functions;
-  const int64_t m = problem.rows(), parts = problem.parts(), step = rows_at_a_time(problem);
+  const int64_t m = problem.rows(), parts = problem.parts();
   Tensor soft = new_tensor(arguments.student, {m}, ScalarType::Float);
   Tensor hard = new_tensor(arguments.student, {problem.labels ? m : 0}, ScalarType::Float);
   Tensor saved = new_tensor(arguments.student, {m, kSavedColumns}, ScalarType::Float);
@@ -351,46 +81,54 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Arguments& arguments) {
   if (parts == 0) return {soft, hard, saved};
 
   const bool again = problem.divergence.kind != Divergence::kullback_leibler && !problem.slots;
-  const Scratch of_parts(step * parts * int64_t(sizeof(PartSums)));
-  const Scratch slopes_of_parts((again ? step * parts : 0) * int64_t(sizeof(SoftmaxKlSlopes)));
-  auto* sums = of_parts.data<PartSums>();
-  auto* slopes = slopes_of_parts.data<SoftmaxKlSlopes>();
-  const auto for_rows = [&](int64_t begin, int64_t end, const auto& run) {
-    torch::stable::parallel_for(begin, end, 1024, [&](int64_t first, int64_t last) {
-      const Worker worker(problem, kernel);
-      for (int64_t i = first; i < last; ++i)
-        if (!problem.skips(i)) run(worker, i);
-    });
+  const auto finish_first = [&](const Worker& worker, int64_t i, const PartSums& row) {
+    if (problem.labels) hards[i] = worker.hard(i, row, &rows[i]);
+    softs[i] = worker.soft(i, row, &rows[i]);
   };
-  for (int64_t begin = 0; begin < m; begin += step) {
-    const int64_t end = std::min(begin + step, m);
-    for_each_part(problem, kernel, begin, end,
-                  [&](const Worker& worker, int64_t i, const Part& part) {
-                    sums[i - begin * parts] = worker.forward(part);
-                  });
-    for_rows(begin, end, [&](const Worker& worker, int64_t i) {
-      const PartSums row = merged(sums + (i - begin) * parts, parts, problem);
-      if (problem.labels) hards[i] = worker.hard(i, row, &rows[i]);
-      if (problem.slots) {
-        rows[i].tail_max = row.tail.max;
-        rows[i].tail_sum = float(row.tail.sum);
-        softs[i] = worker.forward_bins(i, &rows[i]);
-      } else {
-        const FinishedRow finished = finish(row.soft, problem.rate);
-        rows[i].soft = finished.row;
-        softs[i] = finished.kl;
+  if (m >= kRowsAThread * int64_t(torch::stable::get_num_threads())) {
+    // A second pass over a row then reads from L2 what the first one has left there.
+    const int64_t rows_worth_a_thread = std::max<int64_t>(1, grain(problem) / parts);
+    torch::stable::parallel_for(0, m, rows_worth_a_thread, [&](int64_t first, int64_t last) {
+      const Worker worker(problem, kernel);
+      for (int64_t i = first; i < last; ++i) {
+        if (problem.skips(i)) continue;
+        PartSums sums = worker.forward(problem.part(i, 0));
+        for (int64_t j = 1; j < parts; ++j)
+          merge(&sums, worker.forward(problem.part(i, j)), problem);
+        finish_first(worker, i, sums);
+        if (!again) continue;
+        SoftmaxKlSlopes slopes{};
+        for (int64_t j = 0; j < parts; ++j)
+          add(&slopes, worker.slopes(problem.part(i, j), rows[i].soft));
+        softs[i] = finish(slopes, &rows[i].soft);
       }
     });
-    if (!again) continue;
-    for_each_part(problem, kernel, begin, end,
-                  [&](const Worker& worker, int64_t i, const Part& part) {
-                    slopes[i - begin * parts] = worker.slopes(part, rows[part.row].soft);
-                  });
-    for_rows(begin, end, [&](const Worker&, int64_t i) {
-      SoftmaxKlSlopes row{};
-      for (int64_t j = 0; j < parts; ++j) add(&row, slopes[(i - begin) * parts + j]);
-      softs[i] = finish(row, &rows[i].soft);
-    });
+    return {soft, hard, saved};
+  }
+
+  // Few rows: all threads share each. The sums of parts are added up in the same order.
+  const Scratch of_parts(m * parts * int64_t(sizeof(PartSums)));
+  const Scratch slopes_of_parts((again ? m * parts : 0) * int64_t(sizeof(SoftmaxKlSlopes)));
+  auto* sums = of_parts.data<PartSums>();
+  auto* slopes = slopes_of_parts.data<SoftmaxKlSlopes>();
+  for_each_part(problem, kernel, [&](const Worker& worker, int64_t i, const Part& part) {
+    sums[i] = worker.forward(part);
+  });
+  const Worker worker(problem, kernel);
+  for (int64_t i = 0; i < m; ++i) {
+    if (problem.skips(i)) continue;
+    for (int64_t j = 1; j < parts; ++j) merge(&sums[i * parts], sums[i * parts + j], problem);
+    finish_first(worker, i, sums[i * parts]);
+  }
+  if (!again) return {soft, hard, saved};
+  for_each_part(problem, kernel, [&](const Worker& worker, int64_t i, const Part& part) {
+    slopes[i] = worker.slopes(part, rows[part.row].soft);
+  });
+  for (int64_t i = 0; i < m; ++i) {
+    if (problem.skips(i)) continue;
+    SoftmaxKlSlopes of_row{};
+    for (int64_t j = 0; j < parts; ++j) add(&of_row, slopes[i * parts + j]);
+    softs[i] = finish(of_row, &rows[i].soft);
   }
   return {soft, hard, saved};
 }
@@ -431,7 +169,7 @@ Tensor backward(const Tensor& grad_soft, const Tensor& grad_hard, const Argument
     const int64_t written = problem.skips(i) ? 0 : problem.classes * element;
     std::memset(out + i * row_bytes + written, 0, static_cast<std::size_t>(row_bytes - written));
   }
-  for_each_part(problem, kernel, 0, m, [&](const Worker& worker, int64_t, const Part& part) {
+  for_each_part(problem, kernel, [&](const Worker& worker, int64_t, const Part& part) {
     const bool has_hard = problem.labels && !for_teacher;
     worker.gradient(part, rows[part.row], float(softs[part.row] / problem.temperature),
                     has_hard ? hards[part.row] : 0.0f, sum_of_weights, for_teacher,

@@ -1,0 +1,280 @@
+// What softmax_kl does with a part of a row: the kernels that it takes, one after the other, while
+// the part lies in L2, and the memory that lies between them.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "softmax_kl/problem.h"
+#include "softmax_kl/sums.h"
+
+namespace trine {
+namespace {
+
+constexpr float kLog2e = float(std::numbers::log2e);
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// Row of the saved tensor.
+struct Saved {
+  SoftmaxKlRow soft;
+  // Of the student's softmax at T = 1; NaN: a row without a cross entropy.
+  float max, inverse_sum;
+  // Of the classes that are in no bin.
+  float tail_max, tail_sum;
+};
+constexpr int64_t kSavedColumns = sizeof(Saved) / sizeof(float);
+
+// What is known of a part of a row.
+struct PartSums {
+  SoftmaxKlSums soft;
+  SoftmaxSums hard, tail;
+  double smoothed, weights;  // sum of weight * (z - hard.max) and of the weights
+};
+
+inline float origin(float max) { return max == -kInfinity ? 0.0f : max; }
+
+// Of the part that follows.
+inline void merge(PartSums* row, PartSums next, const Problem& problem) {
+  const float before = origin(row->hard.max);
+  if (!problem.slots) merge(&row->soft, next.soft, problem.rate);
+  merge(&row->hard, next.hard, kLog2e);
+  merge(&row->tail, next.tail, problem.rate);
+  const double max = origin(row->hard.max);
+  row->smoothed += row->weights * (before - max);
+  row->smoothed += next.smoothed + next.weights * (origin(next.hard.max) - max);
+  row->weights += next.weights;
+}
+
+// Computes on parts of rows, in memory of its own; one for each piece of work.
+class Worker {
+ public:
+  Worker(const Problem& problem, const SoftmaxKlFunctions& kernel)
+      : problem_(problem),
+        kernel_(kernel),
+        bins_(problem.slots ? problem.slots->count + 1 : 0),
+        memory_((3 * problem.part_size() + 3 * bins_) * int64_t(sizeof(float))) {}
+
+  PartSums forward(const Part& part) const {
+    PartSums sums{};
+    const LogitRow s = see(problem_.student, part, 0);
+    if (problem_.labels) {
+      sums.hard = kernel_.sum_softmax(s, part.size, kLog2e);
+      if (problem_.smoothing != 0) {
+        const WeightedSum weighted =
+            kernel_.sum_weighted(s, part.size, weights_of(part), origin(sums.hard.max));
+        sums.smoothed = weighted.logits;
+        sums.weights = weighted.weights;
+      }
+    }
+    if (problem_.slots) {
+      sums.tail = kernel_.sum_softmax(tail_of(part), part.size, problem_.rate);
+    } else {
+      const LogitRow t = see(problem_.teacher, part, 1);
+      sums.soft = problem_.reversed ? kernel_.forward(t, s, part.size, problem_.rate)
+                                    : kernel_.forward(s, t, part.size, problem_.rate);
+    }
+    return sums;
+  }
+
+  SoftmaxKlSlopes slopes(const Part& part, const SoftmaxKlRow& row) const {
+    return slopes(see(problem_.student, part, 0), see(problem_.teacher, part, 1), part.size, row);
+  }
+
+  // The divergence of a row; of one with a second pass that is not known yet.
+  float soft(int64_t row, const PartSums& sums, Saved* saved) const {
+    if (problem_.slots) {
+      saved->tail_max = sums.tail.max;
+      saved->tail_sum = float(sums.tail.sum);
+      return of_bins(row, saved);
+    }
+    const FinishedRow finished = finish(sums.soft, problem_.rate);
+    saved->soft = finished.row;
+    return finished.kl;
+  }
+
+  float hard(int64_t row, const PartSums& sums, Saved* saved) const {
+    const int64_t label = problem_.label(row);
+    float z;
+    kernel_.see(problem_.student.at(row, label), 1, problem_.student.seen, &z);
+    saved->max = sums.hard.max;
+    saved->inverse_sum = sums.hard.max == -kInfinity ? kNan : float(1 / sums.hard.sum);
+    if (std::isnan(saved->inverse_sum)) return kNan;
+    const double log_sum = std::log(sums.hard.sum), max = sums.hard.max;
+    double loss = (1 - problem_.smoothing) * problem_.weight(label) * (log_sum - (double(z) - max));
+    if (problem_.smoothing != 0)
+      loss +=
+          problem_.smoothing / double(problem_.classes) * (sums.weights * log_sum - sums.smoothed);
+    return float(loss);
+  }
+
+  // Writes the gradient of soft_scale * T * soft + hard_scale * hard at a part's logits.
+  void gradient(const Part& part, const Saved& saved, float soft_scale, float hard_scale,
+                double sum_of_weights, bool for_teacher, void* out) const {
+    const Logits& logits = for_teacher ? problem_.teacher : problem_.student;
+    const FloatType type = logits.rows.type;
+    const int64_t n = part.size;
+    if (soft_scale == 0 && hard_scale == 0)  // what is masked out keeps its NaN in the loss
+      return void(std::memset(out, 0, static_cast<std::size_t>(n * bytes_of(type))));
+    if (is_nan(soft_scale, saved.soft.log2_ratio) || is_nan(hard_scale, saved.inverse_sum))
+      return fill_with_nan(type, out, n);
+    if (hard_scale == 0 && !logits.seen.changes() && !problem_.slots)
+      return soft_gradient(see(problem_.student, part, 0), see(problem_.teacher, part, 1), n, saved,
+                           soft_scale, for_teacher, out);
+
+    const bool in_place = type == FloatType::float32 && !logits.seen.changes();
+    float* sum = in_place ? static_cast<float*>(out) : buffer(2);
+    const LogitRow z = widened(logits, part, for_teacher ? 1 : 0);
+    if (soft_scale == 0 || problem_.slots)
+      std::fill(sum, sum + n, 0.0f);
+    else
+      soft_gradient(for_teacher ? see(problem_.student, part, 0) : z,
+                    for_teacher ? z : see(problem_.teacher, part, 1), n, saved, soft_scale,
+                    for_teacher, sum);
+    if (hard_scale != 0) add_hard(part, z, saved, hard_scale, sum_of_weights, sum);
+    if (problem_.slots && soft_scale != 0) add_bins(part, saved, soft_scale, sum);
+    if (!in_place) kernel_.see_backward(logits.at(part.row, part.begin), n, logits.seen, sum, out);
+  }
+
+ private:
+  static bool is_nan(float scale, float of_row) {
+    return std::isnan(scale) || (scale != 0 && std::isnan(of_row));
+  }
+
+  static void fill_with_nan(FloatType type, void* to, int64_t count) {
+    const auto fill = [&]<class T>(T* values) {
+      T nan;
+      narrow(kNan, &nan);
+      std::fill(values, values + count, nan);
+    };
+    switch (type) {
+      case FloatType::float32:
+        return fill(static_cast<float*>(to));
+      case FloatType::bfloat16:
+        return fill(static_cast<bfloat16*>(to));
+      case FloatType::float16:
+        return fill(static_cast<float16*>(to));
+    }
+  }
+
+  float* buffer(int i) const { return memory_.data<float>() + i * problem_.part_size(); }
+  const float* weights_of(const Part& part) const {
+    return problem_.class_weight ? problem_.weights() + part.begin : nullptr;
+  }
+
+  // A part's logits as they are seen, where they lie or in a buffer.
+  LogitRow see(const Logits& logits, const Part& part, int i) const {
+    return logits.seen.changes() ? to_buffer(logits, part, i) : logits.at(part.row, part.begin);
+  }
+  LogitRow widened(const Logits& logits, const Part& part, int i) const {
+    return logits.rows.type == FloatType::float32 ? see(logits, part, i)
+                                                  : to_buffer(logits, part, i);
+  }
+  LogitRow to_buffer(const Logits& logits, const Part& part, int i) const {
+    kernel_.see(logits.at(part.row, part.begin), part.size, logits.seen, buffer(i));
+    return {buffer(i), FloatType::float32};
+  }
+
+  SoftmaxKlSlopes slopes(LogitRow s, LogitRow t, int64_t n, const SoftmaxKlRow& row) const {
+    if (problem_.reversed) std::swap(s, t);
+    return kernel_.slopes(s, t, n, problem_.rate, row, problem_.divergence);
+  }
+  void soft_gradient(LogitRow s, LogitRow t, int64_t n, const Saved& saved, float scale,
+                     bool for_teacher, void* out) const {
+    if (problem_.reversed) std::swap(s, t);
+    const auto run =
+        for_teacher != problem_.reversed ? kernel_.teacher_gradient : kernel_.student_gradient;
+    run(s, t, n, problem_.rate, saved.soft, problem_.divergence, scale, out);
+  }
+
+  void add_hard(const Part& part, LogitRow z, const Saved& saved, float scale,
+                double sum_of_weights, float* sum) const {
+    const int64_t label = problem_.label(part.row);
+    const double of_label = scale * (1 - problem_.smoothing) * problem_.weight(label);
+    const double of_each = scale * problem_.smoothing / double(problem_.classes);
+    kernel_.add_softmax(z, part.size, kLog2e, saved.max,
+                        float((of_label + of_each * sum_of_weights) * saved.inverse_sum),
+                        weights_of(part), float(of_each), sum);
+    if (label >= part.begin && label < part.begin + part.size)
+      sum[label - part.begin] -= float(of_label);
+  }
+
+  // The part's logits without those of the bins.
+  LogitRow tail_of(const Part& part) const {
+    const LogitRow z = to_buffer(problem_.student, part, 1);
+    for (int64_t j = 0; j < problem_.slots->count; ++j) {
+      const int64_t at = problem_.slots->at(part.row, j) - part.begin;
+      if (at >= 0 && at < part.size) buffer(1)[at] = -kInfinity;
+    }
+    return z;
+  }
+
+  float of_bins(int64_t row, Saved* saved) const {
+    fill_bins(row, *saved);
+    const auto [s, t] = bin_rows();
+    const FinishedRow finished =
+        finish(problem_.reversed ? kernel_.forward(t, s, bins_, problem_.rate)
+                                 : kernel_.forward(s, t, bins_, problem_.rate),
+               problem_.rate);
+    saved->soft = finished.row;
+    if (problem_.divergence.kind == Divergence::kullback_leibler) return finished.kl;
+    return finish(slopes(s, t, bins_, finished.row), &saved->soft);
+  }
+
+  float* student_bins() const { return buffer(3); }
+  float* teacher_bins() const { return student_bins() + bins_; }
+  std::pair<LogitRow, LogitRow> bin_rows() const {
+    return {{student_bins(), FloatType::float32}, {teacher_bins(), FloatType::float32}};
+  }
+
+  // The logits of a row's bins, the tail's last; the student's relative to the largest.
+  void fill_bins(int64_t row, const Saved& saved) const {
+    float *s = student_bins(), *t = teacher_bins(), origin = saved.tail_max;
+    const int64_t k = problem_.slots->count;
+    int64_t used = 0;
+    double known = 0;
+    kernel_.see(problem_.teacher.at(row, 0), k, problem_.teacher.seen, t);
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t at = problem_.slots->at(row, j);
+      s[j] = -kInfinity;
+      if (at < 0) {
+        t[j] = -kInfinity;
+        continue;
+      }
+      kernel_.see(problem_.student.at(row, at), 1, problem_.student.seen, &s[j]);
+      origin = std::max(origin, s[j]);
+      known += std::exp(t[j] / problem_.temperature);
+      ++used;
+    }
+    for (int64_t j = 0; j < k; ++j) s[j] -= origin;
+    const double tail = saved.tail_sum;
+    s[k] = float(double(saved.tail_max) - origin + problem_.temperature * std::log(tail));
+    // What rounding leaves of a tail is none; fp32 knows 1 to 2^-23.
+    constexpr double kLeast = 0x1p-23;
+    t[k] = used == problem_.classes
+               ? -kInfinity
+               : float(problem_.temperature * std::log(std::max(1 - known, kLeast)));
+  }
+
+  void add_bins(const Part& part, const Saved& saved, float scale, float* sum) const {
+    fill_bins(part.row, saved);
+    const auto [s, t] = bin_rows();
+    float* of_bins = teacher_bins() + bins_;
+    soft_gradient(s, t, bins_, saved, scale, false, of_bins);
+    const int64_t k = bins_ - 1;
+    if (saved.tail_max != -kInfinity)
+      kernel_.add_softmax(tail_of(part), part.size, problem_.rate, saved.tail_max,
+                          of_bins[k] / saved.tail_sum, nullptr, 0.0f, sum);
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t at = problem_.slots->at(part.row, j) - part.begin;
+      if (at >= 0 && at < part.size) sum[at] += of_bins[j];
+    }
+  }
+
+  const Problem& problem_;
+  const SoftmaxKlFunctions& kernel_;
+  int64_t bins_;
+  Scratch memory_;  // logits of both models, a gradient, the bins' logits and gradient
+};
+
+}  // namespace
+}  // namespace trine
