@@ -1,4 +1,4 @@
-"""The distillation losses as PyTorch gives it, and cross-entropy alone as context."""
+"""The distillation losses as PyTorch gives them."""
 
 import math
 from collections.abc import Callable
@@ -7,46 +7,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# But for forward KL, of log p of the student and log q of the teacher; the mean over rows.
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def _kl(of: Tensor, to: Tensor) -> Tensor:
+    return F.kl_div(to, of, reduction="batchmean", log_target=True)
+
+
+def _mixture(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """With equal shares, as GKD's implementations have it."""
+    return torch.logaddexp(log_p, log_q) - math.log(2)
+
+
+def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    mixture = _mixture(log_p, log_q)
+    return (_kl(log_p, mixture) + _kl(log_q, mixture)) / 2
+
+
+def _total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() - log_q.exp()).abs().sum() / (2 * len(log_p))
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "reverse_kl": lambda log_p, log_q: F.kl_div(log_q, log_p.exp(), reduction="batchmean"),
+    "jsd": _jsd,
+    "skewed_forward_kl": lambda log_p, log_q: _kl(log_q, _mixture(log_p, log_q)),
+    "skewed_reverse_kl": lambda log_p, log_q: _kl(log_p, _mixture(log_p, log_q)),
+    "total_variation": _total_variation,
+}
+
+
+def eager(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float, divergence: str
+) -> Tensor:
+    """T^2 * D, the mean over rows; with labels the mean of that and the cross entropy."""
+    log_p = F.log_softmax(student / temperature, -1)
+    if divergence == "forward_kl":
+        soft = F.kl_div(log_p, F.softmax(teacher / temperature, -1), reduction="batchmean")
+    else:
+        soft = DIVERGENCES[divergence](log_p, F.log_softmax(teacher / temperature, -1))
+    soft = soft * temperature**2
+    return soft if labels is None else 0.5 * soft + 0.5 * F.cross_entropy(student, labels)
+
 
 def compiled(function: Callable) -> Callable:
-    """torch.compile, for exactly the shapes that it is called with."""
+    """Through torch.compile, for exactly the shapes that it is called with."""
+    torch._dynamo.reset()  # else the shapes of earlier functions count against its limit
     return torch.compile(function, dynamic=False)
-
-
-def eager_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    log_p_student = F.log_softmax(student / temperature, -1)
-    p_teacher = F.softmax(teacher / temperature, -1)
-    return F.kl_div(log_p_student, p_teacher, reduction="batchmean") * temperature**2
-
-
-def eager_reverse_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    return eager_kl(teacher, student, temperature)
-
-
-def eager_jsd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """With equal shares, as GKD's implementations have it."""
-    log_p, log_q = (F.log_softmax(z / temperature, -1) for z in (student, teacher))
-    mixture = torch.logaddexp(log_p, log_q) - math.log(2)
-    of_p, of_q = (
-        F.kl_div(mixture, z, reduction="batchmean", log_target=True) for z in (log_p, log_q)
-    )
-    return (of_p + of_q) / 2 * temperature**2
-
-
-def cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Hard labels, one row of logits: what training costs without a teacher."""
-    return F.cross_entropy(student, teacher[:, 0].long().clamp(0, student.shape[1] - 1))
-
-
-# The other divergences of the op that the peers are asked for, too.
-EAGER = {"forward_kl": eager_kl, "reverse_kl": eager_reverse_kl, "jsd": eager_jsd}
-
-# By divergence and name, and whether the op competes with it or only stands beside it.
-PEERS: dict[str, dict[str, tuple[Callable[..., Tensor], bool]]] = {
-    divergence: {"eager": (eager, True), "torch.compile": (compiled(eager), True)}
-    for divergence, eager in EAGER.items()
-}
-PEERS["forward_kl"] |= {
-    "cross-entropy eager": (cross_entropy, False),
-    "cross-entropy compiled": (compiled(cross_entropy), False),
-}
