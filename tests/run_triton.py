@@ -26,6 +26,8 @@ from trine.ops.rms_norm_quantize_rows.triton import rms_norm_quantize_rows
 from trine.ops.sparse24_linear import pack_sparse24
 from trine.ops.sparse24_linear import reference as sparse24
 from trine.ops.sparse24_linear.triton import sparse24_linear
+from trine.ops.ternary24_linear import reference as ternary24
+from trine.ops.ternary24_linear.triton import ternary24_linear
 from trine.ops.ternary_linear import reference as ternary
 from trine.ops.ternary_linear.triton import ternary_linear, ternary_linear_rows
 
@@ -74,10 +76,22 @@ def try_sparse24(device: str) -> None:
         sparse24_linear(*all_moved(arguments, device))
 
 
+def try_ternary24(device: str) -> None:
+    def check_call(*arguments) -> None:
+        check(ternary24_linear, ternary24.ternary24_linear, device, *arguments)
+
+    for dtype, shape in itertools.product(DTYPES, SHAPES):
+        check_call(*ternary24.example_inputs(*shape, dtype))
+    _, *weight = ternary24.example_inputs(1, 7, 130, scale_shape=(1,))
+    for x in (difficult_rows(130, torch.float32), *non_contiguous(torch.randn(4, 130))):
+        check_call(x, *weight)
+
+
 def main(device: str) -> None:
     smallest_tiles()
     torch.manual_seed(0)
     try_sparse24(device)
+    try_ternary24(device)
     for dtype in DTYPES:
         for k in (1, 37, 130):
             check(quantize_rows, rows.quantize_rows, device, difficult_rows(k, dtype))

@@ -62,6 +62,16 @@ def ternary_ptx(capability: int) -> str:
     return ptx(ternary_linear_kernel, pointers, constants, capability)
 
 
+def ternary24_ptx(capability: int) -> str:
+    from trine.ops.ternary24_linear.triton import ternary24_linear_kernel
+
+    pointers = {"q": "*i8", "weight": "*u8", "y": "*bf16"}
+    pointers |= dict.fromkeys(("x_scale", "weight_scale", "bias"), "*fp32")
+    constants = {"PER_TENSOR": False, "HAS_BIAS": True}
+    constants |= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_GROUPS": 32}
+    return ptx(ternary24_linear_kernel, pointers, constants, capability)
+
+
 def sparse24_ptx(x: str, values: str, capability: int) -> str:
     from trine.ops.sparse24_linear.triton import sparse24_linear_kernel
 
@@ -103,7 +113,7 @@ def static_ptx(capability: int) -> str:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     "compile_kernel",
-    [int8_ptx, ternary_ptx, sparse24_int8_ptx, quantize_ptx, norm_ptx, static_ptx],
+    [int8_ptx, ternary_ptx, ternary24_ptx, sparse24_int8_ptx, quantize_ptx, norm_ptx, static_ptx],
 )
 def test_compiled_kernels_round_as_the_others(compile_kernel, capability):
     """What the interpreter cannot show: no approximate division, no product fused with a sum."""

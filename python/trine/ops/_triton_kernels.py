@@ -18,6 +18,7 @@ OPS = {
     "ternary_linear": "ternary_linear",
     "ternary_linear_rows": "ternary_linear",
     "sparse24_linear": "sparse24_linear",
+    "ternary24_linear": "ternary24_linear",
 }
 
 
