@@ -35,6 +35,7 @@ class Counted:
 
 OPS = (
     Counted("ternary_linear", "ternary_linear", 0),
+    Counted("ternary24_linear", "ternary24_linear", 0),
     Counted("int8_linear", "int8_linear", 0),
     Counted("sparse24_linear int8", "sparse24_linear", 3),
     Counted("sparse24_linear fp32", "sparse24_linear", 0),

@@ -3,15 +3,18 @@
 // With few rows of x the packed weight is decoded on its way to the streams of ternary_linear, see
 // ternary_linear/streams.h; with more, only the values that are there are multiplied, see picks.h.
 //
-// What bounds it, measured on Zen 4 with 1 thread, against ternary_linear, which reads a third
-// more:
-// - one row: the instructions. Three to decode 256 weights, four ANDs, four vpdpbusd: 5.5 cycles,
-//   6.2 are measured, where their 48 bytes come from memory in 7.7 and two bits a weight take four.
-//   From memory 1.05 times as fast, from the caches 0.75 times. Where cores share a memory that is
-//   slower for each, the bytes decide, which are 3/4.
-// - two to four rows: the products, and the decoding beside them: 0.85 times.
+// What bounds it, measured on Zen 4 with 1 thread at three layers, and times as fast as
+// ternary_linear, which reads a third more:
+// - one row: the instructions. Three to decode 256 weights, four ANDs and four vpdpbusd could
+// be 5.5
+//   cycles; 7.8 are measured from the caches, where ternary_linear's eight take 5.6: 0.71 to 0.75
+//   times. Memory gives their 48 bytes in 7.7, so that from there it is 0.98 to 1.05 times, with 2
+//   threads 1.05 to 1.11. The 1.33 that the bytes would allow need cores that get less of memory.
+// - two to four rows: the products, and the decoding beside them: 0.71 to 0.86 times from the
+//   caches, 0.82 to 0.92 from memory.
 // - five rows and more: the making of the picks, then the units that pick or multiply, see picks.h:
-//   0.8 to 0.95 times at 5 to 8 rows, 1.1 at 16, 1.2 at 32, 1.25 from 128 rows on.
+//   0.72 to 0.96 times at 5 and 8 rows, 1.04 to 1.14 at 16, 1.14 to 1.21 at 32, 1.22 to 1.25 at
+//   128.
 #include "ternary24_linear/changed_rows.h"
 #include "ternary24_linear/picks.h"
 #include "ternary_linear/streams.h"
