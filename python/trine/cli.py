@@ -1,4 +1,4 @@
-"""The command line: `trine demo`, `trine backends`."""
+"""The command line: `trine demo`, `trine distill`, `trine backends`."""
 
 import sys
 from importlib.util import find_spec
@@ -23,6 +23,9 @@ DEMO_NEEDS = (
     "sklearn",
     "transformers",
 )
+
+# Import names of what `trine distill` needs beyond trine itself: the extra `distill`.
+DISTILL_NEEDS = ("accelerate", "safetensors", "transformers", "yaml")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -76,6 +79,58 @@ def demo(
         run(Settings(temperature=temperature, alpha=alpha, seed=seed), out, fresh=fresh)
     except (BrokenPromise, ValueError) as error:
         sys.exit(f"trine demo: {error}")
+
+
+def _print_example(wanted: bool) -> None:
+    if wanted:
+        from trine.distill.recipe_file import EXAMPLE
+
+        typer.echo(EXAMPLE, nl=False)
+        raise typer.Exit
+
+
+@app.command()
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; --example prints one.")],
+    example: Annotated[
+        bool,
+        typer.Option(
+            "--example",
+            help="Print a recipe to begin with.",
+            callback=_print_example,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Make a small classifier of sentences from a large one of Hugging Face, as a recipe says.
+
+    Prints accuracy, size and time of both, and writes the student where transformers load it from.
+    A job that was killed goes on when it is started again. In several processes: torchrun
+    --nproc-per-node=N -m trine.cli distill recipe.yaml
+
+    Example: trine distill --example > recipe.yaml; trine distill recipe.yaml
+    """
+    missing = [name for name in DISTILL_NEEDS if find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"trine distill needs {', '.join(missing)}; install everything that it needs with: "
+            "pip install 'trine[distill]'"
+        )
+    from trine.distill.job import run
+    from trine.distill.recipe_file import DistillationJob
+
+    try:
+        job = DistillationJob.read(recipe)
+        results = run(job)
+    except (ValueError, OSError) as error:
+        sys.exit(f"trine distill: {error}")
+    typer.echo(f"{'':8}  accuracy  parameters  one sentence")
+    for name, row in results.items():
+        typer.echo(
+            f"{name:8}  {row['accuracy']:8.1%}  {row['parameters']:10,}  "
+            f"{row['milliseconds']:9.2f} ms"
+        )
+    typer.echo(f"the student is in {job.out}")
 
 
 def main() -> None:

@@ -1,0 +1,123 @@
+"""What `trine distill recipe.yaml` asks for: read, checked, and explained where it is wrong."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from trine.distill.ready_made import ReadyMade, distilbert, minilm, tinybert
+from trine.distill.settings import Training
+
+__all__ = ["EXAMPLE", "Data", "DistillationJob"]
+
+EXAMPLE = """\
+teacher: ./my-bert          # a classifier of Hugging Face: a folder, or a name on its hub
+student: tinybert           # or distilbert, minilm
+options: {layers: 4, hidden: 312}      # of the student; may be left out
+data:
+  train: train.tsv          # .tsv, .csv (with a line of names) or .jsonl
+  validation: dev.tsv
+  text: sentence            # columns
+  label: label              # 0, 1, ...
+training: {epochs: 3, learning_rate: 5e-4}
+stages:                     # what differs in one of them; may be left out
+  inner: {epochs: 10}
+out: out/student
+"""
+STUDENTS = {"distilbert": distilbert, "minilm": minilm, "tinybert": tinybert}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Files of labelled sentences."""
+
+    train: Path
+    validation: Path
+    text: str = "text"
+    label: str = "label"
+    max_length: int = 128
+    batch: int = 32
+
+
+@dataclass(frozen=True)
+class DistillationJob:
+    """A whole recipe; paths in it are relative to its file."""
+
+    teacher: str
+    student: str
+    data: Data
+    out: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "DistillationJob":
+        """Raises ValueError, naming the place, for what the file should not say or lacks."""
+        try:
+            import yaml
+        except ImportError:
+            raise ImportError("recipes are YAML: pip install pyyaml") from None
+        try:
+            said = yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            raise ValueError(f"there is no file {path}; a recipe looks like\n{EXAMPLE}") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from None
+        said = _checked(cls, said, str(path))
+        data = _checked(Data, said["data"], f"{path}: data")
+        for name in ("train", "validation"):
+            data[name] = path.parent / data[name]
+            if not data[name].exists():
+                raise ValueError(f"{path}: data: {name}: there is no file {data[name]}")
+        if said["student"] not in STUDENTS:
+            raise ValueError(
+                f"{path}: student must be one of {', '.join(STUDENTS)}; it is {said['student']!r}"
+            )
+        if (path.parent / said["teacher"]).exists():
+            said["teacher"] = str(path.parent / said["teacher"])
+        said["data"], said["out"] = Data(**data), path.parent / said["out"]
+        said["training"] = Training(
+            **_numbers(_checked(Training, said.get("training", {}), f"{path}: training"))
+        )
+        said["stages"] = {
+            name: _numbers(_checked(Training, changes, f"{path}: stages: {name}"))
+            for name, changes in said.get("stages", {}).items()
+        }
+        return cls(**said)
+
+    def make(self, teacher: Any) -> ReadyMade:
+        """The student and its stages, of the loaded teacher."""
+        try:
+            made = STUDENTS[self.student](teacher, **self.options)
+        except TypeError as error:
+            raise ValueError(f"options of {self.student}: {error}") from None
+        names = [stage.name for stage in made.stages]
+        for name in self.stages:
+            if name not in names:
+                raise ValueError(f"{self.student} has no stage {name!r}; it has {', '.join(names)}")
+        return made
+
+
+def _checked(kind: type, said: Any, where: str) -> dict[str, Any]:
+    """What was said, of the fields of a dataclass."""
+    if not isinstance(said, Mapping):
+        raise ValueError(f"{where} must be a mapping of names to values; it is {said!r}")
+    known = {f.name: f for f in fields(kind)}
+    for name in said:
+        if name not in known:
+            raise ValueError(f"{where} has no {name!r}; it has {', '.join(known)}")
+    for name, of_kind in known.items():
+        needed = of_kind.default is MISSING and of_kind.default_factory is MISSING
+        if needed and name not in said:
+            raise ValueError(f"{where} lacks {name!r}; a recipe looks like\n{EXAMPLE}")
+    return dict(said)
+
+
+def _numbers(said: dict[str, Any]) -> dict[str, Any]:
+    """YAML takes 5e-4 for text, because it has no point."""
+    words = {"optimizer", "decay", "precision", "parallel"}
+    return {
+        name: float(value) if isinstance(value, str) and name not in words else value
+        for name, value in said.items()
+    }
