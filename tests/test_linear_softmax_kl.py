@@ -1,10 +1,14 @@
 """linear_softmax_kl against the loss written in float64, in chunks of every size."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import all_moved, devices_to_test
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,21 +25,40 @@ DIVERGENCES = (
     "skewed_reverse_kl",
     "total_variation",
 )
+DEVICES = ("cpu", *devices_to_test("softmax_kl"))
 LIMITS = (None, 20000, 3000)  # bytes: all rows at once, a few, one row
 
 
-def results_of(function, tensors, dtype=torch.float32, **options) -> list[Tensor]:
+def results_of(function, tensors, dtype=torch.float32, device="cpu", **options) -> list[Tensor]:
     """The loss, and its gradients of the student's hidden states, weight and bias."""
-    h, w, b, *teacher = (None if t is None else t.detach().to(dtype) for t in tensors)
+    tensors = [None if t is None else t.detach().to(device, dtype) for t in tensors]
+    options = all_moved(options, device)
+    h, w, b, *teacher = tensors
     trained = [t.requires_grad_() for t in (h, w, b) if t is not None]
     biases = {"student_bias": b, "teacher_bias": teacher[2]}
-    loss = function(h, w, *teacher[:2], **biases, **options)
-    scalar = loss if loss.dim() == 0 else (loss * upstream_of(loss)).sum()
-    return [loss.detach(), *torch.autograd.grad(scalar, trained)]
+    with refusing_to_wait(device):
+        loss = function(h, w, *teacher[:2], **biases, **options)
+        scalar = loss if loss.dim() == 0 else (loss * upstream_of(loss)).sum()
+        gradients = torch.autograd.grad(scalar, trained)
+    return [t.cpu() for t in (loss.detach(), *gradients)]
+
+
+@contextmanager
+def refusing_to_wait(device: str) -> Iterator[None]:
+    """What would make the CPU wait for a GPU is an error."""
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def upstream_of(losses: Tensor) -> Tensor:
-    return torch.linspace(-1, 2, losses.numel(), dtype=losses.dtype).reshape(losses.shape)
+    upstream = torch.linspace(-1, 2, losses.numel(), dtype=losses.dtype, device=losses.device)
+    return upstream.reshape(losses.shape)
 
 
 def truth_of(tensors, **options) -> list[Tensor]:
@@ -122,7 +145,8 @@ def test_every_option_agrees_with_the_reference(chosen):
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_lose_no_more_than_eager(dtype, with_labels, limit):
+@pytest.mark.parametrize("device", DEVICES)
+def test_16_bits_lose_no_more_than_eager(device, dtype, with_labels, limit):
     """Sums of the weight's gradient beside it, in one chunk, and by classes afterwards."""
     tensors = models(60, classes=301, dtype=dtype)
     labels = torch.arange(60) if with_labels else None
@@ -131,19 +155,22 @@ def test_16_bits_lose_no_more_than_eager(dtype, with_labels, limit):
     def eager(h, w, th, tw, student_bias, teacher_bias, **_):
         s, t = F.linear(h, w, student_bias), F.linear(th, tw, teacher_bias)
         soft = F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1), reduction="batchmean")
-        return (soft + F.cross_entropy(s, labels, label_smoothing=0.1)) / 2 if with_labels else soft
+        if not with_labels:
+            return soft
+        return (soft + F.cross_entropy(s, labels.to(s.device), label_smoothing=0.1)) / 2
 
     truth = truth_of(tensors, **options)
-    ours = results_of(linear_softmax_kl, tensors, dtype, memory_limit=limit, **options)
+    ours = results_of(linear_softmax_kl, tensors, dtype, device, memory_limit=limit, **options)
     assert abs(ours[0] - truth[0]) <= 2e-3 * truth[0]
-    eager_ones = results_of(eager, tensors, dtype, **options)
+    eager_ones = results_of(eager, tensors, dtype, device, **options)
     for actual, theirs, expected in zip(ours[1:], eager_ones[1:], truth[1:], strict=True):
         assert actual.dtype == dtype
         assert error(actual, expected) <= error(theirs, expected)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_sums_by_classes_equal_those_by_rows(divergence):
+@pytest.mark.parametrize("device", DEVICES)
+def test_sums_by_classes_equal_those_by_rows(device, divergence):
     """Of bf16 weights; every option that a block of classes treats apart."""
     tensors = models(40, classes=301, dtype=torch.bfloat16)
     labels = torch.arange(40) * 7
@@ -158,11 +185,10 @@ def test_sums_by_classes_equal_those_by_rows(divergence):
         logit_scale=(0.8, 1.2),
         row_weight=torch.rand(40),
     )
-    at_once = results_of(linear_softmax_kl, tensors, torch.bfloat16, **options)
+    call = partial(results_of, linear_softmax_kl, tensors, torch.bfloat16, device, **options)
+    at_once = call()
     for limit in (30000, 3000):
-        later = results_of(
-            linear_softmax_kl, tensors, torch.bfloat16, memory_limit=limit, **options
-        )
+        later = call(memory_limit=limit)
         for a, e in zip(later, at_once, strict=True):
             assert error(a, e.double()) < 6e-3
 
@@ -200,7 +226,7 @@ class Allocations(TorchDispatchMode):
 )
 @pytest.mark.parametrize("limit", [1 << 21, 1 << 19])
 def test_the_memory_limit_is_kept(limit, dtype, products, masked):
-    classes, width = 4000, 16
+    classes, width = 4001, 16
     h, w, th, tw = reference.example_inputs(120, classes=classes, widths=(width, 16), dtype=dtype)
     h.requires_grad_(), w.requires_grad_()
     labels = torch.arange(120)

@@ -15,7 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trine.ops.linear_softmax_kl.heads import BLOCK_SHARE, Head, Rows, in_steps, multiply
+from trine.ops.linear_softmax_kl.heads import (
+    BLOCK_SHARE,
+    Head,
+    Rows,
+    aligned,
+    in_steps,
+    multiply,
+    padded,
+)
 from trine.ops.softmax_kl.reference import seen
 
 _forward = torch.ops.trine.softmax_kl.default
@@ -91,7 +99,7 @@ def plan(
     limit: int,
 ) -> Plan:
     pieces = _PIECES if student.hidden.device.type == "cpu" else 1
-    of_gradient = classes * student.dtype.itemsize
+    of_gradient = padded(classes) * student.dtype.itemsize
     of_log_sum = 0
     if wanted.weight and student.weight.dtype != torch.float32 and targets.labels is not None:
         of_log_sum = classes * 3 * 4
@@ -216,18 +224,18 @@ class _Work(NamedTuple):
                 if targets.labels is not None:
                     rows.put(hard, piece, results.hard)
                 if keep:
-                    known.append((saved, _log_sum(s[here], targets, options)))
+                    known.append((saved, _log_sum(s[here, every], targets, options)))
                 if any(wanted):
                     gradient = _backward(*self.upstream(piece), *given, saved, False)
                     if wanted.bias:
-                        results.bias[every] += gradient.sum(0, dtype=torch.float32)
+                        results.bias[every] += gradient[:, every].sum(0, dtype=torch.float32)
                     if piece == chunk:
                         s = gradient
                     else:
                         s[here] = gradient
                     del gradient  # before the next one is made
             if wanted.hidden:
-                _put_hidden_gradient(s, student, rows, chunk, results.hidden)
+                _put_hidden_gradient(s[:, every], student, rows, chunk, results.hidden)
             if weight_sums is not None:
                 for block in student.blocks(every):
                     multiply(s[:, block].T, hidden, weight_sums[block], add=chunk.start > 0)
@@ -256,6 +264,7 @@ class _Work(NamedTuple):
                 s = student.logits(hidden, block, memories[0])
                 t = teacher.logits(teacher.rows(rows, chunk, block), block, memories[1])
                 gradient = self.soft_gradient(s, t, saved[chunk], chunk, block)
+                s, gradient = (x[:, : block.stop - block.start] for x in (s, gradient))
                 if log_sums is not None:
                     gradient += self.hard_gradient(s, log_sums[chunk], chunk, block)
                 multiply(gradient.T, hidden, sums, add=chunk.start > 0)
@@ -276,7 +285,7 @@ class _Work(NamedTuple):
         class_ = 10 * student.hidden.shape[1]  # a sum in fp32, a product on its way there
         space = limit - _LEAST_CLASSES * class_
         size = max(1, min(rows.count, space // (row + _LEAST_CLASSES * element)))
-        return size, max(1, (limit - size * row) // (size * element + class_))
+        return size, aligned((limit - size * row) // (size * element + class_))
 
     def soft_gradient(
         self, s: Tensor, t: Tensor, saved: Tensor, chunk: slice, block: slice

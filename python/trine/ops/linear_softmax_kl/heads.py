@@ -13,6 +13,9 @@ _PACKED_BYTES = 4 << 20
 # Of the memory limit: what blocks of weights in another dtype take, or of products on their way to
 # fp32.
 BLOCK_SHARE = 8
+# Rows of logits begin at multiples of this many: products on tensor cores want 16 bytes, and a
+# vocabulary may have any size.
+_ALIGN = 64
 
 
 class Rows:
@@ -68,7 +71,7 @@ class Head:
             classes = limit // BLOCK_SHARE // (8 * max(1, width))
         elif dtype == torch.float32 and weight.device.type == "cpu":
             classes = _PACKED_BYTES // (4 * max(1, width))
-        return cls(hidden, weight, bias, dtype, max(1, classes))
+        return cls(hidden, weight, bias, dtype, aligned(classes))
 
     @property
     def converts(self) -> bool:
@@ -80,7 +83,7 @@ class Head:
         size = self.hidden.itemsize if gathered else 0
         if self.hidden.dtype != self.dtype:
             size += self.dtype.itemsize
-        logits = 0 if self.weight is None else classes * self.dtype.itemsize
+        logits = 0 if self.weight is None else padded(classes) * self.dtype.itemsize
         return self.hidden.shape[1] * size + logits
 
     def rows(self, rows: Rows, chunk: slice, classes: slice = slice(None)) -> Tensor:
@@ -93,16 +96,16 @@ class Head:
         return hidden.to(self.dtype)
 
     def memory(self, rows: int, classes: int) -> Tensor | None:
-        """For the logits."""
+        """For the logits, and columns of padding."""
         if self.weight is None:
             return None
-        return self.hidden.new_empty(rows, classes, dtype=self.dtype)
+        return self.hidden.new_empty(rows, padded(classes), dtype=self.dtype)
 
     def logits(self, hidden: Tensor, classes: slice, memory: Tensor | None) -> Tensor:
-        """Of these rows and classes."""
+        """Of these rows and classes, and padding."""
         if memory is None:
             return hidden
-        out = memory[: len(hidden), : classes.stop - classes.start]
+        out = memory[: len(hidden)]
         for block in self.blocks(classes):
             columns = out[:, block.start - classes.start : block.stop - classes.start]
             if self.bias is None:
@@ -121,6 +124,15 @@ class Head:
 
     def blocks(self, classes: slice) -> Iterator[slice]:
         return in_steps(classes, self.block)
+
+
+def padded(classes: int) -> int:
+    return -(-classes // _ALIGN) * _ALIGN
+
+
+def aligned(classes: int) -> int:
+    """About as many, and one at least."""
+    return max(1, classes // _ALIGN * _ALIGN or classes)
 
 
 def in_steps(whole: slice, step: int) -> Iterator[slice]:
