@@ -224,17 +224,17 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("dtype", "products"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "cast")]
 )
-@pytest.mark.parametrize("limit", [1 << 21, 1 << 19])
+@pytest.mark.parametrize("limit", [1 << 20, 600_000, 1 << 18])
 def test_the_memory_limit_is_kept(limit, dtype, products, masked):
     classes, width = 4001, 16
-    h, w, th, tw = reference.example_inputs(120, classes=classes, widths=(width, 16), dtype=dtype)
+    h, w, th, tw = reference.example_inputs(40, classes=classes, widths=(width, 16), dtype=dtype)
     h.requires_grad_(), w.requires_grad_()
-    labels = torch.arange(120)
+    labels = torch.arange(40)
     labels[::9] = -100 if masked else 0
-    weight_bytes = w.numel() * w.element_size()  # beyond the smaller limit in fp32
+    weight_bytes = w.numel() * w.element_size()
     with Allocations() as allocations, torch.autocast("cpu", enabled=products is not None):
         loss = linear_softmax_kl(h, w, th, tw, labels=labels, memory_limit=limit)
-    rows = 120 * (4 * 10 + 8 * 4)  # vectors, and what is saved of each
+    rows = 40 * (4 * 10 + 8 * 4)  # vectors, and what is saved of each
     allowed = limit + weight_bytes + h.numel() * h.element_size() + rows
     assert weight_bytes < allocations.most <= allowed + 4096
     loss.backward()

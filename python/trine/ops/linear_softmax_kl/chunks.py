@@ -21,7 +21,6 @@ from trine.ops.linear_softmax_kl.heads import (
     Rows,
     aligned,
     in_steps,
-    multiply,
     padded,
 )
 from trine.ops.softmax_kl.reference import seen
@@ -106,7 +105,7 @@ def plan(
     row = student.row_bytes(rows, classes) + teacher.row_bytes(rows, classes)
     if any(wanted):
         row += of_gradient // pieces + of_log_sum // _PIECES
-    if wanted.hidden and _apart(student, rows, classes):
+    if wanted.hidden and _apart(student, rows):
         row += 4 * student.hidden.shape[1]
     limit -= (student.converts + teacher.converts) * (limit // BLOCK_SHARE)
 
@@ -172,23 +171,20 @@ def _results(student: Head, targets: Targets, wanted: Wanted) -> Results:
     )
 
 
-def _apart(student: Head, rows: Rows, classes: int) -> bool:
+def _apart(student: Head, rows: Rows) -> bool:
     """Whether the gradient of `hidden` cannot be summed where it belongs."""
-    return rows.index is not None or student.hidden.dtype != student.hidden_sums(classes)
+    return rows.index is not None or student.hidden.dtype != student.gradient_dtype
 
 
 def _put_hidden_gradient(
-    gradient: Tensor, student: Head, rows: Rows, chunk: slice, into: Tensor
+    of_logits: Tensor, student: Head, rows: Rows, chunk: slice, into: Tensor
 ) -> None:
-    classes = gradient.shape[1]
-    apart = _apart(student, rows, classes)
-    sums = into[chunk]
-    if apart:
-        sums = torch.empty_like(sums, dtype=student.hidden_sums(classes))
-    for block in student.blocks(slice(0, classes)):
-        multiply(gradient[:, block], student.weights(block), sums, add=block.start > 0)
-    if apart:
-        rows.put(sums, chunk, into)
+    if not _apart(student, rows):
+        student.hidden_gradient(of_logits, into[chunk])
+        return
+    gradient = torch.empty_like(into[chunk], dtype=student.gradient_dtype)
+    student.hidden_gradient(of_logits, gradient)
+    rows.put(gradient, chunk, into)
 
 
 class _Work(NamedTuple):
@@ -237,8 +233,8 @@ class _Work(NamedTuple):
             if wanted.hidden:
                 _put_hidden_gradient(s[:, every], student, rows, chunk, results.hidden)
             if weight_sums is not None:
-                for block in student.blocks(every):
-                    multiply(s[:, block].T, hidden, weight_sums[block], add=chunk.start > 0)
+                sums, add = weight_sums[every], chunk.start > 0
+                student.weight_gradient(s[:, every], hidden, sums, add)
         return known
 
     def by_classes(
@@ -267,7 +263,7 @@ class _Work(NamedTuple):
                 s, gradient = (x[:, : block.stop - block.start] for x in (s, gradient))
                 if log_sums is not None:
                     gradient += self.hard_gradient(s, log_sums[chunk], chunk, block)
-                multiply(gradient.T, hidden, sums, add=chunk.start > 0)
+                student.weight_gradient(gradient, hidden, sums, add=chunk.start > 0)
             if size < rows.count:
                 into[block].copy_(sums)
 

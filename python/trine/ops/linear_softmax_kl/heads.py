@@ -53,29 +53,17 @@ class Head:
     weight: Tensor | None
     bias: Tensor | None
     dtype: torch.dtype
-    block: int  # classes that are multiplied at a time
-
-    @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        limit: int,
-    ) -> "Head":
-        if weight is None:
-            return cls(hidden, None, None, hidden.dtype, 0)
-        classes, width = weight.shape
-        if weight.dtype != dtype:  # a converted block, and a product of its size on its way to fp32
-            classes = limit // BLOCK_SHARE // (8 * max(1, width))
-        elif dtype == torch.float32 and weight.device.type == "cpu":
-            classes = _PACKED_BYTES // (4 * max(1, width))
-        return cls(hidden, weight, bias, dtype, aligned(classes))
+    limit: int  # of memory, in bytes
 
     @property
     def converts(self) -> bool:
         return self.weight is not None and self.weight.dtype != self.dtype
+
+    @property
+    def few(self) -> int:
+        """Classes of which a share of the limit holds the weights in 16 bits, or a product of that
+        size on its way to fp32."""
+        return aligned(self.limit // BLOCK_SHARE // (8 * max(1, self.weight.shape[1])))
 
     def row_bytes(self, rows: Rows, classes: int) -> int:
         """Of a row's logits and hidden values, where they are not used as they are."""
@@ -106,7 +94,12 @@ class Head:
         if memory is None:
             return hidden
         out = memory[: len(hidden)]
-        for block in self.blocks(classes):
+        step = classes.stop
+        if self.converts:
+            step = self.few
+        elif self.dtype == torch.float32 and hidden.device.type == "cpu":
+            step = aligned(_PACKED_BYTES // (4 * max(1, hidden.shape[1])))
+        for block in in_steps(classes, step):
             columns = out[:, block.start - classes.start : block.stop - classes.start]
             if self.bias is None:
                 torch.mm(hidden, self.weights(block).T, out=columns)
@@ -115,15 +108,26 @@ class Head:
                 torch.addmm(bias, hidden, self.weights(block).T, out=columns)
         return out
 
-    def hidden_sums(self, classes: int) -> torch.dtype:
-        """In which the gradient of `hidden` is summed over blocks; there may be one alone."""
-        return self.dtype if self.block >= classes else torch.float32
-
     def weights(self, block: slice) -> Tensor:
         return self.weight[block].to(self.dtype)
 
-    def blocks(self, classes: slice) -> Iterator[slice]:
-        return in_steps(classes, self.block)
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """In which that of `hidden` is summed over blocks of classes; there may be one alone."""
+        return torch.float32 if self.converts else self.dtype
+
+    def hidden_gradient(self, of_logits: Tensor, out: Tensor) -> None:
+        """Of some rows, in the gradient's dtype."""
+        classes = of_logits.shape[1]
+        for block in in_steps(slice(0, classes), self.few if self.converts else classes):
+            multiply(of_logits[:, block], self.weights(block), out, add=block.start > 0)
+
+    def weight_gradient(self, of_logits: Tensor, hidden: Tensor, out: Tensor, add: bool) -> None:
+        """Of the classes of `of_logits`; `out` may be fp32 where the factors have 16 bits."""
+        classes = of_logits.shape[1]
+        apart = out.dtype != hidden.dtype and not out.is_cuda
+        for block in in_steps(slice(0, classes), self.few if apart else classes):
+            multiply(of_logits[:, block].T, hidden, out[block], add)
 
 
 def padded(classes: int) -> int:

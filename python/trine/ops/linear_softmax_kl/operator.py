@@ -34,8 +34,8 @@ def _compute(*arguments) -> tuple[Tensor, ...]:
     # The dtypes are settled; autocast would add its own.
     with torch.autocast(heads[0].device.type, enabled=False):
         results = chunks.losses_and_gradients(
-            Head.of(*heads[:3], dtypes[0], limit),
-            Head.of(*heads[3:], dtypes[1], limit),
+            Head(*heads[:3], dtypes[0], limit),
+            Head(*heads[3:], dtypes[1], limit),
             chunks.Targets(indices, labels, class_weight, mask),
             options,
             (soft_c, hard_c),
