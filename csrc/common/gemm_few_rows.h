@@ -8,6 +8,10 @@
 // A Weight has `kOffset` (what its values carry above the true ones), `kMaxTileRows` (the highest
 // tile there are registers for), `kRowStep` where a tile must begin at a multiple of so many rows,
 // `kStreamedRows` where so many rows, not just one, are faster on four streams of the weight,
+// where it is to be fetched ahead (elements, 64 of a row at a time, are counted from row 0 on)
+//   int64_t row_length() const;                       elements from row to row
+//   void prefetch(int64_t at, int64_t lines) const;   fetches so many times 64 of them into L2
+//   void touch(int64_t at, int64_t count) const;      touches their pages: see pages.h
 // and two functions beside it, found by its type:
 //   accumulate_tile<rows>(weight, x, n, last_n, k, sums)  sums[i][j] += row i of x . row n+j of w
 //   finish_sums(weight, finish, y, y_stride)              scales sums and writes them
@@ -19,6 +23,7 @@
 #include <utility>
 
 #include "common/linear.h"
+#include "common/pages.h"
 #include "common/scratch.h"
 #include "common/unrolled.h"
 
@@ -28,8 +33,13 @@ namespace {
 // Weight rows per tile. With six activation rows that makes 24 sums, more than enough independent
 // ones to hide the latency of a dot product, and leaves eight zmm registers for operands.
 inline constexpr int64_t kTileColumns = 4;
-// Eight rows of this much k are 20 KiB: they stay in a 32 KiB L1 beside a tile's weight rows.
-inline constexpr int64_t kSliceK = 2560;
+// The activations of a slice of k stay in a 32 KiB L1 beside a tile's weight rows, of which long
+// ones may all lie in the same sets. Few rows take no longer slices: as many ternary sums as int32
+// holds.
+[[maybe_unused]] constexpr int64_t slice_k(int64_t rows, int64_t k) {
+  const int64_t bytes = (k <= 3072 ? 24 : 16) << 10;
+  return std::clamp<int64_t>(bytes / rows / 64 * 64, 64, 4096);
+}
 // A block of weight rows takes half of a 1 MiB L2, beside activations and output.
 inline constexpr int64_t kBlockBytes = 1 << 19;
 inline constexpr int64_t kMaxBlockColumns = 256;
@@ -44,14 +54,25 @@ inline constexpr int64_t kMaxBlockColumns = 256;
 struct TileRows {
   const int8_t* q;
   int64_t stride;
-  // Which weight rows this tile fetches ahead: the first two, the last two.
-  bool prefetch_first = true, prefetch_last = true;
+  // What the tile fetches of the weight at each 64 of k: so many times 64 elements from here on.
+  int64_t fetch_at = 0, fetches = 0;
 };
+
+template <class Weight>
+concept FetchedAhead = requires(const Weight& weight) { weight.prefetch(weight.row_length(), 1); };
 
 // A part of k; both ends are multiples of 64.
 struct Slice {
   int64_t begin, end;
 };
+
+// `x` for a tile that takes its columns in `parts` parts, one after the other.
+[[maybe_unused]] inline TileRows part_of(const TileRows& x, int64_t part, int64_t parts,
+                                         const Slice& k) {
+  const int64_t before = x.fetches * part / parts;
+  return {x.q, x.stride, x.fetch_at + before * (k.end - k.begin),
+          x.fetches * (part + 1) / parts - before};
+}
 
 // How sums become outputs.
 struct Scaling {
@@ -101,25 +122,69 @@ constexpr int64_t row_step() {
     return 1;
 }
 
+// Fetches the weight rows [n_begin, n_end) while as many before them are used: in the order in
+// which they lie in memory, whatever the order of use, and with their pages touched in batches.
+template <class Weight>
+class Ahead {
+ public:
+  Ahead(const Weight& weight, int64_t n_begin, int64_t n_end)
+      : weight_(weight), at_(n_begin * weight.row_length()), end_(n_end * weight.row_length()) {
+    weight.touch(at_, end_ - at_);
+  }
+
+  // Of what `tiles` tiles of the same weight rows and `count` columns fetch, the part of one.
+  void share(int64_t tile, int64_t tiles, int64_t count, TileRows& x) const {
+    if (at_ >= end_) return;
+    const int64_t before = kTileColumns * tile / tiles;
+    x.fetches = kTileColumns * (tile + 1) / tiles - before;
+    x.fetch_at = at_ + before * count;
+  }
+
+  void pass(int64_t count) { at_ += kTileColumns * count; }
+
+  // All of it, where nothing is used before.
+  void fetch_now() {
+    for (; at_ < end_; pass(64)) weight_.prefetch(at_, kTileColumns);
+  }
+
+ private:
+  const Weight& weight_;
+  int64_t at_, end_;
+};
+
+// What a tile fetches at the 64 columns that begin `at` columns into its slice.
+template <FetchedAhead Weight>
+[[gnu::always_inline]] inline void fetch_step(const Weight& weight, const TileRows& x, int64_t at) {
+  if (x.fetches > 0) weight.prefetch(x.fetch_at + at * x.fetches, x.fetches);
+}
+
+struct NothingAhead {
+  void share(int64_t, int64_t, int64_t, TileRows&) const {}
+  void pass(int64_t) const {}
+};
+
 // Row i of the sums starts at sums + i * kMaxBlockColumns. The offset is still in them, and up to
 // kTileColumns - 1 meaningless sums follow the last column. Where there are more rows than a tile
-// takes, the tiles share the weight rows while these lie in L1, and the fetching of the next ones,
-// so that memory is read at an even pace.
-template <class Weight>
+// takes, the tiles share the weight rows while these lie in L1, and the fetching of later ones, so
+// that memory is read at an even pace.
+template <class Weight, class Fetching = NothingAhead>
 void accumulate_block(int64_t rows, const Weight& weight, const TileRows& x, int64_t n_begin,
-                      int64_t n_end, int64_t k, int32_t* sums, int64_t most_k = kSliceK) {
+                      int64_t n_end, int64_t k, int32_t* sums, Fetching ahead = {}) {
   for (int64_t i = 0; i < rows; ++i)
     std::fill_n(sums + i * kMaxBlockColumns, round_up(n_end - n_begin, kTileColumns), 0);
-  for_even_pieces(round_up(k, 64), most_k, 64, [&](int64_t begin, int64_t count) {
-    for (int64_t n = n_begin; n < n_end; n += kTileColumns)
-      for_even_pieces(
-          rows, Weight::kMaxTileRows, row_step<Weight>(), [&](int64_t first, int64_t tile_rows) {
-            const TileRows part{x.q + first * x.stride, x.stride, first == 0,
-                                first + tile_rows == rows};
-            accumulate_rows<Weight::kMaxTileRows>(tile_rows, weight, part, n, n_end - 1,
-                                                  {begin, begin + count},
-                                                  sums + first * kMaxBlockColumns + (n - n_begin));
-          });
+  constexpr int64_t kMostRows = Weight::kMaxTileRows;
+  const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
+  for_even_pieces(round_up(k, 64), slice_k(rows, k), 64, [&](int64_t begin, int64_t count) {
+    for (int64_t n = n_begin; n < n_end; n += kTileColumns) {
+      int64_t tile = 0;
+      for_even_pieces(rows, kMostRows, row_step<Weight>(), [&](int64_t first, int64_t tile_rows) {
+        TileRows part{x.q + first * x.stride, x.stride};
+        ahead.share(tile++, tiles, count, part);
+        accumulate_rows<kMostRows>(tile_rows, weight, part, n, n_end - 1, {begin, begin + count},
+                                   sums + first * kMaxBlockColumns + (n - n_begin));
+      });
+      ahead.pass(count);
+    }
   });
 }
 
@@ -158,19 +223,27 @@ void finish_rows(const QuantizedRows& x, const Weight& weight, const int32_t* su
 }
 
 // The outputs of one block of weight rows; column_minus stands at its first.
-template <class Weight>
+template <class Weight, class Fetching = NothingAhead>
 void few_rows_block(const QuantizedRows& x, const Weight& weight, int64_t k,
                     const int32_t* column_minus, const Scaling& scaling, const LinearOutput& out,
-                    const Tile& block) {
-  // Up to eight rows pass together, so that the weight is fetched from memory at an even pace.
-  constexpr int64_t kTogether = std::max<int64_t>(8, Weight::kMaxTileRows);
+                    const Tile& block, const Fetching& ahead = {}) {
+  // Two tiles of rows pass together, so that the weight is fetched from memory at an even pace.
+  constexpr int64_t kTogether =
+      std::max<int64_t>(8, (FetchedAhead<Weight> ? 2 : 1) * Weight::kMaxTileRows);
   alignas(64) int32_t sums[kTogether * kMaxBlockColumns];
   const int64_t rows = block.m_end - block.m_begin;
   for_even_pieces(rows, rows <= kTogether ? kTogether : Weight::kMaxTileRows, row_step<Weight>(),
                   [&](int64_t first, int64_t count) {
                     const int64_t m = block.m_begin + first;
-                    accumulate_block(count, weight, {x.q + m * x.stride, x.stride}, block.n_begin,
-                                     block.n_end, k, sums);
+                    const TileRows part{x.q + m * x.stride, x.stride};
+                    const auto accumulate = [&](const auto& ahead) {
+                      accumulate_block(count, weight, part, block.n_begin, block.n_end, k, sums,
+                                       ahead);
+                    };
+                    if (first == 0)
+                      accumulate(ahead);
+                    else
+                      accumulate(NothingAhead{});
                     finish_rows(x, weight, sums, kMaxBlockColumns, Weight::kOffset, column_minus,
                                 scaling, out, {m, m + count, block.n_begin, block.n_end});
                   });
@@ -186,9 +259,6 @@ struct FourStreams : Weight {
   auto row(int64_t n) const { return Weight::row(first_row + n % 4 * stream_rows + n / 4); }
   void prefetch() const;  // hides that of Weight, so that it is not called
 };
-
-// A stream is cut into slices of this much k: long ones, and as many ternary sums as int32 holds.
-inline constexpr int64_t kStreamK = 4096;
 
 template <class Weight>
 constexpr int64_t streamed_rows() {
@@ -212,10 +282,21 @@ void streamed_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
     return scaling.column_minus == nullptr ? nullptr : scaling.column_minus + (n - tile.n_begin);
   };
   alignas(64) int32_t sums[kMostRows * kMaxBlockColumns], ordered[kMostRows * kStreamColumns];
-  for (int64_t i = 0; i < stream_rows; i += kStreamColumns) {
-    const int64_t count = std::min(kStreamColumns, stream_rows - i);
-    accumulate_block(rows, streams, {x.q + m * x.stride, x.stride}, 4 * i, 4 * (i + count), k, sums,
-                     kStreamK);
+  int64_t piece = kStreamColumns;
+  if constexpr (FetchedAhead<Weight>)
+    piece = std::clamp<int64_t>(kTouchedBytes / std::max<int64_t>(weight.row_length(), 1) / 16 * 16,
+                                16, kStreamColumns);
+  for (int64_t i = 0; i < stream_rows; i += piece) {
+    const int64_t count = std::min(piece, stream_rows - i);
+    // The pages of the next piece of each stream, at first of two.
+    if constexpr (FetchedAhead<Weight>)
+      for (int64_t stream = 0; stream < 4; ++stream) {
+        const int64_t n = tile.n_begin + stream * stream_rows + i;
+        weight.touch((i == 0 ? n : n + piece) * weight.row_length(),
+                     (i == 0 ? 2 * piece : piece) * weight.row_length());
+      }
+    accumulate_block(rows, streams, {x.q + m * x.stride, x.stride}, 4 * i, 4 * (i + count), k,
+                     sums);
     for (int64_t stream = 0; stream < 4; ++stream) {
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t j = 0; j < count; ++j)
@@ -233,12 +314,20 @@ void streamed_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
 template <class Weight>
 void few_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
                      const Scaling& scaling, const LinearOutput& out, const Tile& tile) {
-  const int64_t columns = block_columns(k);
+  // Half of a block where the next is fetched meanwhile: the first cannot be.
+  const int64_t columns = FetchedAhead<Weight> ? block_columns(2 * k) : block_columns(k);
   for (int64_t n = tile.n_begin; n < tile.n_end; n += columns) {
     const int64_t n_end = std::min(n + columns, tile.n_end);
     const int32_t* minus =
         scaling.column_minus == nullptr ? nullptr : scaling.column_minus + (n - tile.n_begin);
-    few_rows_block(x, weight, k, minus, scaling, out, {tile.m_begin, tile.m_end, n, n_end});
+    const Tile block{tile.m_begin, tile.m_end, n, n_end};
+    if constexpr (FetchedAhead<Weight>) {
+      if (n == tile.n_begin) Ahead(weight, n, n_end).fetch_now();
+      few_rows_block(x, weight, k, minus, scaling, out, block,
+                     Ahead(weight, n_end, std::min(n_end + columns, tile.n_end)));
+    } else {
+      few_rows_block(x, weight, k, minus, scaling, out, block);
+    }
   }
 }
 

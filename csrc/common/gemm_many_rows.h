@@ -149,6 +149,9 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
   constexpr bool kSumWeight = Vectors::kOffset != 0;
   for (int64_t n = tile.n_begin; n < tile.n_end; n += columns) {
     const int64_t n_end = std::min(n + columns, tile.n_end);
+    if constexpr (FetchedAhead<Weight>)  // what the tiles prefetch in the next block
+      weight.touch(n_end * weight.row_length(),
+                   std::min(columns, tile.n_end - n_end) * weight.row_length());
     dense.select(n, n_end);
     const int32_t* given =
         scaling.column_minus == nullptr ? nullptr : scaling.column_minus + (n - tile.n_begin);

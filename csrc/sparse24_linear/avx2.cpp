@@ -13,20 +13,17 @@
 namespace trine {
 namespace {
 
-struct SparseWeight {
+struct SparseWeight : FetchedSparse {
   static constexpr int32_t kOffset = 0;
   static constexpr int64_t kMaxTileRows = kTileRows;
 
-  Sparse24Int8Weight weight;
   int64_t whole_k = weight.chunks * kSparse24Columns;
 
   SparseRow row(int64_t n) const { return sparse_row(weight, n); }
 
-  static __m256i load(const SparseRow& row, int64_t k) { return decode_32(row, k); }
-  [[gnu::always_inline]] void prefetch(const SparseRow& row, int64_t k) const {
-    prefetch_next_tile(weight, row, k);
-  }
-  // Only past the last column: a row is whole chunks of 32.
+  static __m256i load(const SparseRow& row, int64_t k) {
+    return decode_32(row, k);
+  }  // Only past the last column: a row is whole chunks of 32.
   static __m256i load_tail(const SparseRow&, int64_t) { return _mm256_setzero_si256(); }
 
   void decode_row(int64_t n, int8_t* dense) const {

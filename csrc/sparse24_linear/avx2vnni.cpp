@@ -8,12 +8,11 @@
 namespace trine {
 namespace {
 
-struct SparseWeight {
+struct SparseWeight : FetchedSparse {
   static constexpr int32_t kOffset = 128;
   static constexpr int64_t kMaxTileRows = kTileRows;
   using Row = SparseRow;
 
-  Sparse24Int8Weight weight;
   int64_t whole_k = weight.chunks * kSparse24Columns / 64 * 64;
 
   SparseRow row(int64_t n) const { return sparse_row(weight, n); }
@@ -26,10 +25,6 @@ struct SparseWeight {
   template <int half>
   static __m256i load_tail(const SparseRow& row, int64_t k) {
     return half == 0 ? load<half>(row, k) : _mm256_setzero_si256();
-  }
-
-  [[gnu::always_inline]] void prefetch(const SparseRow& row, int64_t k) const {
-    prefetch_next_tile(weight, row, k);
   }
 
   void decode_row(int64_t n, uint8_t* dense) const {

@@ -20,7 +20,7 @@
 #include <array>
 
 #include "common/x86/gemm_avx512vnni.h"
-#include "sparse24_linear/sparse24_linear.h"
+#include "sparse24_linear/int8_values.h"
 
 namespace trine {
 namespace {
@@ -55,24 +55,17 @@ struct Picks {
 
 // The packed weight as it lies. Places in a row are counted in bytes of indices: there are four
 // times as many of values, and eight times as many of x, which is an address without arithmetic.
-struct PackedPairs {
+struct PackedPairs : FetchedSparse {
   static constexpr int32_t kOffset = 0;
   static constexpr int64_t kMaxTileRows = 8;
   static constexpr bool kSubtractsOffset = true;
 
-  struct Row {
-    const int8_t* values;
-    const uint8_t* indices;
-  };
-  using Pair = std::array<Row, 2>;
+  using Pair = std::array<SparseRow, 2>;
 
-  Sparse24Int8Weight weight;
   int64_t row_bytes = weight.chunks * kSparse24Indices;
   int64_t whole_bytes = row_bytes / 8 * 8;
 
-  Row row(int64_t n) const {
-    return {weight.values + n * 4 * row_bytes, weight.indices + n * row_bytes};
-  }
+  SparseRow row(int64_t n) const { return sparse_row(weight, n); }
 
   [[gnu::always_inline]] static Picks load(const Pair& pair, int64_t byte) {
     const auto* values0 = reinterpret_cast<const __m256i*>(pair[0].values + 4 * byte);
@@ -89,14 +82,6 @@ struct PackedPairs {
                       _mm_loadu_si32(pair[1].indices + byte),
                       _mm256_zextsi128_si256(_mm_loadu_si128(values0)),
                       _mm256_zextsi128_si256(_mm_loadu_si128(values1)));
-  }
-
-  // For `kRows` rows, of which `pair` is the first two, at each 64 columns.
-  template <int kRows>
-  [[gnu::always_inline]] static void prefetch(const Pair& pair, int64_t byte) {
-    for (int64_t line = 0; line < 32 * kRows; line += 64)
-      _mm_prefetch(pair[0].values + kAheadBytes + 4 * kRows * byte + line, _MM_HINT_T1);
-    _mm_prefetch(pair[0].indices + kAheadBytes / 4 + kRows * byte, _MM_HINT_T1);
   }
 };
 
@@ -182,8 +167,8 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
   const int64_t end = k.end / 8, whole_end = std::min(end, weight.whole_bytes);
   int64_t byte = k.begin / 8;
   for (; byte < whole_end; byte += 8) {
-    if constexpr (std::is_same_v<Weight, PackedPairs>)
-      weight.template prefetch<4>(pair0, byte);
+    if constexpr (FetchedAhead<Weight>)
+      fetch_step(weight, x, 8 * byte - k.begin);
     else if constexpr (std::is_same_v<Weight, FourStreams<PackedPairs>>)
       for (const auto& row : {pair0[0], pair0[1], pair1[0], pair1[1]}) {
         _mm_prefetch(row.values + 4 * byte + kStreamAheadBytes, _MM_HINT_T0);
@@ -208,6 +193,9 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
   });
 }
 
+// How many rows' pages are touched together while a panel is made.
+constexpr int64_t kTouchedRows = 16;
+
 // Puts rows n .. n_end - 1 together; minus[i] = 128 * the sum of row n + i.
 void make_panel(const PackedPairs& weight, int64_t n, int64_t n_end, __m512i* to, int32_t* minus) {
   const __m512i offsets = _mm512_set1_epi8(static_cast<char>(128));
@@ -219,8 +207,10 @@ void make_panel(const PackedPairs& weight, int64_t n, int64_t n_end, __m512i* to
       *to++ = picks.values;
       sum = dot(sum, offsets, picks.values);
     };
+    const int64_t ahead = n * weight.row_length() + 2 * kAheadBytes;
+    if (n % kTouchedRows == 0) weight.touch(ahead, kTouchedRows * weight.row_length());
     for (int64_t byte = 0; byte < weight.whole_bytes; byte += 8) {
-      weight.prefetch<2>(pair, byte);
+      weight.prefetch(ahead + 16 * byte, 2);
       write(weight.load(pair, byte));
     }
     if (weight.whole_bytes < weight.row_bytes) write(weight.load_tail(pair, weight.whole_bytes));
@@ -233,7 +223,7 @@ void make_panel(const PackedPairs& weight, int64_t n, int64_t n_end, __m512i* to
 
 void sparse24_int8_avx512vbmi(const QuantizedRows& x, const Sparse24Int8Weight& weight,
                               const LinearOutput& out, const Tile& tile) {
-  const PackedPairs packed{weight};
+  const PackedPairs packed{{weight}};
   const int64_t k = weight.chunks * kSparse24Columns;
   const int64_t first_m = tile.m_begin, rows = tile.m_end - first_m;
   const Scratch storage(rows * x.stride);

@@ -9,11 +9,11 @@
 namespace trine {
 namespace {
 
-struct SparseWeight {
+struct SparseWeight : FetchedSparse {
   static constexpr int32_t kOffset = 128;
   static constexpr int64_t kMaxTileRows = 6;
+  using Row = SparseRow;
 
-  Sparse24Int8Weight weight;
   int64_t whole_k = weight.chunks * kSparse24Columns / 64 * 64;
 
   SparseRow row(int64_t n) const { return sparse_row(weight, n); }
@@ -29,10 +29,6 @@ struct SparseWeight {
     return decode(_mm256_zextsi128_si256(_mm_loadu_si128(values)),
                   _mm_loadu_si32(row.indices + k / 8));
   }
-  [[gnu::always_inline]] void prefetch(const SparseRow& row, int64_t k) const {
-    prefetch_next_tile(weight, row, k);
-  }
-
   void decode_row(int64_t n, uint8_t* dense) const {
     const SparseRow from = row(n);
     for (int64_t k = 0; k < whole_k; k += 64) _mm512_store_si512(dense + k, load(from, k));

@@ -32,20 +32,29 @@ struct SparseRow {
           weight.indices + n * weight.chunks * kSparse24Indices};
 }
 
-// Processors fetch ahead by themselves within a page only, which the values of four rows fill.
-[[maybe_unused]] [[gnu::always_inline]] inline void prefetch_next_tile(
-    const Sparse24Int8Weight& weight, const SparseRow& row, int64_t k) {
-  const int64_t ahead = kTileColumns * weight.chunks * kSparse24Columns + k;
-  __builtin_prefetch(row.values + ahead / 2);
-  __builtin_prefetch(row.indices + ahead / 8);
-}
+// What FetchedAhead asks for: two columns are a byte of values, eight a byte of indices.
+struct FetchedSparse {
+  Sparse24Int8Weight weight;
+
+  int64_t row_length() const { return weight.chunks * kSparse24Columns; }
+  [[gnu::always_inline]] void prefetch(int64_t at, int64_t lines) const {
+    constexpr int kForReading = 0, kIntoL2 = 2;
+    __builtin_prefetch(weight.indices + at / 8, kForReading, kIntoL2);
+    for (at /= 2; lines > 0; lines -= 2, at += 64)
+      __builtin_prefetch(weight.values + at, kForReading, kIntoL2);
+  }
+  [[gnu::always_inline]] void touch(int64_t at, int64_t count) const {
+    touch_pages(weight.values + at / 2, count / 2);
+    touch_pages(weight.indices + at / 8, count / 8);
+  }
+};
 
 // Weight decodes its rows as they are loaded, kStep columns at a time. Where more activation rows
 // pass than one tile takes, it is decoded once, to a panel of dense rows that stays in L2.
 template <class Weight, class Panel>
 void sparse24_int8_tile(const QuantizedRows& x, const Sparse24Int8Weight& weight,
                         const LinearOutput& out, const Tile& tile) {
-  const Weight sparse{weight};
+  const Weight sparse{{weight}};
   const int64_t k = weight.chunks * kSparse24Columns;
   if (tile.m_end - tile.m_begin <= Weight::kMaxTileRows)
     return integer_linear(x, sparse, k, {weight.scale}, out, tile);

@@ -122,7 +122,7 @@ void accumulate_tile(const PanelFours& weight, const TileRows& x, int64_t n, int
   }
 
   // A slice of k is short enough for sums 64 times too large.
-  static_assert(kSliceK / 2 * 255 * 64 < std::numeric_limits<int32_t>::max());
+  static_assert(slice_k(1, 1) / 2 * 255 * 64 < std::numeric_limits<int32_t>::max());
   unrolled<kRows>([&](auto i) { acc[i] >>= 6; });
   unrolled<kFours>([&](auto piece) {
     constexpr int first = 4 * piece;

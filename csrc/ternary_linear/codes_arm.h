@@ -45,7 +45,7 @@ struct TernaryCodes {
   }
 
   // No sum overflows: 4096 codes of up to 3 << 4 are at most 48 * 127 * 4096 < 2^31.
-  static_assert(kStreamK <= 4096 && kSliceK <= 4096);
+  static_assert(slice_k(1, 1) <= 4096);
   static constexpr int kShift[4] = {0, 2, 4, 0};
   template <int i>
   static int8x16_t in_place(int8x16_t packed) {

@@ -23,7 +23,7 @@
 //        Row row(int64_t n) const;                     // a pointer to row n, of any kind
 //        static __m256i load(Row row, int64_t k);      // bytes k .. k + 31 of the row
 //        __m256i load_tail(Row row, int64_t k) const;  // the same at whole_k, if k goes beyond it
-//        void prefetch(Row row, int64_t k) const;      // optional: called with each load
+//        row_length, prefetch, touch                   // optional: see gemm_few_rows.h
 //   2. Call integer_linear(x, weight, k, scaling, out, tile). x.q is zero from k to a multiple of
 //      64 (QuantizedInput does that). `Scaling` is {weight_scale}, {weight_scale, true} for one
 //      scale per tensor, and can subtract a column term from acc (zero points).
@@ -167,7 +167,7 @@ struct RowVectors {
 };
 
 // Packed INT8 rows, int8 [n][stride], as they lie. A packed row is whole 16-byte chunks, so the
-// last load of a row may be a half: the row may end at the end of the memory. The next tile is
+// last load of a row may be a half: the row may end at the end of the memory. The next block is
 // prefetched, and one activation row reads four streams, for the reasons given in
 // gemm_avx512vnni.h.
 struct PackedInt8Weight {
@@ -196,9 +196,13 @@ struct PackedInt8Weight {
       _mm256_store_si256(reinterpret_cast<__m256i*>(dense + k), _mm256_cvtepi8_epi16(bytes));
     }
   }
+  int64_t row_length() const { return stride; }
   // Inlined by force: gcc 12 drops a call whose only effect is a prefetch.
-  [[gnu::always_inline]] void prefetch(Row row, int64_t k) const {
-    _mm_prefetch(row + 2 * kTileColumns * stride + k, _MM_HINT_T1);
+  [[gnu::always_inline]] void prefetch(int64_t at, int64_t lines) const {
+    for (; lines > 0; --lines, at += 64) _mm_prefetch(data + at, _MM_HINT_T1);
+  }
+  [[gnu::always_inline]] void touch(int64_t at, int64_t count) const {
+    touch_pages(data + at, count);
   }
 };
 
@@ -228,12 +232,8 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
   const int64_t whole_end = std::min(k.end, weight.whole_k);
   int64_t at = k.begin;
   for (; at < whole_end; at += 32) {
-    if constexpr (requires { weight.prefetch(row0, at); }) {
-      if (x.prefetch_first)
-        for (const auto row : {row0, row1}) weight.prefetch(row, at);
-      if (x.prefetch_last)
-        for (const auto row : {row2, row3}) weight.prefetch(row, at);
-    }
+    if constexpr (FetchedAhead<Weight>)
+      if (at % 64 == 0) fetch_step(weight, x, at - k.begin);
     step(at, weight.load(row0, at), weight.load(row1, at), weight.load(row2, at),
          weight.load(row3, at));
   }

@@ -15,7 +15,7 @@
 //                                                   // k is 32 * half beyond a multiple of 64
 //   template <int half>
 //   __m256i load_tail(Row row, int64_t k) const;    // the same from whole_k on
-//   void prefetch(Row row, int64_t k) const;        // optional: called for every 64 bytes
+//   row_length, prefetch, touch                     // optional: see gemm_few_rows.h
 //
 // What bounds it: with many rows, the two vpdpbusd per cycle of the core; a step of a 5 x 2 tile is
 // ten of them on seven loads. Measured on Zen 4 in AVX-512's encoding, K = 2560, from the caches:
@@ -65,8 +65,7 @@ struct PanelWeight {
 
 // Packed INT8 rows, int8 [n][stride], made unsigned by flipping the sign bit (w + 128). A packed
 // row is whole 16-byte chunks, so the last load of a row may be a half: the row may end at the end
-// of the memory. The tile after the next is prefetched into L2: activations fill L1 (2560 x 2560
-// from memory, 1 to 8 rows: 1.2 to 2.2 times as fast as the next tile into L1).
+// of the memory. The next block is prefetched into L2 (see gemm_avx512vnni.h).
 struct PackedInt8Weight {
   static constexpr int32_t kOffset = 128;
   static constexpr int64_t kMaxTileRows = kTileRows;
@@ -87,8 +86,12 @@ struct PackedInt8Weight {
   __m256i load_tail(Row row, int64_t k) const {
     return flip_signs(_mm256_maskload_epi32(reinterpret_cast<const int*>(row + k), tail[half]));
   }
-  [[gnu::always_inline]] void prefetch(Row row, int64_t k) const {
-    _mm_prefetch(row + 2 * kTileColumns * stride + k, _MM_HINT_T1);
+  int64_t row_length() const { return stride; }
+  [[gnu::always_inline]] void prefetch(int64_t at, int64_t lines) const {
+    for (; lines > 0; --lines, at += 64) _mm_prefetch(data + at, _MM_HINT_T1);
+  }
+  [[gnu::always_inline]] void touch(int64_t at, int64_t count) const {
+    touch_pages(data + at, count);
   }
 };
 
@@ -125,8 +128,7 @@ template <int kRows, int kColumns, class Weight>
   const int64_t whole_end = std::min(k.end, weight.whole_k);
   int64_t at = k.begin;
   for (; at < whole_end; at += 64) {
-    if constexpr (requires { weight.prefetch(rows[0], at); })
-      for (const auto row : rows) weight.prefetch(row, at);
+    if constexpr (FetchedAhead<Weight>) fetch_step(weight, x, at - k.begin);
     step(at, [&](auto half, const auto& row, int64_t from) {
       return weight.template load<half>(row, from);
     });
@@ -156,8 +158,12 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
                      const Slice& k, int32_t* sums) {
   // Twelve sums are what 16 registers hold beside two weights, an activation and a constant.
   constexpr int kColumns = kRows <= 2 ? 4 : 2;
-  for (int64_t j = 0; j < kTileColumns; j += kColumns)
-    accumulate_columns<kRows, kColumns>(weight, x, n + j, last_n, k, sums + j);
+  constexpr int kParts = kTileColumns / kColumns;
+  for (int part = 0; part < kParts; ++part) {
+    const int64_t j = part * kColumns;
+    accumulate_columns<kRows, kColumns>(weight, part_of(x, part, kParts, k), n + j, last_n, k,
+                                        sums + j);
+  }
 }
 
 }  // namespace

@@ -24,7 +24,7 @@
 //        Row row(int64_t n) const;                     // a pointer to row n, of any kind
 //        static __m512i load(Row row, int64_t k);      // bytes k .. k + 63 of the row, unsigned
 //        __m512i load_tail(Row row, int64_t k) const;  // the same at whole_k, if k goes beyond it
-//        void prefetch(Row row, int64_t k) const;      // optional: called with each load
+//        row_length, prefetch, touch                   // optional: see gemm_few_rows.h
 //      With `using ManyRows = RowVectors;` and a kManyRows it takes part in gemm_many_rows.h.
 //   2. Call integer_linear(x, weight, k, scaling, out, tile). x.q is zero from k to a multiple of
 //      64 (QuantizedInput does that). `Scaling` is {weight_scale}, {weight_scale, true} for one
@@ -37,15 +37,15 @@
 // - many rows: the vpdpbusd of the core (two a cycle, one on Zen 4). A step of a tile is 24 of them
 //   on 11 loads and nothing else. From 128 rows on 90 to 95% of that peak, at 32 rows 79 to 86%:
 //   the rest goes to the sums of the weight (one more row) and to fetching it.
-// - one row: reading the weight, at 78 to 92% of the most that memory gives in any way. Two and
-//   three rows read it in the same four streams, at nine tenths of that speed.
-// - eight rows: the products and the reading, which overlap in part. 2560 x 2560 takes 266 us from
-//   the caches and 281 to 376 from memory, where reading alone takes 210 to 258 and the products
-//   at their peak 227: 85% of the speed of reading would be 92% of that peak. 4096 x 4096 takes
-//   1190 us from memory, as long as reading (632) and products (582) one after the other; torch's
-//   kernels, whose packed weight is one stream, take 368 and 957 us. Slower were: eight rows in one
-//   tile of two columns (0.8 of the speed), four streams (0.6), prefetching in the order of the
-//   memory 64 to 256 KiB ahead (0.7), whole rows of 4096 in one slice (0.8).
+// - one to four rows: reading the weight, in four streams. From memory, the kernel alone, one row
+//   takes 240 us at 2560 x 2560 and 600 at 4096 x 4096 (28 GB/s), two and three rows 5 and 15%
+//   more.
+// - eight rows: the products and the reading, which overlap. The tiles take 245 and 620 us from L2,
+//   where the products at their peak take 228 and 584; 310 and 840 from memory, where a loop that
+//   only reads takes 225 and 570. What is left: prefetches, which alone bring what is used one
+//   block later, arrive at some 20 GB/s; the processor's own prefetchers, which bring more, follow
+//   only what is used at once (8 rows on four streams: 0.8 of the speed). A packed weight, one
+//   stream of tiles, was no faster than the rows as they lie.
 #pragma once
 
 #include <immintrin.h>
@@ -212,12 +212,14 @@ struct PanelWeight {
   static constexpr int32_t kOffset = offset;
   static constexpr int64_t kMaxTileRows = 6;
 
-  const uint8_t* data;
+  using Row = const uint8_t*;
+
+  Row data;
   int64_t stride;
   int64_t first_n;
   int64_t whole_k = stride;
 
-  const uint8_t* row(int64_t n) const { return data + (n - first_n) * stride; }
+  Row row(int64_t n) const { return data + (n - first_n) * stride; }
   static __m512i load(const uint8_t* row, int64_t k) { return _mm512_load_si512(row + k); }
   static __m512i load_tail(const uint8_t* row, int64_t k) { return load(row, k); }
 };
@@ -225,13 +227,13 @@ struct PanelWeight {
 // Packed INT8 rows, int8 [n][stride], made unsigned by flipping the sign bit (w + 128). A packed
 // row is whole 16-byte chunks, so the last load of a row is masked: it may end at the end of the
 // memory. Four rows that follow one another are too short for the processor's own prefetchers, so
-// each line is asked for two tiles ahead, into L2 (8 rows of 2560 x 2560 from memory on Zen 4: 22
-// GB/s, without it or into L1 10); beyond the memory that is harmless. Up to three activation rows
-// read four long streams instead.
+// that a block is fetched, into L2, while the one before it is used (8 rows of 2560 x 2560 from
+// memory: 1.5 times as fast as with the lines two tiles ahead). Up to four activation rows read
+// four long streams instead.
 struct PackedInt8Weight {
   static constexpr int32_t kOffset = 128;
-  static constexpr int64_t kMaxTileRows = 6;
-  static constexpr int64_t kStreamedRows = 3;
+  static constexpr int64_t kMaxTileRows = 8;
+  static constexpr int64_t kStreamedRows = 4;
   using ManyRows = RowVectors;
   static constexpr int64_t kManyRows = 13;
   using Row = const int8_t*;
@@ -246,9 +248,13 @@ struct PackedInt8Weight {
   __m512i load_tail(Row row, int64_t k) const {
     return flip(_mm512_maskz_loadu_epi8(tail, row + k));
   }
+  int64_t row_length() const { return stride; }
   // Inlined by force: gcc 12 drops a call whose only effect is a prefetch.
-  [[gnu::always_inline]] void prefetch(Row row, int64_t k) const {
-    _mm_prefetch(row + 2 * kTileColumns * stride + k, _MM_HINT_T1);
+  [[gnu::always_inline]] void prefetch(int64_t at, int64_t lines) const {
+    for (; lines > 0; --lines, at += 64) _mm_prefetch(data + at, _MM_HINT_T1);
+  }
+  [[gnu::always_inline]] void touch(int64_t at, int64_t count) const {
+    touch_pages(data + at, count);
   }
 
  private:
@@ -257,49 +263,72 @@ struct PackedInt8Weight {
   }
 };
 
-template <int kRows, class Weight>
-void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t last_n,
-                     const Slice& k, int32_t* sums) {
-  // Columns beyond the last repeat it; their sums are never read.
-  const auto row0 = weight.row(n);
-  const auto row1 = weight.row(std::min(n + 1, last_n));
-  const auto row2 = weight.row(std::min(n + 2, last_n));
-  const auto row3 = weight.row(std::min(n + 3, last_n));
-
-  Int32x16 acc[kRows][kTileColumns];
-  unrolled<kRows>([&](auto i) { acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = Int32x16{}; });
-  const auto step = [&](int64_t at, __m512i w0, __m512i w1, __m512i w2, __m512i w3) {
-    unrolled<kRows>([&](auto i) {
-      const __m512i q = _mm512_load_si512(x.q + i * x.stride + at);
-      acc[i][0] = dot(acc[i][0], w0, q);
-      acc[i][1] = dot(acc[i][1], w1, q);
-      acc[i][2] = dot(acc[i][2], w2, q);
-      acc[i][3] = dot(acc[i][3], w3, q);
+// The sums of kRows activation rows and kColumns weight rows.
+template <int kRows, int kColumns, class Weight>
+void accumulate_columns(const Weight& weight, const TileRows& x, int64_t n, int64_t last_n,
+                        const Slice& k, int32_t* sums) {
+  typename Weight::Row rows[kColumns];  // beyond the last it repeats; those sums are never read
+  unrolled<kColumns>([&](auto j) __attribute__((always_inline)) {
+    rows[j] = weight.row(std::min(n + j, last_n));
+  });
+  Int32x16 acc[kRows][kColumns];
+  unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
+    unrolled<kColumns>([&](auto j) __attribute__((always_inline)) { acc[i][j] = Int32x16{}; });
+  });
+  const auto step = [&](int64_t at, const auto& load) __attribute__((always_inline)) {
+    __m512i w[kColumns];
+    unrolled<kColumns>([&](auto j) __attribute__((always_inline)) { w[j] = load(rows[j], at); });
+    unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
+      __m512i q = _mm512_load_si512(x.q + i * x.stride + at);
+      asm("" : "+v"(q));  // gcc would load it once for each column
+      unrolled<kColumns>(
+          [&](auto j) __attribute__((always_inline)) { acc[i][j] = dot(acc[i][j], w[j], q); });
     });
   };
 
   const int64_t whole_end = std::min(k.end, weight.whole_k);
   int64_t at = k.begin;
   for (; at < whole_end; at += 64) {
-    if constexpr (requires { weight.prefetch(row0, at); }) {
-      if (x.prefetch_first)
-        for (const auto row : {row0, row1}) weight.prefetch(row, at);
-      if (x.prefetch_last)
-        for (const auto row : {row2, row3}) weight.prefetch(row, at);
-    }
-    step(at, weight.load(row0, at), weight.load(row1, at), weight.load(row2, at),
-         weight.load(row3, at));
+    if constexpr (FetchedAhead<Weight>) fetch_step(weight, x, at - k.begin);
+    step(at, [](const auto& row, int64_t from) { return Weight::load(row, from); });
   }
   if (at < k.end)
-    step(at, weight.load_tail(row0, at), weight.load_tail(row1, at), weight.load_tail(row2, at),
-         weight.load_tail(row3, at));
+    step(at, [&](const auto& row, int64_t from) { return weight.load_tail(row, from); });
 
-  unrolled<kRows>([&](auto i) {
-    auto* row = reinterpret_cast<__m128i*>(sums + i * kMaxBlockColumns);
-    const __m512i quarters = sum_within_quarters((__m512i)acc[i][0], (__m512i)acc[i][1],
-                                                 (__m512i)acc[i][2], (__m512i)acc[i][3]);
-    _mm_store_si128(row, _mm_add_epi32(_mm_load_si128(row), sum_quarters(quarters)));
+  static_assert(kColumns == 2 || kColumns == 4);
+  constexpr int kRowsAtOnce = 4 / kColumns;
+  unrolled<(kRows + kRowsAtOnce - 1) / kRowsAtOnce>([&](auto part) __attribute__((always_inline)) {
+    constexpr int i = part * kRowsAtOnce, third = 2 % kColumns;
+    constexpr int next = std::min(i + kRowsAtOnce, kRows) - 1;
+    const __m128i sum =
+        sum_quarters(sum_within_quarters((__m512i)acc[i][0], (__m512i)acc[i][1],
+                                         (__m512i)acc[next][third], (__m512i)acc[next][third + 1]));
+    int32_t* to = sums + i * kMaxBlockColumns;
+    if constexpr (kColumns == 4) {
+      auto* four = reinterpret_cast<__m128i*>(to);
+      _mm_store_si128(four, _mm_add_epi32(_mm_load_si128(four), sum));
+    } else {
+      auto* two = reinterpret_cast<__m128i*>(to);
+      auto* below = reinterpret_cast<__m128i*>(to + kMaxBlockColumns);
+      _mm_storel_epi64(two, _mm_add_epi32(_mm_loadl_epi64(two), sum));
+      if constexpr (next > i)
+        _mm_storel_epi64(below,
+                         _mm_add_epi32(_mm_loadl_epi64(below), _mm_unpackhi_epi64(sum, sum)));
+    }
   });
+}
+
+template <int kRows, class Weight>
+void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t last_n,
+                     const Slice& k, int32_t* sums) {
+  // 24 sums and what they are made of are what 32 registers hold.
+  if constexpr (kRows <= 6) {
+    accumulate_columns<kRows, 4>(weight, x, n, last_n, k, sums);
+  } else {
+    for (int part = 0; part < 2; ++part)
+      accumulate_columns<kRows, 2>(weight, part_of(x, part, 2, k), n + 2 * part, last_n, k,
+                                   sums + 2 * part);
+  }
 }
 
 // Adding -0 changes no float, as no bias must.
