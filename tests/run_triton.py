@@ -4,6 +4,7 @@ A process of its own: Triton reads the variable when it is first imported. `test
 it, and `python tests/run_triton.py cuda` does on a machine with a GPU.
 """
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable
@@ -14,6 +15,9 @@ import torch
 import trine
 from devices import all_moved, smallest_tiles
 from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguous
+from test_softmax_kl import operator_arguments
+from test_softmax_kl_divergences import assert_close
+from test_softmax_kl_options import NAMES, log_probabilities
 from test_sparse24_linear import VALUES_DTYPES, assert_is_result
 from torch import Tensor
 from trine.ops import _triton_kernels
@@ -23,6 +27,8 @@ from trine.ops.quantize_rows import reference as rows
 from trine.ops.quantize_rows.triton import quantize_rows
 from trine.ops.rms_norm_quantize_rows import reference as norm
 from trine.ops.rms_norm_quantize_rows.triton import rms_norm_quantize_rows
+from trine.ops.softmax_kl import reference as kl
+from trine.ops.softmax_kl.triton import softmax_kl, softmax_kl_backward
 from trine.ops.sparse24_linear import pack_sparse24
 from trine.ops.sparse24_linear import reference as sparse24
 from trine.ops.sparse24_linear.triton import sparse24_linear
@@ -87,11 +93,97 @@ def try_ternary24(device: str) -> None:
         check_call(x, *weight)
 
 
+def softmax_kl_results(device: str, upstream: Tensor, student, teacher, **options):
+    """Divergences, cross entropies, and the gradients of both, weighted by `upstream`."""
+    upstream, *arguments = all_moved(
+        [upstream, *operator_arguments(student, teacher, **options)], device
+    )
+    soft, hard, saved = softmax_kl(*arguments)
+    wanted = [False] if options.get("teacher_indices") is not None else [False, True]
+    of_hard = upstream[: hard.numel()]
+    gradients = [softmax_kl_backward(upstream, of_hard, *arguments, saved, to) for to in wanted]
+    return [result.cpu() for result in (soft, hard, *gradients)]
+
+
+def check_softmax_kl(device: str, student: Tensor, teacher: Tensor, **options) -> None:
+    upstream = torch.linspace(-1, 2, student[..., 0].numel())
+    logits = [z.double().requires_grad_() for z in (student, teacher)]
+    soft, hard = kl.rows(*operator_arguments(*logits, **options))
+    loss = (soft * upstream).sum() + (hard * upstream[: hard.numel()]).sum()
+    actual = softmax_kl_results(device, upstream, student, teacher, **options)
+    truths = [soft, hard, *torch.autograd.grad(loss, logits[: len(actual) - 2])]
+    for a, truth in zip(actual, truths, strict=True):
+        assert_close(a, truth.detach(), 1e-5, 1e-7)
+
+
+def try_softmax_kl(device: str) -> None:
+    rows, classes = 2, 150
+    labels = torch.randint(classes, (rows,))
+    seen = {"student_cap": 9.0, "student_scale": 1.5, "teacher_scale": 0.5, "teacher_cap": 0.0}
+    hard = {"labels": labels, "label_smoothing": 0.1, "class_weight": torch.rand(classes)}
+    mask = {"row_mask": torch.tensor([True, False])}
+    values, indices = log_probabilities(rows, 5, classes)
+    indices[0, 1] = -1
+    for i, name in enumerate(NAMES):
+        student, teacher = kl.example_inputs(rows, classes=classes)
+        student, teacher = student.to(DTYPES[i % 3]), teacher.to(DTYPES[i % 2])
+        check = functools.partial(check_softmax_kl, device, student, divergence=name, beta=0.3)
+        check(teacher, **(seen if i % 2 else {"labels": labels}))
+        check(torch.log_softmax(teacher.float(), -1), teacher_is_log=True, **mask)
+        check(values, teacher_indices=indices.int() if i % 2 else indices, **hard, **seen)
+        for result in softmax_kl_results(
+            device, torch.ones(rows), student, student, divergence=name
+        ):
+            assert (result == 0).all()
+
+        # NaN, infinity and nothing but -inf concern their rows alone, and padding none. A row
+        # that does not count, or whose upstream is 0, passes on 0.
+        bad = torch.cat([student[:1].repeat(6, 1).float(), torch.full((6, 3), torch.nan)], 1)
+        bad[0, 3], bad[1, 140], bad[2, :150], bad[3:5] = torch.nan, torch.inf, -torch.inf, torch.nan
+        good = bad[5:].repeat(6, 1)
+        soft, *_, of_student, of_teacher = softmax_kl_results(
+            device,
+            torch.tensor([1.0, 1, 1, 0, 1, 1]),
+            *((bad, good) if i % 2 else (good, bad)),
+            divergence=name,
+            classes=classes,
+            row_mask=torch.arange(6) != 4,
+        )
+        assert soft[:4].isnan().all()
+        assert (soft[4:] == 0).all()
+        for gradient in (of_student, of_teacher):
+            assert gradient[:3, :classes].isnan().all()
+            assert (gradient[3:] == 0).all()
+            assert (gradient[:, classes:] == 0).all()
+    every = torch.arange(classes).expand(rows, -1)
+    whole = torch.log_softmax(torch.randn(rows, classes), -1)
+    check_softmax_kl(device, student, whole, teacher_indices=every)
+    for strided in non_contiguous(student):
+        check_softmax_kl(device, strided, teacher, temperature=0.7)
+    lacking = teacher.float().index_fill(1, labels, -torch.inf)
+    assert softmax_kl_results(device, torch.ones(rows), lacking, teacher)[0].isinf().all()
+    for shape in ((0, 5), (2, 0)):
+        soft, *_, gradient = softmax_kl_results(
+            device, torch.ones(shape[0]), *torch.ones(2, *shape)
+        )
+        assert (soft == 0).all()
+        assert gradient.shape == shape
+    for wrong, message in (
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"divergence": "kl"}, "divergence must be one of 'forward_kl'"),
+        ({"divergence": "jsd", "beta": 1.0}, "beta of 'jsd' must lie between 0 and 1"),
+        ({"student_cap": -1.0}, "soft-caps must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            softmax_kl(*operator_arguments(student, teacher, **wrong))
+
+
 def main(device: str) -> None:
     smallest_tiles()
     torch.manual_seed(0)
     try_sparse24(device)
     try_ternary24(device)
+    try_softmax_kl(device)
     for dtype in DTYPES:
         for k in (1, 37, 130):
             check(quantize_rows, rows.quantize_rows, device, difficult_rows(k, dtype))

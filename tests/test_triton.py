@@ -129,6 +129,30 @@ def test_compiled_kernels_round_as_the_others(compile_kernel, capability):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_softmax_kl_approximates_no_more_than_powers_of_2(direction, capability):
+    """With all options, in backward those of a partial teacher."""
+    from trine.ops.softmax_kl import triton as softmax_kl
+
+    backward = direction == "backward"
+    kernel = softmax_kl.softmax_kl_backward_kernel if backward else softmax_kl.softmax_kl_kernel
+    pointers = dict.fromkeys(("student", "teacher", "gradient"), "*bf16")
+    pointers |= {"labels": "*i64", "indices": "*i64", "row_mask": "*i1"}
+    vectors = ("saved", "soft", "hard", "grad_soft", "grad_hard", "class_weight")
+    pointers |= dict.fromkeys(vectors, "*fp32")
+    numbers = ("temperature", "rate", "beta", "of_label", "of_each")
+    of_models = ("student_scale", "student_cap", "teacher_scale", "teacher_cap")
+    pointers |= dict.fromkeys((*numbers, *of_models), "fp32")
+    constants = {"KIND": 2, "REVERSED": True, "STUDENT_SEEN": 2, "TEACHER_SEEN": 1}
+    constants |= {"SMOOTHED": True, "SLOTS": 64 if backward else 0, "BLOCK": 1024}
+    if backward:
+        constants["FOR_TEACHER"] = False
+    code = ptx(kernel, pointers, constants, capability)
+    assert "ex2.approx" in code
+    assert not re.search(r"\b(lg2|tanh)\.approx|\.local\.", code)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_a_sparse_weight_of_the_type_of_x_uses_tensor_cores(dtype, capability):
     kind = dtype.replace("fp16", "f16")

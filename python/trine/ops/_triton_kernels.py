@@ -19,6 +19,8 @@ OPS = {
     "ternary_linear_rows": "ternary_linear",
     "sparse24_linear": "sparse24_linear",
     "ternary24_linear": "ternary24_linear",
+    "softmax_kl": "softmax_kl",
+    "softmax_kl_backward": "softmax_kl",
 }
 
 
