@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trine.nn.packed import PackedLinear, dense_parts
+from trine.nn.codes import CodesLinear
+from trine.nn.packed import dense_parts
 from trine.ops import pack_ternary, ternary_linear, unpack_ternary
 from trine.ops.ternary_linear.pack import CHUNK
 from trine.quantize.weights import ternary_absmean
 
 
-class TernaryLinear(PackedLinear):
+class TernaryLinear(CodesLinear):
     """y = x @ (codes * weight_scale).T + bias, on `trine.ops.ternary_linear`.
 
     Buffers: packed_weight int32 [N, 4 * ceil(K / 64)], weight_scale float32 ([1], [N] or
@@ -30,8 +31,7 @@ class TernaryLinear(PackedLinear):
 
     kind = "ternary"
 
-    packed_weight: Tensor
-    weight_scale: Tensor
+    _pack = staticmethod(pack_ternary)
 
     def __init__(
         self,
@@ -64,40 +64,6 @@ class TernaryLinear(PackedLinear):
         weight, bias = dense_parts(linear)
         return cls.from_codes(*ternary_absmean(weight), bias, dtype=weight.dtype)
 
-    @classmethod
-    def from_codes(
-        cls,
-        codes: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None = None,
-        *,
-        dtype: torch.dtype | str | None = None,
-    ) -> "TernaryLinear":
-        """Pack a weight that is ternary already.
-
-        Args:
-            codes: int8 [N, K], values -1, 0, 1.
-            weight_scale: [1], [N] or [N, groups]; the granularity follows from it.
-            bias: [N] or None.
-            dtype: the layer's float dtype; that of the bias, or torch's default, where it is None.
-
-        Raises ValueError for shapes or values that do not fit.
-        """
-        packed = pack_ternary(codes)
-        n, k = codes.shape
-        if dtype is None and bias is not None:
-            dtype = bias.dtype
-        granularity = _granularity(weight_scale, n, k)
-        has_bias = bias is not None
-        layer = cls(k, n, has_bias, granularity=granularity, device="meta", dtype=dtype)
-        if has_bias and bias.shape != (n,):
-            raise ValueError(f"from_codes: bias has shape {list(bias.shape)}, expected [{n}]")
-        layer.packed_weight = packed
-        layer.weight_scale = weight_scale.detach().to(codes.device, torch.float32, copy=True)
-        if has_bias:
-            layer.bias = bias.detach().to(codes.device, layer._dtype, copy=True)
-        return layer
-
     def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers = self._buffers
         return ternary_linear(x, buffers["packed_weight"], buffers["weight_scale"], bias)
@@ -112,6 +78,20 @@ class TernaryLinear(PackedLinear):
     def _options(self) -> dict[str, Any]:
         return {"granularity": self.granularity}
 
+    @staticmethod
+    def _granularity_of(weight_scale: Tensor, n: int, k: int) -> str | int:
+        shape = tuple(weight_scale.shape)
+        if shape == (1,):
+            return "tensor"
+        if shape == (n,):
+            return "row"
+        if len(shape) == 2 and shape[0] == n and shape[1] > 0 and k % shape[1] == 0:
+            return k // shape[1]
+        raise ValueError(
+            f"TernaryLinear: weight_scale has shape {list(shape)}, expected [1], [{n}] or "
+            f"[{n}, groups] with groups that divide in_features = {k}"
+        )
+
 
 def _scale_shape(granularity: str | int, n: int, k: int) -> tuple[int, ...]:
     if granularity == "tensor":
@@ -124,18 +104,4 @@ def _scale_shape(granularity: str | int, n: int, k: int) -> tuple[int, ...]:
     raise ValueError(
         f"TernaryLinear: granularity is {granularity!r}; it must be 'tensor', 'row' or a multiple "
         f"of {CHUNK} that divides in_features = {k}"
-    )
-
-
-def _granularity(weight_scale: Tensor, n: int, k: int) -> str | int:
-    shape = tuple(weight_scale.shape)
-    if shape == (1,):
-        return "tensor"
-    if shape == (n,):
-        return "row"
-    if len(shape) == 2 and shape[0] == n and shape[1] > 0 and k % shape[1] == 0:
-        return k // shape[1]
-    raise ValueError(
-        f"TernaryLinear: weight_scale has shape {list(shape)}, expected [1], [{n}] or "
-        f"[{n}, groups] with groups that divide in_features = {k}"
     )

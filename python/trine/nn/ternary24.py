@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trine.nn.packed import PackedLinear, dense_parts
+from trine.nn.codes import CodesLinear
+from trine.nn.packed import dense_parts
 from trine.ops import pack_ternary24, ternary24_linear, unpack_ternary24
 from trine.ops.ternary24_linear.pack import row_bytes
 from trine.quantize.weights import ternary24_absmean
 
 
-class Ternary24Linear(PackedLinear):
+class Ternary24Linear(CodesLinear):
     """y = x @ (codes * weight_scale).T + bias, on `trine.ops.ternary24_linear`.
 
     Buffers: packed_weight uint8 [N, 16 * ceil(6 * ceil(K / 4) / 128)], 1.5 bits a weight;
@@ -29,8 +30,7 @@ class Ternary24Linear(PackedLinear):
 
     kind = "ternary24"
 
-    packed_weight: Tensor
-    weight_scale: Tensor
+    _pack = staticmethod(pack_ternary24)
 
     def __init__(
         self,
@@ -68,45 +68,6 @@ class Ternary24Linear(PackedLinear):
         weight, bias = dense_parts(linear)
         return cls.from_codes(*ternary24_absmean(weight), bias, dtype=weight.dtype)
 
-    @classmethod
-    def from_codes(
-        cls,
-        codes: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None = None,
-        *,
-        dtype: torch.dtype | str | None = None,
-    ) -> "Ternary24Linear":
-        """A layer with the given weights, for those who quantise by a rule of their own.
-
-        Args:
-            codes: int8 [N, K] in {-1, 0, 1}, at most two non-zeros in every four columns.
-            weight_scale: [1] or [N]; the granularity follows from it.
-            bias: [N] or None.
-            dtype: the layer's float dtype; that of the bias, or torch's default, where it is None.
-
-        Raises ValueError for shapes or values that do not fit.
-        """
-        packed = pack_ternary24(codes)
-        n, k = codes.shape
-        if weight_scale.shape not in ((1,), (n,)):
-            raise ValueError(
-                f"from_codes: weight_scale has shape {list(weight_scale.shape)}, expected [1] or "
-                f"[{n}]"
-            )
-        if bias is not None and bias.shape != (n,):
-            raise ValueError(f"from_codes: bias has shape {list(bias.shape)}, expected [{n}]")
-        granularity = "tensor" if weight_scale.shape == (1,) else "row"
-        if dtype is None and bias is not None:
-            dtype = bias.dtype
-        has_bias = bias is not None
-        layer = cls(k, n, has_bias, granularity=granularity, device="meta", dtype=dtype)
-        layer.packed_weight = packed
-        layer.weight_scale = weight_scale.detach().to(codes.device, torch.float32, copy=True)
-        if has_bias:
-            layer.bias = bias.detach().to(codes.device, layer._dtype, copy=True)
-        return layer
-
     def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers = self._buffers
         return ternary24_linear(x, buffers["packed_weight"], buffers["weight_scale"], bias)
@@ -117,3 +78,12 @@ class Ternary24Linear(PackedLinear):
 
     def _options(self) -> dict[str, Any]:
         return {"granularity": self.granularity}
+
+    @staticmethod
+    def _granularity_of(weight_scale: Tensor, n: int, k: int) -> str:
+        shape = tuple(weight_scale.shape)
+        if shape not in ((1,), (n,)):
+            raise ValueError(
+                f"Ternary24Linear: weight_scale has shape {list(shape)}, expected [1] or [{n}]"
+            )
+        return "tensor" if shape == (1,) else "row"
