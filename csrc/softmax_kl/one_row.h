@@ -114,6 +114,34 @@ void add_softmax_part(const T* z, int64_t n, float rate, float max, float factor
   });
 }
 
+// A gradient and a cross entropy's, with respect to the same logits.
+template <bool for_teacher, class Gradient>
+struct WithCrossEntropy {
+  using Vector = typename Gradient::Vector;
+  Gradient soft;
+  Exponential<Vector> exp;
+  float max, factor, minus_shift;
+
+  [[gnu::always_inline]] Vector operator()(Vector s, Vector t) const {
+    const Vector z = for_teacher ? t : s;
+    const Vector sum = Vector::mul_add(exp(z - Vector(max)), Vector(factor), soft(s, t));
+    return sum + Vector(minus_shift);
+  }
+};
+
+template <bool for_teacher, class S, class T, class Gradient, class Out>
+void write_gradient(const S* student, const T* teacher, int64_t n, const Gradient& gradient,
+                    const CrossEntropyTerm& hard, Out* out) {
+  if constexpr (std::is_same_v<S, T> && !std::is_same_v<S, float16>)
+    if (hard.factor != 0)
+      return gradient_part(student, teacher, n,
+                           WithCrossEntropy<for_teacher, Gradient>{
+                               gradient, Exponential<typename Gradient::Vector>(kLog2e), hard.max,
+                               hard.factor, -hard.shift},
+                           out);
+  gradient_part(student, teacher, n, gradient, out);
+}
+
 // The functions of a kernel file, on its vector type; `Wide` is the one for the divergences with a
 // mixture, whose chains are long.
 template <class V, class Wide = V>
@@ -132,19 +160,19 @@ struct Functions {
   }
   static void student_gradient(LogitRow student, LogitRow teacher, int64_t n, float rate,
                                const SoftmaxKlRow& row, Divergence divergence, float scale,
-                               void* out) {
+                               const CrossEntropyTerm& hard, void* out) {
     with_gradient<false, V, Wide>(divergence, row, rate, scale, [&](const auto& gradient) {
-      with_types(student, teacher, [&]<class S>(const S* s, const auto* t) {
-        gradient_part(s, t, n, gradient, static_cast<S*>(out));
+      with_types(student, teacher, [&]<class S, class T>(const S* s, const T* t) {
+        write_gradient<false>(s, t, n, gradient, hard, static_cast<S*>(out));
       });
     });
   }
   static void teacher_gradient(LogitRow student, LogitRow teacher, int64_t n, float rate,
                                const SoftmaxKlRow& row, Divergence divergence, float scale,
-                               void* out) {
+                               const CrossEntropyTerm& hard, void* out) {
     with_gradient<true, V, Wide>(divergence, row, rate, scale, [&](const auto& gradient) {
-      with_types(student, teacher, [&]<class T>(const auto* s, const T* t) {
-        gradient_part(s, t, n, gradient, static_cast<T*>(out));
+      with_types(student, teacher, [&]<class S, class T>(const S* s, const T* t) {
+        write_gradient<true>(s, t, n, gradient, hard, static_cast<T*>(out));
       });
     });
   }

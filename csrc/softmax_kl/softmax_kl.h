@@ -29,19 +29,22 @@
 // Maxima and sums are kept apart: in one fp32 log-sum-exp of about 1e4 an ulp is 1e-3, and the
 // probabilities would be wrong by as much.
 //
-// What bounds it: two exponentials an element in each direction, and memory beside them. Forward
-// takes 23 multiplications, FMAs and maxima of a vector, backward 22, and a Zen 4 core starts one
-// of 16 lanes in a cycle. Measured on one in L2 with AVX-512: 24.4 and 25.3 cycles, 94% and 87% of
-// that (0.41 and 0.43 ns an element at 3.7 GHz; AVX2 0.56 and 0.64). bf16 takes 1.1 times as long
-// there (backward on AVX2: 1.2), as long where the logits lie in L3, and 0.85 of it in memory.
-// 1024 x 32000 in fp32 on two cores took 26.5 ms, forward and backward, page faults of a fresh
-// gradient included: the multiplications alone are 12.5, the bytes, as plain loops move them, 19.
+// What bounds it: two exponentials an element in each direction (a table of sixteenths in a
+// register where there is AVX-512: 13 multiplications and FMAs for two), and memory beside them. Of
+// 16 elements in L2 a Zen 4 core, which starts one 512-bit FMA and one other operation in a cycle,
+// takes 20 cycles forward and 25 backward, three quarters of what it could start; bf16 22 and 28.
+// 1024 x 32000 in fp32 on two cores took 27 to 32 ms, forward and backward, page faults of a fresh
+// gradient included: the bytes alone, as plain loops move them, are 19.
 // Gradients written past the caches lost where their memory was fresh, and rows taken in reverse,
 // for what L3 still holds of them, lost too.
-// The divergences of slopes read the rows once more, for a logarithm of a sum of p and q needs both
-// whole. There a vector's 80 instructions (JSD) are one chain, too long to look past: 72 cycles,
-// where 40 would start them all; two vectors in turns spilled and gained 8%. On two cores 1024 x
-// 32000 took, times forward KL: JSD 2.4, skewed forward 2.0 and reverse 2.4, total variation 1.6.
+// The divergences of slopes read the rows once more, from L2, for a logarithm of a sum of p and q
+// needs both whole: 60 operations of a vector. Two vectors in turns, for one alone is a chain too
+// long to look past (68 cycles); of four the registers spilled. JSD took 50 cycles for the slopes
+// and 41 for the gradient, skewed KL 53 and 28 or 42, total variation 28 and 14. With all of it on
+// two cores, times forward KL: JSD 1.6 to 2.0, skewed forward 1.5 to 1.9 and reverse 1.7 to 2.0,
+// total variation 1.3 to 1.4; the more, the better the rows fit into the caches. A cross entropy
+// adds 11 cycles forward, and 8 backward in the same loop. Caps, scales, weights of classes and
+// partial teachers go through buffers of a part of a row in L2.
 #pragma once
 
 #include <cstdint>
@@ -106,11 +109,17 @@ using SoftmaxKlSecondPass = SoftmaxKlSlopes(LogitRow student, LogitRow teacher, 
                                             float rate, const SoftmaxKlRow& row,
                                             Divergence divergence);
 
+// What a cross entropy adds to the gradient at logits z: factor * exp(z - max) - shift.
+struct CrossEntropyTerm {
+  float max = 0, factor = 0, shift = 0;
+};
+
 // Writes scale * (d loss / d logits) / T to `gradient`, whose type is that of the logits. Not for
-// rows without a loss: that no NaN comes in makes rounding to bf16 cheap.
+// rows without a loss: that no NaN comes in makes rounding to bf16 cheap. A cross entropy's term
+// (of factor 0: none) is added where both rows are fp32 or both bf16.
 using SoftmaxKlBackward = void(LogitRow student, LogitRow teacher, int64_t n, float rate,
                                const SoftmaxKlRow& row, Divergence divergence, float scale,
-                               void* gradient);
+                               const CrossEntropyTerm& hard, void* gradient);
 
 // How logits are seen: cap * tanh(scale * x / cap); without a cap (0) scale * x.
 struct LogitsSeen {

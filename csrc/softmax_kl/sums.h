@@ -11,6 +11,7 @@
 namespace trine {
 namespace {
 
+constexpr float kLog2e = float(std::numbers::log2e);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Exponents of 2 at and below it give 0, for they are rounded to the integer -127.
 constexpr double kSmallestExponent = -126.5;

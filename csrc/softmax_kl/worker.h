@@ -11,7 +11,6 @@
 namespace trine {
 namespace {
 
-constexpr float kLog2e = float(std::numbers::log2e);
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // Row of the saved tensor.
@@ -120,7 +119,8 @@ class Worker {
     if (hard_scale == 0 && !logits.seen.changes() && !problem_.slots)
       return soft_gradient(see(problem_.student, part, 0), see(problem_.teacher, part, 1), n, saved,
                            soft_scale, for_teacher, out);
-
+    if (soft_scale != 0 && hard_scale != 0 && adds_hard(logits))
+      return both_gradients(part, saved, soft_scale, hard_scale, out);
     const bool in_place = type == FloatType::float32 && !logits.seen.changes();
     float* sum = in_place ? static_cast<float*>(out) : buffer(2);
     const LogitRow z = widened(logits, part, for_teacher ? 1 : 0);
@@ -179,11 +179,39 @@ class Worker {
     return kernel_.slopes(s, t, n, problem_.rate, row, problem_.divergence);
   }
   void soft_gradient(LogitRow s, LogitRow t, int64_t n, const Saved& saved, float scale,
-                     bool for_teacher, void* out) const {
+                     bool for_teacher, void* out, const CrossEntropyTerm& hard = {}) const {
     if (problem_.reversed) std::swap(s, t);
     const auto run =
         for_teacher != problem_.reversed ? kernel_.teacher_gradient : kernel_.student_gradient;
-    run(s, t, n, problem_.rate, saved.soft, problem_.divergence, scale, out);
+    run(s, t, n, problem_.rate, saved.soft, problem_.divergence, scale, hard, out);
+  }
+
+  // Whether a kernel adds the cross entropy's gradient to the divergence's.
+  bool adds_hard(const Logits& student) const {
+    const Logits& teacher = problem_.teacher;
+    const FloatType type = student.rows.type;
+    return !problem_.slots && !problem_.class_weight && !student.seen.changes() &&
+           type != FloatType::float16 &&
+           type == (teacher.seen.changes() ? FloatType::float32 : teacher.rows.type);
+  }
+  void both_gradients(const Part& part, const Saved& saved, float soft_scale, float hard_scale,
+                      void* out) const {
+    const double of_each = hard_scale * problem_.smoothing / double(problem_.classes);
+    const CrossEntropyTerm hard{saved.max, hard_scale * saved.inverse_sum, float(of_each)};
+    soft_gradient(see(problem_.student, part, 0), see(problem_.teacher, part, 1), part.size, saved,
+                  soft_scale, false, out, hard);
+    const int64_t label = problem_.label(part.row), at = label - part.begin;
+    if (at < 0 || at >= part.size) return;
+    // Of the label itself once more, because it must be rounded once.
+    float s, t, gradient;
+    kernel_.see(problem_.student.at(part.row, label), 1, problem_.student.seen, &s);
+    kernel_.see(problem_.teacher.at(part.row, label), 1, problem_.teacher.seen, &t);
+    soft_gradient({&s, FloatType::float32}, {&t, FloatType::float32}, 1, saved, soft_scale, false,
+                  &gradient, hard);
+    gradient -= float(hard_scale * (1 - problem_.smoothing));
+    const FloatType type = problem_.student.rows.type;
+    kernel_.see_backward({&s, type}, 1, {}, &gradient,
+                         static_cast<char*>(out) + at * bytes_of(type));
   }
 
   void add_hard(const Part& part, LogitRow z, const Saved& saved, float scale,
