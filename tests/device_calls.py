@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import torch
 import trine  # noqa: F401  (registers the operators)
 from devices import ABSENT, DEVICE, all_moved, is_visible
-from linear_inputs import DTYPES, assert_same_bits
+from linear_inputs import DTYPES, assert_same_bits, exact_sparse24_inputs
 from torch import Tensor
 from trine import ops
 from trine.ops.int8_linear import reference as int8
 from trine.ops.quantize_rows import reference as rows
 from trine.ops.rms_norm_quantize_rows import reference as rms_norm
+from trine.ops.sparse24_linear import reference as sparse24
 from trine.ops.ternary_linear import reference as ternary
 
 # (M, N, K). Few rows: one, two, four and eight tiles of activations, and more weight rows in a
@@ -84,6 +85,11 @@ def calls() -> Iterator[Call]:
                 options |= {"input_zero_point": torch.tensor(zero_point, dtype=torch.int32)}
             inputs = int8.example_inputs(m, n, k, torch.bfloat16)
             yield Call("int8_linear", int8.int8_linear, inputs, dict(options))
+    for i, (m, n, k) in enumerate((*FEW_ROWS, *MANY_ROWS, *EMPTY)):
+        inputs, scale = sparse24.example_inputs(m, n, k, DTYPES[i % 3], torch.int8, i % 2 == 0)
+        yield Call("sparse24_linear", sparse24.sparse24_linear, inputs, scale)
+        inputs = exact_sparse24_inputs(m, n, k, DTYPES[1 + i % 2], i % 3 == 0)
+        yield Call("sparse24_linear", sparse24.sparse24_linear, inputs)
     for m, n, k, groups in GROUPED:
         inputs = ternary.example_inputs(m, n, k, torch.float16, scale_shape=(n, groups))
         yield Call("ternary_linear", ternary.ternary_linear, inputs)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from trine.ops.sparse24_linear import reference as sparse24
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,3 +51,14 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     """Equal in shape, dtype, and every value; NaN equals NaN, and 0 equals -0."""
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def exact_sparse24_inputs(
+    m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of `sparse24_linear` with float values, whose sums are exact in fp32 in any order: every bit
+    of the result is known."""
+    inputs, _ = sparse24.example_inputs(m, n, k, dtype, dtype, bias)
+    x, values, indices, bias_values = inputs
+    values = torch.where(values == 0, 0, torch.randint(-31, 32, values.shape) / 8).to(dtype)
+    return torch.randint(-8, 9, x.shape).to(dtype), values, indices, bias_values

@@ -17,9 +17,16 @@ import trine
 from cuda_kernels import ROOT
 from device_calls import Call, as_tuple, assert_gives, calls
 from devices import ABSENT, DEVICE, all_moved, is_visible, moved, smallest_tiles
-from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguous
+from linear_inputs import (
+    DTYPES,
+    assert_same_bits,
+    difficult_rows,
+    exact_sparse24_inputs,
+    non_contiguous,
+)
 from test_cuda_linear_on_cpu import cases_of
 from test_cuda_sass import build_tool
+from test_cuda_sparse24_on_cpu import cases_of as sparse24_cases
 from torch import Tensor, nn
 from trine import _library, backends, ops
 from trine.nn import pack_linear
@@ -27,6 +34,7 @@ from trine.ops import _triton_kernels
 from trine.ops.int8_linear import reference as int8
 from trine.ops.quantize_rows import reference as rows
 from trine.ops.rms_norm_quantize_rows import reference as rms_norm
+from trine.ops.sparse24_linear import reference as sparse24
 from trine.ops.ternary_linear import reference as ternary
 
 if not is_visible():
@@ -52,10 +60,14 @@ LARGE = (
         ternary.ternary_linear,
         ternary.example_inputs(90, 3000, 512, scale_shape=(3000, 4)),
     ),
+    *(
+        Call("sparse24_linear", sparse24.sparse24_linear, exact_sparse24_inputs(*shape))
+        for shape in ((7, 9000, 1030, torch.bfloat16), (700, 3000, 530, torch.float16))
+    ),
 )
 large = pytest.mark.parametrize("call", LARGE, ids=str)
 LINEAR = {"int8_linear": int8, "ternary_linear": ternary}
-LAYERS = ("int8", "ternary")  # those whose op has kernels here
+LAYERS = ("int8", "ternary", "sparse24-int8")  # those whose op has kernels here
 
 
 @pytest.fixture(params=["compiled", "triton"])
@@ -81,7 +93,7 @@ def backend(request, monkeypatch):
 def fresh(call: Call) -> Call:
     """The same call with other values of x."""
     x, *rest = call.arguments
-    return Call(call.op, call.reference, (torch.randn_like(x.float()).to(x.dtype), *rest))
+    return Call(call.op, call.reference, (torch.randint(-8, 9, x.shape).to(x.dtype), *rest))
 
 
 # --- bits --------------------------------------------------------------------------------------
@@ -158,6 +170,31 @@ def test_a_weight_between_multiples_of_16_bytes_is_refused(op):
 
 
 @needs_cuda
+def test_sparse24_values_that_have_no_kernel():
+    for x_dtype, values_dtype, message in (
+        (torch.float32, torch.float32, "float32 values have no kernel on this device"),
+        (torch.float32, torch.bfloat16, "must have the dtype of float values"),
+    ):
+        inputs, _ = sparse24.example_inputs(3, 5, 37, x_dtype, values_dtype)
+        with pytest.raises(ValueError, match=message):
+            ops.sparse24_linear(*all_moved(inputs))
+
+
+@needs_cuda
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+def test_sparse24_sums_stay_within_their_bound(m, dtype, spread):
+    """Sums of one sign, whose rounding the tensor cores do not average out, and small numbers."""
+    inputs, _ = sparse24.example_inputs(m, 40, 8192, dtype, dtype, bias=False)
+    x, values, indices = (inputs[0] * spread).abs(), inputs[1].abs(), inputs[2]
+    exact = sparse24.sparse_product(x, values, indices)
+    actual = ops.sparse24_linear(*all_moved((x, values, indices))).double().cpu()
+    bound = 4 * torch.finfo(torch.float32).eps * 8192**0.5 + torch.finfo(dtype).eps
+    assert ((actual - exact).abs() <= bound * exact + torch.finfo(dtype).tiny).all()
+
+
+@needs_cuda
 def test_tensors_on_two_devices():
     x, weight, scale, bias = int8.example_inputs()
     with pytest.raises(ValueError, match="on one device"):
@@ -191,11 +228,12 @@ def case_program(op: str, folder: Path) -> Path:
 
 
 @needs_cuda
-@pytest.mark.parametrize("op", ["int8_linear", "ternary_linear"])
+@pytest.mark.parametrize("op", ["int8_linear", "ternary_linear", "sparse24_linear"])
 def test_many_rows_as_on_an_older_gpu(op, tmp_path):
     """The kernel of sm_80, in whose place another serves on sm_90, on the emulation's cases."""
     program = case_program(op, tmp_path)
-    cases = [case for case in (*cases_of(op, 80), *cases_of(op, 90)) if len(case.x) > FEW]
+    of_op = sparse24_cases() if op not in LINEAR else (*cases_of(op, 80), *cases_of(op, 90))
+    cases = [case for case in of_op if len(case.x) > FEW]
     assert cases
     for case in cases:
         answer = cuda_kernels.run(program, 0, case.encode(), capability=80)

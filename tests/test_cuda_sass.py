@@ -61,6 +61,25 @@ FEW_ROWS = tuple(
         ("ELi1ELi8ELi8E", 200, 1),
     )
 )
+SPARSE_PRODUCTS = {"Int8": r"IMMA\.SP\.16864\.S8\.S8", "Float16": r"HMMA\.SP\.16832\.F32"}
+# Of int8 values, or of 16-bit ones of two types.
+SPARSE24 = tuple(
+    Gate(
+        f"sparse24_{kernel}.*{values}Values.*{sizes}",
+        (product, *others),
+        registers,
+        variants * types,
+    )
+    for (values, product), types in zip(SPARSE_PRODUCTS.items(), (1, 2), strict=True)
+    for kernel, sizes, others, registers, variants in (
+        # Two blocks of 256 threads, or one of 512, fit an SM, but for four tiles of sums.
+        ("few_rows_kernel", "ELi(1ELi[12]|2ELi1)ELi", (r"LDG\.E\.NA\.128",), 128, 7),
+        ("few_rows_kernel", "ELi2ELi2ELi", (r"LDG\.E\.NA\.128",), 176, 1),
+        # One block of 256 threads fits; of the smaller tiles, two where shared memory allows.
+        ("tiles_kernel", "Li64ELi64E", ("LDGSTS", "LDSM"), 255, 1),
+        ("tiles_kernel", "Li(16|32)ELi32E", ("LDGSTS", "LDSM"), 128, 2),
+    )
+)
 GATES = {
     "quantize_rows/cuda": (
         # Beyond 64 registers an SM holds fewer than 1024 threads, too few loads in flight.
@@ -90,6 +109,7 @@ GATES = {
             3,
         ),
     ),
+    "sparse24_linear/cuda": SPARSE24,
     "ternary_linear/cuda": (
         *FEW_ROWS,
         Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
@@ -221,6 +241,20 @@ def test_quantize_rows_has_all_loads_in_flight(target):
         loads = [at.start() for at in re.finditer(r"LDG\.E\.128", text)]
         assert not re.search(r"\b(BRA|SHFL|FMUL)\b", text[loads[0] : loads[3]]), name
         assert ("STG.E.64" if "float16" in name else "STG.E ") in text, name
+
+
+@pytest.mark.parametrize("target", ["80", "90a"])
+def test_sparse24_few_rows_keep_memory_busy(target):
+    """A lane has all of its loads of values on their way before it uses one."""
+    code = by_kernel(compiled("sparse24_linear/cuda", target), "--dump-sass", r"Function : (\S+)")
+    few = {name: text for name, text in code.items() if "few_rows" in name}
+    assert len(few) == 24
+    for name, text in few.items():
+        loads = [at.start() for at in re.finditer(r"LDG\.E\.NA\.128", text)]
+        first_use = re.search("MMA", text)
+        assert first_use is not None
+        expected = 4 if re.search("ELi1ELi2ELi(8|16)E", name) else 8
+        assert len(loads) == sum(at < first_use.start() for at in loads) == expected, name
 
 
 @pytest.mark.parametrize("target", ["80", "90a"])

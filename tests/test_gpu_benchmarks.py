@@ -81,7 +81,9 @@ def test_a_gpu_run_compares_ours_with_every_peer(no_gpu_needed, tmp_path, capsys
     for op in ("quantize_rows", "rms_norm_quantize_rows"):
         assert {(op, 8, None), (f"{op} triton", 1, None)} <= names
     absent = {failure["name"] for failure in saved["failures"]}
-    assert absent <= {"torchao", "bitsandbytes", "Triton bf16 matmul"}
+    assert {("sparse24_linear bf16", 3, 48), ("sparse24_linear int8", 2, 32)} <= names
+    semi_structured = {"cuSPARSELt bf16", "cuSPARSELt int8", "CUTLASS 2:4 bf16"}
+    assert absent <= {"torchao", "bitsandbytes", "Triton bf16 matmul"} | semi_structured
     (row,) = (r for r in saved["rows"] if (r["name"], r["M"]) == ("int8_linear", 3))
     assert row["error"] < 0.03
     assert row["baseline"] == "nn.Linear bf16"
@@ -142,7 +144,7 @@ def _gpu_rows(times):
     """Rows as a run would write them, from {(name, M, N, K): us}."""
     rows = []
     for (name, m, n, k), us in times.items():
-        bits = {"ternary_linear": 2, "int8_linear": 8}.get(name, 16)
+        bits = {"ternary_linear": 2, "int8_linear": 8, "sparse24_linear bf16": 9}.get(name, 16)
         size = n * k * bits // 8 if n else 3 * m * k
         rows.append({"name": name, "M": m, "K": k, "us": us, "gb_s": size / us / 1e3})
         rows[-1] |= {"N": n} if n else {}
@@ -162,9 +164,14 @@ def test_goals_on_a_saved_run():
         ("ternary_linear", 4096, cube, cube): 300.0,
     }
     times |= {("int8_linear", cube, cube, cube): 1000.0, ("quantize_rows", cube, None, cube): 90.0}
+    times |= {("nn.Linear bf16", 4096, 2560, 2560): 10.0}
+    sparse = ((4096, cube, 200.0), (4096, 2560, 10.0), (1, side, 80.0), (1, 2560, 1.0))
+    times |= {("sparse24_linear bf16", m, n, n): us for m, n, us in sparse}
     saved = {"ceilings": [GPU, GPU | {"copy_gb_s": 3000.0}], "rows": _gpu_rows(times)}
     judged = {goal.text: goal.judge(goals.Result(saved)) for goal in goals.GOALS}
-    share, six, flat, prefill, cubed, int8, few = judged.values()
+    share, six, flat, prefill, cubed, int8, few, bf16_peer, bf16_cube, bf16_few, *_ = (
+        judged.values()
+    )
     assert share == ("0.83", "reached", "M 1 N 16384 K 16384")  # 67.1 MB in 20.125 us, of 4000
     assert six == ("4.97", "not reached", "M 1 N 16384 K 16384")
     assert flat == ("1.09", "reached", "N 16384 K 16384")
@@ -172,6 +179,9 @@ def test_goals_on_a_saved_run():
     assert cubed == ("1.01", "reached", "1208 TOPS, cuBLASLt 1200, of 1000 us all in all")
     assert int8 == ("", "not measured", "")
     assert few == ("0.67", "not reached", "M 1 N 16384 K 16384, the worst of 3")
+    assert bf16_peer == ("", "not measured", "")
+    assert bf16_cube == ("2.00", "reached", "M 4096 N 8192 K 8192")  # 2560^2 is less than 4096^3
+    assert bf16_few == ("1.25", "not reached", "M 1 N 16384 K 16384")
 
 
 def test_goals_of_nothing_are_not_measured(tmp_path, capsys):

@@ -26,7 +26,8 @@ def rotated_copies(tensors: tuple[Tensor, ...], rotated: int) -> list[tuple[Tens
 
 def kernel_of(op: str) -> str:
     """What serves CUDA tensors: the files of the op's compiled kernels, or Triton."""
-    (entry,) = (entry for entry in backends.describe().ops if entry.op == op)
+    # An op with a table for each kind of weight values has several entries.
+    entry = next(entry for entry in backends.describe().ops if entry.op.split(" ")[0] == op)
     return ", ".join(entry.cuda_kernels)
 
 

@@ -76,12 +76,15 @@ def share_of_copy(op: str, most: int) -> Callable[[Result], Figures]:
 
 
 def times_as_fast(
-    op: str, peer: str, least: int, most: int, large: bool = False
+    op: str, peer: str, least: int, most: int, large: bool = False, products: int = 0
 ) -> Callable[[Result], Figures]:
+    """`large`: with weights beyond any L2; `products`: of a dense layer, at least."""
+
     def figures(result: Result) -> Figures:
         for row in result.of(op, least, most):
             theirs = result.us(peer, row)
-            if theirs and (not large or row["bytes_moved"] >= LARGE_BYTES):
+            small = large and row["bytes_moved"] < LARGE_BYTES
+            if theirs and not small and row["M"] * row["N"] * row["K"] >= products:
                 yield theirs / row["us"], at(row)
 
     return figures
@@ -148,6 +151,19 @@ GOALS = (
         "INT8, 1 to 32 rows, weight >= 64 MB: share of the copy bandwidth",
         0.75,
         share_of_copy("int8_linear", 32),
+    ),
+    *(
+        Goal(
+            f"2:4 {values}, {which}: times as fast as {peer}",
+            goal,
+            times_as_fast(f"sparse24_linear {values}", peer, *rows, large=large, products=products),
+        )
+        for values in ("bf16", "int8")
+        for which, peer, goal, rows, large, products in (
+            ("4096^3 and more", f"cuSPARSELt {values}", 1.05, (1, 10**9), False, 4096**3),
+            ("4096^3 and more", DENSE, 1.5, (1, 10**9), False, 4096**3),
+            ("1 to 64 rows, weight >= 64 MB", DENSE, 1.4, (1, 64), True, 0),
+        )
     ),
 )
 

@@ -6,6 +6,8 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+from trine.quantize.weights import sparse24, sparse24_int8
 
 from benchmarks.case import Bind
 from benchmarks.peers import Peer, linear
@@ -75,12 +77,57 @@ def _bitsandbytes(weight: Tensor, copies: int, threads: int) -> list[Bind]:
     return [_bind(layer()) for _ in range(copies)]
 
 
+def _semi_structured(backend: type, weight: Tensor, copies: int, threads: int) -> list[Bind]:
+    kept = _kept(weight)
+    return [_bind(partial(_linear, backend.from_dense(kept))) for _ in range(copies)]
+
+
+def _linear(weight: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _cusparselt_int8(weight: Tensor, copies: int, threads: int) -> list[Bind]:
+    codes, scale = sparse24_int8(weight)
+
+    def run(compressed: Tensor, x: Tensor) -> Tensor:
+        q, x_scale = quantise(x)
+        q = F.pad(q, (0, 0, 0, -len(q) % LEAST_ROWS))
+        acc = torch._cslt_sparse_mm(compressed, q.T, out_dtype=torch.int32).T
+        return dequantise(acc[: len(x)], x_scale, scale)
+
+    return [_bind(partial(run, torch._cslt_compress(codes))) for _ in range(copies)]
+
+
+def _kept(weight: Tensor) -> Tensor:
+    return sparse24(weight.bfloat16())[0]
+
+
+def _kept_int8(weight: Tensor) -> Tensor:
+    codes, scale = sparse24_int8(weight)
+    return codes * scale[:, None]
+
+
 # `compiles`: starting it takes seconds, so it is compared at fewer shapes.
 PEERS = (
     Peer("nn.Linear bf16", "bf16", _linear_bf16, 16),
     Peer("torch._int_mm", "int8", partial(_int_mm, lambda function: function), 8),
     Peer("torch._int_mm compiled", "int8", partial(_int_mm, compiled), 8, compiles=True),
     Peer("Triton bf16 matmul", "bf16", _triton_matmul, 16, compiles=True),
+    Peer(
+        "cuSPARSELt bf16",
+        "sparse",
+        partial(_semi_structured, SparseSemiStructuredTensorCUSPARSELT),
+        9,
+        stands_for=_kept,
+    ),
+    Peer(
+        "CUTLASS 2:4 bf16",
+        "sparse",
+        partial(_semi_structured, SparseSemiStructuredTensorCUTLASS),
+        9,
+        stands_for=_kept,
+    ),
+    Peer("cuSPARSELt int8", "sparse", _cusparselt_int8, 5, stands_for=_kept_int8),
     Peer("torchao", "int8", _torchao, 8, compiles=True),
     Peer("bitsandbytes", "int8", _bitsandbytes, 8, compiles=True),
 )

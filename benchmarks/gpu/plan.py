@@ -10,7 +10,7 @@ from benchmarks.case import Comparison
 from benchmarks.gpu import rows
 from benchmarks.gpu.layers import Layer
 
-LINEAR = ("ternary_linear", "int8_linear")
+LINEAR = ("ternary_linear", "int8_linear", "sparse24_linear")
 OPS = (*rows.IN_PYTORCH, *LINEAR)
 
 Shape = tuple[int, int]
@@ -34,6 +34,7 @@ class Plan:
             for op in LINEAR
             if op in ops
             for variant in import_module(f"benchmarks.bench_{op}").OPS
+            if "fp32" not in variant.variant  # values that have no kernel on a GPU
         ]
 
         def of_layers(

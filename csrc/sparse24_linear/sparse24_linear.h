@@ -19,6 +19,9 @@
 //
 // Any nibble addresses memory inside its group; a pair of positions that is not ascending gives
 // some number, and nothing worse.
+//
+// On a GPU float values are fp16 or bf16, as x then is: its sparse products would round fp32 to
+// tf32.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
+#include "sparse24_linear/torch.h"
+
 #include "common/dispatch.h"
-#include "common/torch_linear.h"
-#include "sparse24_linear/sparse24_linear.h"
 
 namespace trine {
 namespace {
@@ -101,43 +101,11 @@ void run_int8(const Matrix& rows, const Tensor& values, const uint8_t* indices, 
                  [&](const Tile& tile) { kernel.run(input.rows(), weight, out, tile); });
 }
 
-// `columns` is K rounded up to whole chunks.
-void check_weight(const Matrix& rows, const Tensor& values, const Tensor& indices,
-                  int64_t columns) {
-  check(values.dim() == 2, kOp, ": values must be [N, 16 * ceil(K / 32)]");
-  const int64_t n = values.size(0), chunks = columns / kSparse24Columns;
-  check(values.size(1) == chunks * kSparse24Values, kOp, ": x has K = ", rows.k,
-        " columns, which needs values of ", chunks * kSparse24Values, " columns; they have ",
-        values.size(1));
-  check_dtype(indices, ScalarType::Byte, "uint8", kOp, "indices");
-  check(indices.dim() == 2 && indices.size(0) == n && indices.size(1) == chunks * kSparse24Indices,
-        kOp, ": indices must be [", n, ", ", chunks * kSparse24Indices,
-        "], four bytes for every 16 values");
-}
-
-void check_scale(const Tensor& values, const std::optional<Tensor>& weight_scale) {
-  if (values.scalar_type() != ScalarType::Char) {
-    float_type(values, kOp, "values (where not int8)");
-    check(!weight_scale.has_value(), kOp,
-          ": weight_scale goes with int8 values only; multiply float values by it instead");
-    return;
-  }
-  const int64_t n = values.size(0);
-  check(weight_scale.has_value(), kOp, ": int8 values need a weight_scale of shape [", n, "]");
-  check_dtype(*weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
-  check(weight_scale->dim() == 1 && weight_scale->size(0) == n, kOp, ": weight_scale must be [", n,
-        "], one scale per row of values");
-}
-
 Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& indices,
                            const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& weight_scale) {
-  const Matrix rows = values.scalar_type() == ScalarType::Char
-                          ? as_matrix(x, kOp, "x", kSparse24Int8MaxK)
-                          : as_matrix(x, kOp, "x");
+  const Matrix rows = check_sparse24(kOp, x, values, indices, weight_scale);
   const int64_t columns = round_up(rows.k, kSparse24Columns);
-  check_weight(rows, values, indices, columns);
-  check_scale(values, weight_scale);
   const int64_t n = values.size(0);
 
   const Tensor whole_values = as_contiguous(values);

@@ -38,7 +38,7 @@ struct LinearCase {
 
   // With the activations quantised.
   trine::DeviceLinear prepare() {
-    for (GuardedBuffer* input : {&x, &weight, &weight_scale, &bias}) input->read();
+    trine::DeviceLinear linear = prepare_weight();
     if (fixed) input_scale.read(), zero_point.read();
     const trine::QuantizedOnDevice to = {q.data<int8_t>(), width, x_scale.data<float>(),
                                          x_sum.data<int32_t>()};
@@ -49,13 +49,19 @@ struct LinearCase {
                                        nullptr);
     else
       trine::quantize_rows_cuda(x.data<void>(), type, m, k, row_bytes, to, nullptr);
-    trine::DeviceLinear linear = {};
-    linear.m = m;
-    linear.n = n;
     linear.q = to.q;
     linear.q_stride = width;
     linear.x_scale = to.scale;
     linear.x_sum = to.sum;
+    return linear;
+  }
+
+  // All but the activations.
+  trine::DeviceLinear prepare_weight() {
+    for (GuardedBuffer* input : {&x, &weight, &weight_scale, &bias}) input->read();
+    trine::DeviceLinear linear = {};
+    linear.m = m;
+    linear.n = n;
     linear.weight = weight.data<uint8_t>();
     linear.weight_stride = packed_bytes;
     linear.weight_scale = weight_scale.data<float>();

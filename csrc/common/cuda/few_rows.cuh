@@ -37,6 +37,8 @@
 //   fragment<kSets>(chunk, unit, f)   codes 4f .. 4f + 3 of a unit, as bytes, times 4^(f % kSets)
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda/finish.cuh"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/matrix.cuh"
@@ -55,6 +57,30 @@ inline constexpr int kFewRows = kMostTiles * kTileBatch;
 
 __device__ __forceinline__ uint32_t word_of(const uint4& chunk, int i) {
   return i == 0 ? chunk.x : i == 1 ? chunk.y : i == 2 ? chunk.z : chunk.w;
+}
+
+// Adds up the sums that the warps of a block left in shared memory, tile by tile, four of each
+// lane, and writes finish(sum, m, n) to y. Integers wrap; floats are added in the order of the
+// warps.
+template <int kWeightTiles, int kBatchTiles, int kWarps, class Sum, class Finish>
+__device__ __forceinline__ void store_added_sums(const DeviceLinear& linear, int64_t n0, int64_t m0,
+                                                 const Sum* all, const Finish& finish) {
+  using Total = std::conditional_t<std::is_same_v<Sum, float>, float, uint32_t>;
+  constexpr int kTiles = kWeightTiles * kBatchTiles;
+  // Neighbouring threads take neighbouring columns of y.
+  for (int e = int(threadIdx.x); e < kTiles * kTileSums; e += kWarps * kWarpThreads) {
+    const int n_in = e % (kWeightTiles * kTileWeights), m_in = e / (kWeightTiles * kTileWeights);
+    const int64_t n = n0 + n_in, m = m0 + m_in;
+    if (n >= linear.n || m >= linear.m) continue;
+    // Sums of row r and column c of a tile: lane 4 (r % 8) + c / 2, sum 2 (r / 8) + c % 2.
+    const int tile = n_in / kTileWeights * kBatchTiles + m_in / kTileBatch;
+    const int r = n_in % kTileWeights, c = m_in % kTileBatch;
+    const int at = tile * kTileSums + (r % 8 * 4 + c / 2) * 4 + r / 8 * 2 + c % 2;
+    Total sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += Total(all[w * kTiles * kTileSums + at]);
+    write_float(linear.y, linear.type, m * linear.n + n, finish(Sum(sum), m, n));
+  }
 }
 
 // How many blocks an SM must hold. Where ptxas is told, it does as the source says; told nothing
@@ -148,22 +174,11 @@ __global__ void __launch_bounds__(kWarps* kWarpThreads, kLeastBlocks<Weight, kBa
     }
   __syncthreads();
 
-  // Neighbouring threads take neighbouring columns of y.
-  const int32_t* all = reinterpret_cast<const int32_t*>(partial);
-  for (int e = int(threadIdx.x); e < kTiles * kTileSums; e += kWarps * kWarpThreads) {
-    const int n_in = e % (kWeightTiles * kTileWeights), m_in = e / (kWeightTiles * kTileWeights);
-    const int64_t n = n0 + n_in, m = m0 + m_in;
-    if (n >= linear.n || m >= linear.m) continue;
-    // Sums of row r and column c of a tile: lane 4 (r % 8) + c / 2, sum 2 (r / 8) + c % 2.
-    const int tile = n_in / kTileWeights * kBatchTiles + m_in / kTileBatch;
-    const int r = n_in % kTileWeights, c = m_in % kTileBatch;
-    const int at = tile * kTileSums + (r % 8 * 4 + c / 2) * 4 + r / 8 * 2 + c % 2;
-    uint32_t sum = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += uint32_t(all[w * kTiles * kTileSums + at]);
-    write_float(linear.y, linear.type, m * linear.n + n,
-                finished<Weight::kOffset>(linear, int32_t(sum), m, column_scaling(linear, n)));
-  }
+  store_added_sums<kWeightTiles, kBatchTiles, kWarps>(
+      linear, n0, m0, reinterpret_cast<const int32_t*>(partial),
+      [&](int32_t sum, int64_t m, int64_t n) {
+        return finished<Weight::kOffset>(linear, sum, m, column_scaling(linear, n));
+      });
 }
 
 // Any number of rows; more than kFewRows at a time are cut into pieces of that many.

@@ -65,10 +65,11 @@ inline void check_same_device(const char* op, const Tensor& x,
 }
 
 // Rows must begin at multiples of 16 bytes, as torch's own memory does; a view may not.
-inline Tensor aligned_rows(const Tensor& packed, const char* op) {
+inline Tensor aligned_rows(const Tensor& packed, const char* op,
+                           const char* name = "packed_weight") {
   const Tensor rows = torch::stable::contiguous(packed);
-  check(reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0, op,
-        ": packed_weight must begin at a multiple of 16 bytes; clone it");
+  check(reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0, op, ": ", name,
+        " must begin at a multiple of 16 bytes; clone it");
   return rows;
 }
 

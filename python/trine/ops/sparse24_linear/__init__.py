@@ -43,7 +43,7 @@ def sparse24_linear(
     the output with float values. One in a stored column does, also where the stored value is 0.
 
     Args:
-        x: [..., K], float32, bfloat16 or float16.
+        x: [..., K], float32, bfloat16 or float16; with float values on CUDA, of their dtype.
         values: [N, 16 * ceil(K / 32)], float32 (on the CPU only), bfloat16, float16 or int8, from
             `pack_sparse24`.
         indices: uint8 [N, 4 * ceil(K / 32)], from `pack_sparse24`. They are not checked for
@@ -57,7 +57,8 @@ def sparse24_linear(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, int8 values with K > 131072 (int32 could
-            overflow), values or weight_scale that require a gradient, float32 values on a GPU.
+            overflow), values or weight_scale that require a gradient, float32 values on a GPU,
+            float values of another dtype than x's on CUDA.
     """
     if not isinstance(x, Tensor):
         raise ValueError("sparse24_linear: x must be a tensor; give it the one before quantisation")
