@@ -28,12 +28,19 @@ from test_cuda_linear_on_cpu import cases_of
 from test_cuda_sass import build_tool
 from test_cuda_sparse24_on_cpu import cases_of as sparse24_cases
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor
 from trine import _library, backends, ops
 from trine.nn import pack_linear
 from trine.ops import _triton_kernels
 from trine.ops.int8_linear import reference as int8
 from trine.ops.quantize_rows import reference as rows
 from trine.ops.rms_norm_quantize_rows import reference as rms_norm
+from trine.ops.sparse24_linear import (
+    from_semi_structured,
+    pack_sparse24,
+    to_semi_structured,
+    unpack_sparse24,
+)
 from trine.ops.sparse24_linear import reference as sparse24
 from trine.ops.ternary_linear import reference as ternary
 
@@ -178,6 +185,20 @@ def test_sparse24_values_that_have_no_kernel():
         inputs, _ = sparse24.example_inputs(3, 5, 37, x_dtype, values_dtype)
         with pytest.raises(ValueError, match=message):
             ops.sparse24_linear(*all_moved(inputs))
+
+
+@needs_cuda
+@pytest.mark.parametrize("cutlass", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_sparse24_from_and_to_pytorchs_compressed_tensors(dtype, cutlass, monkeypatch):
+    if not (cutlass or torch.backends.cusparselt.is_available()):
+        pytest.skip("this PyTorch has no cuSPARSELt")
+    monkeypatch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", cutlass)
+    (_, values, indices, _), _ = sparse24.example_inputs(1, 64, 256, torch.bfloat16, dtype)
+    expected = pack_sparse24(unpack_sparse24(values, indices, 256))
+    compressed = to_semi_structured(*all_moved(expected), 256)
+    for actual, wanted in zip(from_semi_structured(compressed), expected, strict=True):
+        assert_same_bits(actual.cpu(), wanted)
 
 
 @needs_cuda

@@ -10,8 +10,11 @@ from linear_inputs import DTYPES, SHAPES, assert_same_bits, difficult_rows, non_
 from memory_guard import at_end_of_memory
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+from trine.nn import Sparse24Linear
 from trine.ops import int8_linear, pack_int8, pack_sparse24, sparse24_linear, unpack_sparse24
-from trine.ops.sparse24_linear import reference
+from trine.ops.sparse24_linear import from_semi_structured, reference, to_semi_structured
 
 VALUES_DTYPES = (*DTYPES, torch.int8)
 ON_GPU = "fp32 values have no kernel on a GPU"
@@ -258,6 +261,44 @@ def _prune(weight: Tensor) -> Tensor:
     n, k = weight.shape
     drop = torch.rand(n, (k + 3) // 4, 4).argsort(2) < 2
     return weight.masked_fill(drop.flatten(1)[:, :k], 0)
+
+
+def semi_structured(dense: Tensor) -> SparseSemiStructuredTensorCUTLASS:
+    """As PyTorch compresses it on a GPU; this much of it runs anywhere."""
+    packed, meta = sparse_semi_structured_from_dense_cutlass(dense)
+    return SparseSemiStructuredTensorCUTLASS(dense.shape, packed, meta, None, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_from_and_to_pytorchs_compressed_tensors(dtype, monkeypatch):
+    weight = _prune(torch.randint(-9, 10, (32, 256))).to(dtype)  # with groups of one and none
+    packed = pack_sparse24(weight)
+    for actual, expected in zip(from_semi_structured(semi_structured(weight)), packed, strict=True):
+        assert torch.equal(actual, expected)
+    with pytest.raises(RuntimeError, match="Only CUDA tensors are currently supported"):
+        to_semi_structured(*packed, 256)
+    monkeypatch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
+    monkeypatch.setattr(
+        SparseSemiStructuredTensorCUTLASS, "_validate_device_dim_dtype_shape", lambda tensor: None
+    )
+    assert torch.equal(to_semi_structured(*packed, 256).to_dense(), weight)
+
+
+def test_what_pytorch_does_not_compress():
+    with pytest.raises(ValueError, match=r"takes a torch\.sparse\.SparseSemi.* got Tensor"):
+        from_semi_structured(torch.zeros(32, 64))
+    with pytest.raises(ValueError, match="keeps one of each two columns"):
+        to_semi_structured(*pack_sparse24(torch.zeros(32, 64)), 64)
+
+
+def test_a_layer_whose_weight_pytorch_compressed():
+    dense = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
+    dense.weight.data = _prune(dense.weight.detach())
+    expected = Sparse24Linear.from_linear(dense)
+    dense.weight = torch.nn.Parameter(semi_structured(dense.weight.detach()))
+    layer = Sparse24Linear.from_linear(dense)
+    assert torch.equal(layer.values, expected.values)
+    assert torch.equal(layer.indices, expected.indices)
 
 
 def test_autocast():

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor
 
 from trine.nn.dense_weight import DenseWeight
 
@@ -161,7 +162,8 @@ class PackedLinear(nn.Module):
 def dense_parts(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight [N, K] and bias of a dense layer that is to be packed, without their history.
 
-    Takes `torch.nn.Linear` and transformers' `Conv1D` (whose weight is [K, N]). Raises ValueError
+    Takes `torch.nn.Linear` and transformers' `Conv1D` (whose weight is [K, N]); a weight may be one
+    that PyTorch compressed (`torch.sparse.SparseSemiStructuredTensor`). Raises ValueError
     for another class, for a dtype that the kernels lack, and for NaN or infinite weights.
     """
     if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
@@ -170,6 +172,8 @@ def dense_parts(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"got {type(linear).__name__}"
         )
     weight = linear.weight.detach()
+    if isinstance(weight, SparseSemiStructuredTensor):
+        weight = weight.to_dense()
     if weight.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"from_linear: the weight is {weight.dtype}; convert the layer to float32, bfloat16 or "

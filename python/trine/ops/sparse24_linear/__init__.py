@@ -12,8 +12,15 @@ from trine.ops.sparse24_linear.pack import (
     pack_sparse24,
     unpack_sparse24,
 )
+from trine.ops.sparse24_linear.semi_structured import from_semi_structured, to_semi_structured
 
-__all__ = ["pack_sparse24", "sparse24_linear", "unpack_sparse24"]
+__all__ = [
+    "from_semi_structured",
+    "pack_sparse24",
+    "sparse24_linear",
+    "to_semi_structured",
+    "unpack_sparse24",
+]
 
 _op = torch.ops.trine.sparse24_linear.default
 explain_missing_kernel("sparse24_linear")
