@@ -4,6 +4,7 @@ The tests of each op run there, too (`isa` in conftest.py). Without a GPU
 `TRINE_TEST_DEVICE=cpu pytest tests/test_cuda_device.py` tries those that have a meaning on the CPU.
 """
 
+import functools
 import importlib.util
 import shutil
 import subprocess
@@ -71,6 +72,15 @@ LARGE = (
         Call("sparse24_linear", sparse24.sparse24_linear, exact_sparse24_inputs(*shape))
         for shape in ((7, 9000, 1030, torch.bfloat16), (700, 3000, 530, torch.float16))
     ),
+    # The four tiles of sm_90a, on an H100 or H200.
+    *(
+        Call("sparse24_linear", sparse24.sparse24_linear, *inputs)
+        for m, n in ((700, 3000), (1300, 2300), (1500, 2900), (2100, 2900))
+        for inputs in (
+            (exact_sparse24_inputs(m, n, 256, torch.bfloat16),),
+            sparse24.example_inputs(m, n, 256, torch.bfloat16, torch.int8),
+        )
+    ),
 )
 large = pytest.mark.parametrize("call", LARGE, ids=str)
 LINEAR = {"int8_linear": int8, "ternary_linear": ternary}
@@ -100,7 +110,8 @@ def backend(request, monkeypatch):
 def fresh(call: Call) -> Call:
     """The same call with other values of x."""
     x, *rest = call.arguments
-    return Call(call.op, call.reference, (torch.randint(-8, 9, x.shape).to(x.dtype), *rest))
+    inputs = (torch.randint(-8, 9, x.shape).to(x.dtype), *rest)
+    return Call(call.op, call.reference, inputs, call.options)
 
 
 # --- bits --------------------------------------------------------------------------------------
@@ -253,8 +264,8 @@ def case_program(op: str, folder: Path) -> Path:
 def test_many_rows_as_on_an_older_gpu(op, tmp_path):
     """The kernel of sm_80, in whose place another serves on sm_90, on the emulation's cases."""
     program = case_program(op, tmp_path)
-    of_op = sparse24_cases() if op not in LINEAR else (*cases_of(op, 80), *cases_of(op, 90))
-    cases = [case for case in of_op if len(case.x) > FEW]
+    of_op = functools.partial(cases_of, op) if op in LINEAR else sparse24_cases
+    cases = [case for case in (*of_op(80), *of_op(90)) if len(case.x) > FEW]
     assert cases
     for case in cases:
         answer = cuda_kernels.run(program, 0, case.encode(), capability=80)

@@ -36,8 +36,7 @@ class Gate:
     variants: int  # of the kernel in its source: one that is missing is no kernel
 
 
-SM90A_INSTRUCTIONS = (
-    r"IGMMA\.64x256x32\.S8\.S8",
+PIPELINE_INSTRUCTIONS = (
     r"UTMALDG\.2D ",
     r"UTMALDG\.2D\.MULTICAST",
     "SYNCS",
@@ -45,6 +44,7 @@ SM90A_INSTRUCTIONS = (
     "USETMAXREG",
     r"STG\.E\.128",
 )
+SM90A_INSTRUCTIONS = (r"IGMMA\.64x256x32\.S8\.S8", *PIPELINE_INSTRUCTIONS)
 # Weight tiles, batch tiles, warps. Two blocks of 256 threads, or one of 512, fit an SM with 128
 # registers a thread; more rows have more sums.
 FEW_ROWS = tuple(
@@ -80,6 +80,32 @@ SPARSE24 = tuple(
         ("tiles_kernel", "Li(16|32)ELi32E", ("LDGSTS", "LDSM"), 128, 2),
     )
 )
+# Each tile of y for values of 16 bits, and for int8 with outputs of 16 bits, which stmatrix
+# transposes, and of 32.
+SPARSE24_SM90A = tuple(
+    gate
+    for blocks, width in ((2, 192), (2, 176), (2, 128), (1, 64))
+    for gate in (
+        Gate(
+            f"Weight16.*TileOfYILi{blocks}ELi{width}E",
+            (rf"HGMMA\.SP\.64x{width}x32\.F32", r"STSM\.16\.MT88\.4", *PIPELINE_INSTRUCTIONS),
+            168,
+            2,
+        ),
+        Gate(
+            f"Weight8.*float16.*TileOfYILi{blocks}ELi{width}E",
+            (rf"IGMMA\.SP\.64x{width}x64\.S8", r"STSM\.16\.MT88\.4", *PIPELINE_INSTRUCTIONS),
+            168,
+            2,
+        ),
+        Gate(
+            f"Weight8Ef.*TileOfYILi{blocks}ELi{width}E",
+            (rf"IGMMA\.SP\.64x{width}x64\.S8", *PIPELINE_INSTRUCTIONS),
+            168,
+            1,
+        ),
+    )
+)
 GATES = {
     "quantize_rows/cuda": (
         # Beyond 64 registers an SM holds fewer than 1024 threads, too few loads in flight.
@@ -110,6 +136,7 @@ GATES = {
         ),
     ),
     "sparse24_linear/cuda": SPARSE24,
+    "sparse24_linear/cuda_sm90a": SPARSE24_SM90A,
     "ternary_linear/cuda": (
         *FEW_ROWS,
         Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),

@@ -11,6 +11,8 @@ template <class Values>
 void run(const DeviceSparse24& sparse, cudaStream_t stream) {
   if (sparse.linear.m <= kSparse24FewRows)
     sparse24_few_rows<Values>(sparse, stream);
+  else if (compute_capability() == 90 && sparse24_suits_sm90a(sparse))
+    sparse24_linear_cuda_sm90a(sparse, stream);
   else
     sparse24_tiles<Values>(sparse, stream);
 }

@@ -30,7 +30,9 @@ inline constexpr uint32_t kSparse24AnyIndices = 0x44444444u;
 // Returns when the work is queued on `stream`.
 void sparse24_linear_cuda(const DeviceSparse24& sparse, cudaStream_t stream);
 
-// The same on sm_90a alone, best for many rows.
+// The same on sm_90a alone, best where it suits: rows of indices that begin at multiples of 16
+// bytes (the copy engine's wish), and outputs for half of the multiprocessors.
+bool sparse24_suits_sm90a(const DeviceSparse24& sparse);
 void sparse24_linear_cuda_sm90a(const DeviceSparse24& sparse, cudaStream_t stream);
 
 }  // namespace trine
