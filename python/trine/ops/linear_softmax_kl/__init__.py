@@ -70,13 +70,13 @@ def linear_softmax_kl(
     know their number without waiting.
 
     The weight's gradient is summed in fp32. Where the weight has 16 bits, the rows do not fit into
-    one chunk, and memory_limit is less than twice such a sum (8 bytes an element), both logits are
-    computed twice: six products instead of four. Beside teacher_indices the sum is then rounded
-    after each chunk instead. In float16 the gradients wait for the backward call, whose scale keeps
-    them above the least that float16 holds; so do those of "none": six products, too. A second
-    backward call (`retain_graph=True`) computes them again, because the first one hands its memory
-    on. Second derivatives (`create_graph=True`) come from plain PyTorch in float64, which stores
-    all logits.
+    one chunk, and memory_limit is less than twice such a sum (8 bytes an element), the logits of
+    all chunks but the last are computed twice: up to six products instead of four. Beside
+    teacher_indices the sum is then rounded after each chunk instead. In float16 the gradients wait
+    for the backward call, whose scale keeps them above the least that float16 holds; so do those of
+    "none": two more products. A second backward call (`retain_graph=True`) computes them again,
+    because the first one hands its memory on. Second derivatives (`create_graph=True`) come from
+    plain PyTorch in float64, which stores all logits.
 
     Returns:
         As `softmax_kl`.

@@ -7,7 +7,7 @@ and that multiplied at once: gradients are made together with the loss.
 The weight's gradient is a sum over all chunks, in fp32: in the result itself where that is fp32 (as
 it is under autocast), beside a result of 16 bits where the memory limit has room for it. Otherwise
 it is taken afterwards by blocks of classes over all rows, whose statistics are known by then: both
-logits are computed twice, six products in all.
+logits are computed twice, six products in all, but for the last chunk, which is still there.
 """
 
 from typing import NamedTuple
@@ -149,9 +149,9 @@ def losses_and_gradients(
         if weight_sums.dtype != planned.weight_sums:
             weight_sums = torch.empty_like(weight_sums, dtype=planned.weight_sums)
     work = _Work(student, teacher, rows, targets, options, coefficients)
-    known = work.by_rows(planned, wanted, results, weight_sums, keep=by_classes)
+    known, last = work.by_rows(planned, wanted, results, weight_sums, keep=by_classes)
     if by_classes:
-        work.by_classes(known, results.weight, limit)
+        work.by_classes(known, last, results.weight, limit)
     elif wanted.weight and weight_sums is not results.weight:
         results.weight.copy_(weight_sums)
     if wanted.weight:
@@ -187,6 +187,19 @@ def _put_hidden_gradient(
     rows.put(gradient, chunk, into)
 
 
+class Known(NamedTuple):
+    """Of some rows."""
+
+    saved: Tensor  # by the raw op
+    log_sum: Tensor | None  # of exp(logit), where there are labels
+
+
+class Chunk(NamedTuple):
+    rows: slice
+    hidden: Tensor
+    of_logits: Tensor  # the gradient
+
+
 class _Work(NamedTuple):
     student: Head
     teacher: Head
@@ -202,11 +215,11 @@ class _Work(NamedTuple):
         results: Results,
         weight_sums: Tensor | None,
         keep: bool,
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Everything but the sums of the weight's gradient, where there are none. Returns of each
-        piece, to `keep`, what the raw op saved, and the logarithm of the sum of exp(logit)."""
+    ) -> tuple[list[Known], Chunk | None]:
+        """Everything but the weight's gradient, where there are no sums of it. Returns what is to
+        `keep` for it: of each piece, and of the last chunk."""
         student, teacher, rows, targets, options, _ = self
-        every, known = slice(0, options.classes), []
+        every, known, last = slice(0, options.classes), [], None
         memories = [head.memory(planned.rows, options.classes) for head in (student, teacher)]
         for chunk in rows.chunks(planned.rows):
             hidden = student.rows(rows, chunk)
@@ -220,7 +233,7 @@ class _Work(NamedTuple):
                 if targets.labels is not None:
                     rows.put(hard, piece, results.hard)
                 if keep:
-                    known.append((saved, _log_sum(s[here, every], targets, options)))
+                    known.append(Known(saved, _log_sum(s[here, every], targets, options)))
                 if any(wanted):
                     gradient = _backward(*self.upstream(piece), *given, saved, False)
                     if wanted.bias:
@@ -235,27 +248,27 @@ class _Work(NamedTuple):
             if weight_sums is not None:
                 sums, add = weight_sums[every], chunk.start > 0
                 student.weight_gradient(s[:, every], hidden, sums, add)
-        return known
+            if keep and chunk.stop == rows.count:
+                last = Chunk(chunk, hidden, s[:, every])
+        return known, last
 
-    def by_classes(
-        self, known: list[tuple[Tensor, Tensor | None]], into: Tensor, limit: int
-    ) -> None:
+    def by_classes(self, known: list[Known], last: Chunk, into: Tensor, limit: int) -> None:
         """The weight's gradient by blocks of classes, each over all rows.
 
         A row's soft gradient at some columns needs of the others only what forward has saved. The
         hard one needs the label, too, which the raw op would look for in the block."""
         student, teacher, rows = self.student, self.teacher, self.rows
-        saved = torch.cat([saved for saved, _ in known])
+        saved = torch.cat([piece.saved for piece in known])
         log_sums = None
         if self.targets.labels is not None:
-            log_sums = torch.cat([log_sum for _, log_sum in known])
-        size, width = self.sizes(limit)
+            log_sums = torch.cat([piece.log_sum for piece in known])
+        others = slice(0, last.rows.start)
+        size, width = self.sizes(others.stop, limit - last.of_logits.untyped_storage().nbytes())
         memories = [head.memory(size, width) for head in (student, teacher)]
         for block in in_steps(slice(0, self.options.classes), width):
-            sums = into[block]
-            if size < rows.count:
-                sums = torch.empty_like(sums, dtype=torch.float32)
-            for chunk in rows.chunks(size):
+            sums = torch.empty_like(into[block], dtype=torch.float32)
+            student.weight_gradient(last.of_logits[:, block], last.hidden, sums, add=False)
+            for chunk in in_steps(others, size):
                 hidden = student.rows(rows, chunk)
                 s = student.logits(hidden, block, memories[0])
                 t = teacher.logits(teacher.rows(rows, chunk, block), block, memories[1])
@@ -263,16 +276,16 @@ class _Work(NamedTuple):
                 s, gradient = (x[:, : block.stop - block.start] for x in (s, gradient))
                 if log_sums is not None:
                     gradient += self.hard_gradient(s, log_sums[chunk], chunk, block)
-                student.weight_gradient(gradient, hidden, sums, add=chunk.start > 0)
-            if size < rows.count:
-                into[block].copy_(sums)
+                student.weight_gradient(gradient, hidden, sums, add=True)
+            into[block].copy_(sums)
 
     def upstream(self, chunk: slice) -> tuple[Tensor, Tensor]:
         c, d = (self.rows.of(values, chunk) for values in self.coefficients)
         return c, c[:0] if d is None else d
 
-    def sizes(self, limit: int) -> tuple[int, int]:
-        """Rows and classes that are taken at a time: all rows, unless the classes get too few."""
+    def sizes(self, count: int, limit: int) -> tuple[int, int]:
+        """Rows, of `count`, and classes that are taken at a time: all rows, unless the classes get
+        too few."""
         student, teacher, rows = self.student, self.teacher, self.rows
         row = student.row_bytes(rows, 0) + teacher.row_bytes(rows, 0)
         # Both logits, the gradient, and what the cross entropy's takes.
@@ -280,7 +293,7 @@ class _Work(NamedTuple):
         element += 0 if self.targets.labels is None else 6 * 4
         class_ = 10 * student.hidden.shape[1]  # a sum in fp32, a product on its way there
         space = limit - _LEAST_CLASSES * class_
-        size = max(1, min(rows.count, space // (row + _LEAST_CLASSES * element)))
+        size = max(1, min(count, space // (row + _LEAST_CLASSES * element)))
         return size, aligned((limit - size * row) // (size * element + class_))
 
     def soft_gradient(
