@@ -19,8 +19,8 @@
 // indices, or 40 with int8 values, where a dense bf16 weight has 128. A lane has eight loads of 16
 // bytes of values on their way, or four, 32 to 64 KB an SM, as common/cuda/few_rows.cuh reckons. A
 // step of one weight tile is 1152 bytes (int8 values: 1280), 55 clocks of an SM's share of an
-// H200's memory, in which it can issue 220 instructions: as compiled it takes some 60 up to 8 rows,
-// 100 up to 16.
+// H200's memory, in which it can issue 220 instructions: as compiled it takes some 95 up to 8 rows,
+// 110 or 155 up to 16.
 #pragma once
 
 #include "common/cuda/few_rows.cuh"

@@ -46,14 +46,18 @@ struct Sparse24Tiles {
   static constexpr int kDynamicBytes = kStages * kStageBytes + kGroups * kGroupBytes;
 };
 
-// Calls each(0) to each(kCount - 1), shared among the threads of the block; the compiler knows how
-// often a thread does.
+// How often a thread is called by by_all_threads.
+template <int kCount>
+inline constexpr int kRounds = (kCount + kSparse24Threads - 1) / kSparse24Threads;
+
+// Calls each(i, round) for i from 0 to kCount - 1, shared among the threads of the block.
 template <int kCount, class Each>
 __device__ __forceinline__ void by_all_threads(const Each& each) {
 #pragma unroll
-  for (int first = 0; first < kCount; first += kSparse24Threads)
-    if (kCount % kSparse24Threads == 0 || first + int(threadIdx.x) < kCount)
-      each(first + int(threadIdx.x));
+  for (int round = 0; round < kRounds<kCount>; ++round) {
+    const int i = round * kSparse24Threads + int(threadIdx.x);
+    if (kCount % kSparse24Threads == 0 || i < kCount) each(i, round);
+  }
 }
 
 // The offset of a unit of a row of 32 bytes.
@@ -127,43 +131,60 @@ __global__ void __launch_bounds__(kSparse24Threads, 1)
   const int64_t column_tiles = (linear.n + Tiles::kWeights - 1) / Tiles::kWeights;
   const RasterPosition tile = raster_position(blockIdx.x, row_tiles, column_tiles);
   const int64_t m0 = tile.row * Tiles::kBatch, n0 = tile.column * Tiles::kWeights;
-  const int64_t steps = (linear.weight_stride + Tiles::kValueBytes - 1) / Tiles::kValueBytes;
+  // Counts of 64 bits, and addresses made anew, would cost the loop more instructions than
+  // products.
+  const int steps = int((linear.weight_stride + Tiles::kValueBytes - 1) / Tiles::kValueBytes);
+  const int x_bytes = int(sparse.x_bytes), value_bytes = int(linear.weight_stride);
+  const int chunks = int(sparse.chunks);
 
-  const auto load_group = [&](int64_t number) {
-    unsigned char* const group = groups + int(number % Tiles::kGroups) * Tiles::kGroupBytes;
-    const int64_t first = number * Tiles::kGroupWords;
-    const bool whole = sparse.chunks % Tiles::kGroupWords == 0;
-    by_all_threads<Tiles::kWeights>([&](int row) {
-      const uint32_t* const from = sparse.indices + (n0 + row) * sparse.chunks + first;
+  // What this thread copies: from where, in the first stage; null of rows past the last.
+  constexpr int kXUnits = Tiles::kXBytes / kCopyBytes, kXCopies = Tiles::kBatch * kXUnits;
+  constexpr int kUnits = Tiles::kValueBytes / kCopyBytes, kCopies = Tiles::kWeights * kUnits;
+  const uint8_t *x_from[kRounds<kXCopies>] = {}, *values_from[kRounds<kCopies>] = {};
+  const uint32_t* indices_from[kRounds<Tiles::kWeights>] = {};
+  by_all_threads<kXCopies>([&](int i, int round) {
+    const int64_t m = m0 + i / kXUnits;
+    if (m < linear.m)
+      x_from[round] = reinterpret_cast<const uint8_t*>(linear.q) + m * linear.q_stride +
+                      i % kXUnits * kCopyBytes;
+  });
+  by_all_threads<kCopies>([&](int i, int round) {
+    const int64_t n = n0 + i / kUnits;
+    if (n < linear.n)
+      values_from[round] = linear.weight + n * linear.weight_stride + i % kUnits * kCopyBytes;
+  });
+  by_all_threads<Tiles::kWeights>([&](int row, int round) {
+    if (n0 + row < linear.n) indices_from[round] = sparse.indices + (n0 + row) * sparse.chunks;
+  });
+
+  const auto load_group = [&](int number) {
+    unsigned char* const group = groups + number % Tiles::kGroups * Tiles::kGroupBytes;
+    const int first = number * Tiles::kGroupWords;
+    const bool whole = chunks % Tiles::kGroupWords == 0;
+    by_all_threads<Tiles::kWeights>([&](int row, int round) {
+      const uint32_t* const from = indices_from[round];
       unsigned char* const to = group + row * Tiles::kGroupRowBytes;
-      if (whole && n0 + row < linear.n && first < sparse.chunks) {
-        copy_async(shared_address(to), from, true);
+      if (whole && from != nullptr && first < chunks) {
+        copy_async(shared_address(to), from + first, true);
       } else {
         for (int i = 0; i < Tiles::kGroupWords; ++i)
           reinterpret_cast<uint32_t*>(to)[i] =
-              n0 + row < linear.n && first + i < sparse.chunks ? from[i] : kSparse24AnyIndices;
+              from != nullptr && first + i < chunks ? from[first + i] : kSparse24AnyIndices;
       }
     });
   };
-  const auto load_stage = [&](int64_t step) {
-    unsigned char* const x = stages + int(step % kStages) * Tiles::kStageBytes;
+  const auto load_stage = [&](int step) {
+    unsigned char* const x = stages + step % kStages * Tiles::kStageBytes;
     unsigned char* const values = x + Tiles::kStageXBytes;
-    constexpr int kXUnits = Tiles::kXBytes / kCopyBytes;
-    const auto* const rows = reinterpret_cast<const uint8_t*>(linear.q);
-    by_all_threads<Tiles::kBatch * kXUnits>([&](int i) {
-      const int row = i / kXUnits, unit = i % kXUnits;
-      const int64_t at = step * Tiles::kXBytes + unit * kCopyBytes;
-      copy_async(shared_address(x + unit_offset(row, unit)),
-                 rows + (m0 + row) * linear.q_stride + at,
-                 m0 + row < linear.m && at < sparse.x_bytes);
+    by_all_threads<kXCopies>([&](int i, int round) {
+      const int row = i / kXUnits, unit = i % kXUnits, at = step * Tiles::kXBytes;
+      copy_async(shared_address(x + unit_offset(row, unit)), x_from[round] + at,
+                 x_from[round] != nullptr && at + unit * kCopyBytes < x_bytes);
     });
-    constexpr int kUnits = Tiles::kValueBytes / kCopyBytes;
-    by_all_threads<Tiles::kWeights * kUnits>([&](int i) {
-      const int row = i / kUnits, unit = i % kUnits;
-      const int64_t at = step * Tiles::kValueBytes + unit * kCopyBytes;
-      copy_async(shared_address(values + value_unit_offset(row, unit)),
-                 linear.weight + (n0 + row) * linear.weight_stride + at,
-                 n0 + row < linear.n && at < linear.weight_stride);
+    by_all_threads<kCopies>([&](int i, int round) {
+      const int row = i / kUnits, unit = i % kUnits, at = step * Tiles::kValueBytes;
+      copy_async(shared_address(values + value_unit_offset(row, unit)), values_from[round] + at,
+                 values_from[round] != nullptr && at + unit * kCopyBytes < value_bytes);
     });
     if (step % Tiles::kGroupStages == 0) load_group(step / Tiles::kGroupStages);
   };
@@ -171,11 +192,11 @@ __global__ void __launch_bounds__(kSparse24Threads, 1)
   const int warp_n = warp % kSparse24WarpsAlong * Tiles::kWarpWeights;
   const int warp_m = warp / kSparse24WarpsAlong * Tiles::kWarpBatch;
   typename Values::Sum sums[kWeightTiles][kBatchTiles][4] = {};
-  const auto compute_stage = [&](int64_t step) {
-    const unsigned char* const x = stages + int(step % kStages) * Tiles::kStageBytes;
+  const auto compute_stage = [&](int step) {
+    const unsigned char* const x = stages + step % kStages * Tiles::kStageBytes;
     const unsigned char* const values = x + Tiles::kStageXBytes;
     const unsigned char* const group =
-        groups + int(step / Tiles::kGroupStages % Tiles::kGroups) * Tiles::kGroupBytes;
+        groups + step / Tiles::kGroupStages % Tiles::kGroups * Tiles::kGroupBytes;
     uint32_t a[kWeightTiles][4], metadata[kWeightTiles];
 #pragma unroll
     for (int i = 0; i < kWeightTiles; ++i)
@@ -183,7 +204,7 @@ __global__ void __launch_bounds__(kSparse24Threads, 1)
       load_matrices(
           a[i], shared_address(values + value_unit_offset(warp_n + 16 * i + lane % 16, lane / 16)));
     load_metadata<Tiles>(metadata, group + warp_n * Tiles::kGroupRowBytes,
-                         int(step % Tiles::kGroupStages) * Tiles::kStageWords, lane);
+                         step % Tiles::kGroupStages * Tiles::kStageWords, lane);
 #pragma unroll
     for (int j = 0; j < kBatchTiles; ++j) {
       uint32_t b[4];
@@ -206,7 +227,7 @@ __global__ void __launch_bounds__(kSparse24Threads, 1)
     if (stage < steps) load_stage(stage);
     copy_async_commit();
   }
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     copy_async_wait<kStages - 2>();
     // Everyone's part of this stage has landed, and everyone is done with the one before.
     __syncthreads();

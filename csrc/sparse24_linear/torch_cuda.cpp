@@ -65,6 +65,8 @@ Tensor sparse24_linear_on_device(const Tensor& x, const Tensor& values, const Te
   check(int8 || x.scalar_type() == values.scalar_type(), kOp, ": on CUDA, x (",
         torch::headeronly::toString(x.scalar_type()), ") must have the dtype of float values (",
         torch::headeronly::toString(values.scalar_type()), "); convert one of them with .to()");
+  constexpr int64_t kMostK = int64_t{1} << 29;
+  check(rows.k <= kMostK, kOp, ": K = ", rows.k, " exceeds ", kMostK, ", the most on CUDA");
   check_same_device(kOp, x, {&values, &indices});
   const int64_t n = values.size(0);
   const Tensor whole_values = aligned_rows(values, kOp, "values");
