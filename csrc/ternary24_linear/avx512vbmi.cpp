@@ -5,16 +5,16 @@
 //
 // What bounds it, measured on Zen 4 with 1 thread at three layers, and times as fast as
 // ternary_linear, which reads a third more:
-// - one row: the instructions. Three to decode 256 weights, four ANDs and four vpdpbusd could
-// be 5.5
-//   cycles; 7.8 are measured from the caches, where ternary_linear's eight take 5.6: 0.71 to 0.75
-//   times. Memory gives their 48 bytes in 7.7, so that from there it is 0.98 to 1.05 times, with 2
-//   threads 1.05 to 1.11. The 1.33 that the bytes would allow need cores that get less of memory.
+// - one row: the instructions. Three to decode 256 weights, four ANDs and four vpdpbusd could be
+//   done in 5.5 cycles; 7.8 are measured from the caches, where ternary_linear's eight take 5.6:
+//   0.71 to 0.75 times. Memory gives their 48 bytes in 7.7, so that from there it is 0.96 to 1.06
+//   times, with 2 threads 1.05 to 1.11. The 1.33 that the bytes would allow need cores that get
+//   less of memory.
 // - two to four rows: the products, and the decoding beside them: 0.71 to 0.86 times from the
 //   caches, 0.82 to 0.92 from memory.
 // - five rows and more: the making of the picks, then the units that pick or multiply, see picks.h:
-//   0.72 to 0.96 times at 5 and 8 rows, 1.04 to 1.14 at 16, 1.14 to 1.21 at 32, 1.22 to 1.25 at
-//   128.
+//   0.7 to 0.96 times at 5 and 8 rows, 1.0 to 1.14 at 16, 1.13 to 1.22 at 32, from 128 rows on 1.22
+//   to 1.28. Fetching what the next panel is made of, or touching its pages, gained nothing.
 #include "ternary24_linear/changed_rows.h"
 #include "ternary24_linear/picks.h"
 #include "ternary_linear/streams.h"
