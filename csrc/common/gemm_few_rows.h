@@ -288,12 +288,13 @@ void streamed_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
                                 16, kStreamColumns);
   for (int64_t i = 0; i < stream_rows; i += piece) {
     const int64_t count = std::min(piece, stream_rows - i);
-    // The pages of the next piece of each stream, at first of two.
+    // The pages of the next piece of each stream, at first of two; never beyond the weight, for a
+    // walk that finds nothing is made again each time.
     if constexpr (FetchedAhead<Weight>)
       for (int64_t stream = 0; stream < 4; ++stream) {
-        const int64_t n = tile.n_begin + stream * stream_rows + i;
-        weight.touch((i == 0 ? n : n + piece) * weight.row_length(),
-                     (i == 0 ? 2 * piece : piece) * weight.row_length());
+        const int64_t first = i == 0 ? 0 : i + piece, last = std::min(i + 2 * piece, stream_rows);
+        weight.touch((tile.n_begin + stream * stream_rows + first) * weight.row_length(),
+                     (last - first) * weight.row_length());
       }
     accumulate_block(rows, streams, {x.q + m * x.stride, x.stride}, 4 * i, 4 * (i + count), k,
                      sums);
