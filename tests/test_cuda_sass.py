@@ -106,6 +106,8 @@ SPARSE24_SM90A = tuple(
         ),
     )
 )
+ROWS_OF_LOGITS = (r"LDG\.E\.128", "FFMA")
+GRADIENT = (*ROWS_OF_LOGITS, r"STG\.E\.128")
 GATES = {
     "quantize_rows/cuda": (
         # Beyond 64 registers an SM holds fewer than 1024 threads, too few loads in flight.
@@ -119,6 +121,18 @@ GATES = {
             "rms_norm_quantize_rows_kernel.*Lb1E", (r"LDG\.E\.128", r"STG\.E", r"MUFU\.RSQ"), 64, 12
         ),
         Gate("rms_norm_quantize_rows_kernel.*Lb0E", ("LDG", "STG", r"MUFU\.RSQ"), 64, 12),
+    ),
+    "softmax_kl/cuda": (
+        # Of 16-bit logits: a plain KL, of which three blocks (forward) or two fit an SM, and the
+        # rest. Exponentials are the multi-function unit's; of fp32 they are polynomials.
+        Gate("softmax_kl_kernelILb0ELb0E", (*ROWS_OF_LOGITS, r"MUFU\.EX2"), 80, 1),
+        Gate("softmax_kl_backward_kernelILb0ELb0E", (*GRADIENT, r"MUFU\.EX2"), 128, 1),
+        Gate("softmax_kl_kernelILb1ELb0E", (*ROWS_OF_LOGITS, r"MUFU\.(EX2|LG2|RCP)"), 128, 1),
+        Gate("softmax_kl_backward_kernelILb1ELb0E", (*GRADIENT, r"MUFU\.(EX2|LG2|RCP)"), 128, 1),
+        Gate("softmax_kl_kernelILb[01]ELb1E", ROWS_OF_LOGITS, 128, 2),
+        Gate("softmax_kl_backward_kernelILb[01]ELb1E", GRADIENT, 128, 2),
+        Gate("softmax_kl_top_k_kernel", (*ROWS_OF_LOGITS, r"ATOMS\.OR"), 128, 2),
+        Gate("softmax_kl_top_k_backward_kernel", GRADIENT, 128, 2),
     ),
     "int8_linear/cuda": (
         *FEW_ROWS,
@@ -303,3 +317,19 @@ def test_few_rows_keep_memory_busy(op, kernel, target):
             # 20 for each of eight chunks of 16 bytes, and what is outside of the loop.
             decoding = len(re.findall(r"\b(?:LOP3|SHF)\b", text))
             assert decoding <= 8 * 20 + 70, f"{name}: {decoding} shifts and masks"
+
+
+@pytest.mark.parametrize("target", ["80", "90a"])
+def test_softmax_kl_has_its_loads_in_flight(target):
+    """Of both rows two chunks are on their way before an exponential; each takes one instruction.
+
+    A chunk is eight classes: 32 exponentials for the four, and those of single classes and labels.
+    """
+    code = by_kernel(compiled("softmax_kl/cuda", target), "--dump-sass", r"Function : (\S+)")
+    plain = {name: text for name, text in code.items() if re.search("_kernelILb0ELb0E", name)}
+    assert len(plain) == 2
+    for name, text in plain.items():
+        loads = [at.start() for at in re.finditer(r"LDG\.E\.128", text)]
+        assert len(loads) == 4, name
+        assert not re.search(r"MUFU|SHFL", text[loads[0] : loads[3]]), name
+        assert 32 <= len(re.findall(r"MUFU\.EX2", text)) <= 32 + 16 + 3, name

@@ -209,13 +209,27 @@ inline Problem read(const Arguments& a) {
     problem.slots =
         Slots{as_contiguous(*a.slots), problem.teacher.rows.k, type == ScalarType::Long};
   }
-  for (int64_t row = 0; row < m; ++row) {
+  return problem;
+}
+
+// Also looks at the labels and indices, which lie in the host's memory.
+[[maybe_unused]] inline Problem read_checked(const Arguments& a) {
+  Problem problem = read(a);
+  for (int64_t row = 0; row < problem.rows(); ++row) {
     if (problem.skips(row)) continue;
     if (problem.labels) check_class(problem.label(row), 0, a.classes, "the label", row);
     for (int64_t j = 0; problem.slots && j < problem.slots->count; ++j)
       check_class(problem.slots->at(row, j), -1, a.classes, "a teacher index", row);
   }
   return problem;
+}
+
+// What arrives at a result of `count` rows.
+inline Tensor gradient_of_rows(const Tensor& gradient, int64_t count, const char* name) {
+  check_dtype(gradient, ScalarType::Float, "float32", kOp, name);
+  check(gradient.numel() == count, kOp, ": ", name, " has ", gradient.numel(),
+        " values; it must have as many as the loss, ", count);
+  return as_contiguous(gradient);
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ void advise_huge_pages([[maybe_unused]] char* memory, [[maybe_unused]] int64_t b
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Arguments& arguments) {
-  const Problem problem = read(arguments);
+  const Problem problem = read_checked(arguments);
   const SoftmaxKlFunctions& kernel = *select(kKernels).functions;
   const int64_t m = problem.rows(), parts = problem.parts();
   Tensor soft = new_tensor(arguments.student, {m}, ScalarType::Float);
@@ -135,19 +135,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Arguments& arguments) {
 
 Tensor backward(const Tensor& grad_soft, const Tensor& grad_hard, const Arguments& arguments,
                 const Tensor& saved, bool for_teacher) {
-  const Problem problem = read(arguments);
+  const Problem problem = read_checked(arguments);
   check(!(for_teacher && problem.slots), kOp,
         ": a teacher known by some classes alone gets no gradient");
   const SoftmaxKlFunctions& kernel = *select(kKernels).functions;
   const int64_t m = problem.rows();
-  const auto of_rows = [&](const Tensor& gradient, int64_t count, const char* name) {
-    check_dtype(gradient, ScalarType::Float, "float32", kOp, name);
-    check(gradient.numel() == count, kOp, ": ", name, " has ", gradient.numel(),
-          " values; it must have as many as the loss, ", count);
-    return as_contiguous(gradient);
-  };
-  const Tensor of_soft = of_rows(grad_soft, m, "the soft loss's gradient");
-  const Tensor of_hard = of_rows(grad_hard, problem.labels ? m : 0, "the cross entropy's gradient");
+  const Tensor of_soft = gradient_of_rows(grad_soft, m, "the soft loss's gradient");
+  const Tensor of_hard =
+      gradient_of_rows(grad_hard, problem.labels ? m : 0, "the cross entropy's gradient");
   check(saved.scalar_type() == ScalarType::Float && saved.dim() == 2 && saved.size(0) == m &&
             saved.size(1) == kSavedColumns && saved.is_contiguous(),
         kOp, ": the saved rows must be as the forward op returned them");

@@ -29,4 +29,17 @@ __device__ __forceinline__ float16 narrow_to_float16(float x) {
   return narrowed;
 }
 
+// Two at once, `low` in the low half.
+__device__ __forceinline__ uint32_t narrow_pair_to_bfloat16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ uint32_t narrow_pair_to_float16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 }  // namespace trine

@@ -22,4 +22,12 @@ inline float16 narrow_to_float16(float x) {
   return narrowed;
 }
 
+inline uint32_t narrow_pair_to_bfloat16(float low, float high) {
+  return uint32_t(narrow_to_bfloat16(high).bits) << 16 | narrow_to_bfloat16(low).bits;
+}
+
+inline uint32_t narrow_pair_to_float16(float low, float high) {
+  return uint32_t(narrow_to_float16(high).bits) << 16 | narrow_to_float16(low).bits;
+}
+
 }  // namespace trine

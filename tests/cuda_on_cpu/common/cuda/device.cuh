@@ -73,6 +73,12 @@ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = cuda_on_cpu
       where);
 }
 
+inline uint32_t atomicOr(uint32_t* at, uint32_t bits) {
+  const uint32_t before = *at;
+  *at |= bits;
+  return before;
+}
+
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
