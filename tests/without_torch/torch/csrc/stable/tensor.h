@@ -14,8 +14,9 @@ namespace torch::stable {
 
 using headeronly::ScalarType;
 
-// Plants a bug: of the tensors made from now on, number `short_tensor` lacks its last element. The
-// counter is relaxed so that it does not order threads, which would hide races between them.
+// Plants a bug: of the tensors with elements made from now on, number `short_tensor` lacks its last
+// element. The counter is relaxed so that it does not order threads, which would hide races between
+// them.
 inline std::atomic<int> tensors_made{0}, short_tensor{-1};
 
 // Aligned to its element type and no more: a view of a larger tensor need not be.
@@ -27,8 +28,10 @@ class Tensor {
       : sizes_(std::move(sizes)), strides_(std::move(strides)), type_(type) {
     int64_t extent = 1;  // elements, up to the last one that the strides reach
     for (std::size_t d = 0; d < sizes_.size(); ++d) extent += (sizes_[d] - 1) * strides_[d];
-    if (numel() == 0) extent = 0;
-    if (tensors_made.fetch_add(1, std::memory_order_relaxed) == short_tensor) --extent;
+    if (numel() == 0)
+      extent = 0;  // nothing to lack
+    else if (tensors_made.fetch_add(1, std::memory_order_relaxed) == short_tensor)
+      --extent;
     memory_ = std::make_shared<without_torch::Memory>(extent * element_size(), element_size());
   }
   Tensor(const Sizes& sizes, ScalarType type) : Tensor(sizes, contiguous_strides(sizes), type) {}
