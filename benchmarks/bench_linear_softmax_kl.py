@@ -20,7 +20,8 @@ from trine.ops import linear_softmax_kl
 
 from benchmarks.case import Comparison, Contestant, WrongResult, hot, kernel_of, relative_error
 from benchmarks.ceilings import Work
-from benchmarks.peers.loss import compiled, eager_kl
+from benchmarks.peers.loss import compiled
+from benchmarks.peers.loss import eager as eager_loss
 
 ROWS, WIDTH, CLASSES = 1024, 1024, 32000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,7 +34,7 @@ Model = tuple[Tensor, Tensor]  # hidden states, weight
 def eager(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, temperature: float) -> Tensor:
     with torch.no_grad():
         teacher = F.linear(th, tw)
-    return eager_kl(F.linear(h, w), teacher, temperature)
+    return eager_loss(F.linear(h, w), teacher, None, temperature, "forward_kl")
 
 
 def _gradients(loss: Loss, student: Model, teacher: Model) -> tuple[Tensor, ...]:

@@ -31,6 +31,7 @@ class Work:
     bytes_moved: int = 0
     int8_ops: int = 0  # multiplications and additions of int8 dot products
     fp32_ops: int = 0
+    bf16_ops: int = 0
 
 
 @dataclass(frozen=True)

@@ -86,14 +86,14 @@ NVCC=$(sed -n 's/^TRINE_NVCC:FILEPATH=//p' build/gpu/CMakeCache.txt 2>/dev/null)
 export PATH=$PATH:$(dirname "$(readlink -f "${NVCC:-/}")")
 
 # None of these is timed, so they run side by side.
-ON_DEVICE=(tests/test_{cuda_device,triton}.py)
+ON_DEVICE=(tests/test_{cuda_device,cuda_softmax_kl_device,triton}.py)
 for kernels in csrc/*/cuda.cu; do
   tests=tests/test_$(basename "$(dirname "$kernels")").py
   [ -e "$tests" ] && ON_DEVICE+=("$tests")
 done
 PROBES=(tests/test_cuda_probes.py)
 # They prove the kernels where no GPU is, and that their bugs would be found there: minutes.
-NO_GPU=(tests/test_cuda_{on_cpu,linear_on_cpu,sass}.py)
+NO_GPU=(tests/test_cuda_{on_cpu,linear_on_cpu,rms_norm_on_cpu,softmax_kl_on_cpu,sparse24_on_cpu,sass}.py)
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
 workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then

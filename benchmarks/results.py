@@ -41,8 +41,8 @@ def rows_of(
         }
         if work.bytes_moved:
             row["gb_s"] = round(work.bytes_moved / us / 1e3, 2)
-        if work.int8_ops or work.fp32_ops:
-            row["gop_s"] = round((work.int8_ops + work.fp32_ops) / us / 1e3, 2)
+        if operations := work.int8_ops + work.fp32_ops + work.bf16_ops:
+            row["gop_s"] = round(operations / us / 1e3, 2)
         if who.op:
             row |= {**asdict(work), "rivals": list(who.rivals), **_standing(who, timings)}
             floor, bound = ceilings.seconds(work, cold=comparison.weights == "cold")

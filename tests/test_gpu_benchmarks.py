@@ -15,12 +15,14 @@ from benchmarks.ceilings import Work
 from benchmarks.gpu import ceilings as gpu_ceilings
 from benchmarks.gpu import goals
 from benchmarks.gpu import layers as gpu_layers
+from benchmarks.gpu import losses as gpu_losses
 from benchmarks.gpu import peers as gpu_peers
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu import run as gpu
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.ceilings import GpuCeilings
 from benchmarks.gpu.entries import rotated_copies
+from benchmarks.gpu.losses import DIVERGENCES
 from benchmarks.gpu.plan import OPS as GPU_OPS
 from benchmarks.gpu.plan import Plan
 from benchmarks.measure import Timing
@@ -46,7 +48,8 @@ def no_gpu_needed(monkeypatch):
 
     monkeypatch.setattr(gpu_timing, "capture", capture)
     monkeypatch.setattr(gpu_timing, "seconds", seconds)
-    for module in (gpu_rows, gpu_peers):
+    monkeypatch.setattr(gpu_timing, "transient_bytes", lambda call: 3 << 20)
+    for module in (gpu_rows, gpu_peers, gpu_losses):
         monkeypatch.setattr(module, "compiled", lambda function: function)
     monkeypatch.setattr(gpu_rows, "_in_triton", lambda op, *a: getattr(ops, op)(*a))
     monkeypatch.setattr(gpu_layers, "_in_triton", lambda op, *arguments: op.run(*arguments))
@@ -55,7 +58,11 @@ def no_gpu_needed(monkeypatch):
 
 
 TINY = Plan(
-    layers=(((48, 128), (1, 3)),), slow_start=(((32, 256), (2,)),), quantized=((8, 64), (1, 40))
+    layers=(((48, 128), (1, 3)),),
+    slow_start=(((32, 256), (2,)),),
+    quantized=((8, 64), (1, 40)),
+    losses=((70, 40, "fp32"),),
+    linear_losses=((5, 16, 40),),
 )
 
 
@@ -72,7 +79,7 @@ def test_a_gpu_run_compares_ours_with_every_peer(no_gpu_needed, tmp_path, capsys
     assert saved["machine"]["finished"]
     assert len(saved["ceilings"]) == 2
     assert not any(failure["wrong"] for failure in saved["failures"])
-    names = {(row["name"], row["M"], row.get("N")) for row in saved["rows"]}
+    names = {(row["name"], row.get("M"), row.get("N")) for row in saved["rows"]}
     for op in ("ternary_linear", "int8_linear"):
         assert {(op, 1, 48), (op, 3, 48), (op, 2, 32), (f"{op} triton", 2, 32)} <= names
     for peer in ("nn.Linear bf16", "torch._int_mm"):
@@ -80,11 +87,17 @@ def test_a_gpu_run_compares_ours_with_every_peer(no_gpu_needed, tmp_path, capsys
     assert ("torch._int_mm compiled", 2, 32) in names
     for op in ("quantize_rows", "rms_norm_quantize_rows"):
         assert {(op, 8, None), (f"{op} triton", 1, None)} <= names
+    losses = [f"fp32 {divergence}" for divergence in DIVERGENCES]
+    for name in ("softmax_kl", "eager", "torch.compile"):
+        assert {(f"{name} {loss}", None, None) for loss in losses} <= names
+    assert {(name, None, None) for name in ("linear_softmax_kl", "eager", "torch.compile")} <= names
     absent = {failure["name"] for failure in saved["failures"]}
     assert {("sparse24_linear bf16", 3, 48), ("sparse24_linear int8", 2, 32)} <= names
     semi_structured = {"cuSPARSELt bf16", "cuSPARSELt int8", "CUTLASS 2:4 bf16"}
-    assert absent <= {"torchao", "bitsandbytes", "Triton bf16 matmul"} | semi_structured
-    (row,) = (r for r in saved["rows"] if (r["name"], r["M"]) == ("int8_linear", 3))
+    liger = {"Liger", *(f"Liger {loss}" for loss in losses)}
+    others = {"torchao", "bitsandbytes", "Triton bf16 matmul"}
+    assert absent <= others | semi_structured | liger
+    (row,) = (r for r in saved["rows"] if (r["name"], r.get("M")) == ("int8_linear", 3))
     assert row["error"] < 0.03
     assert row["baseline"] == "nn.Linear bf16"
     gpu.show(saved)
@@ -106,6 +119,23 @@ def test_a_wrong_cuda_kernel_is_not_timed(no_gpu_needed, monkeypatch, tmp_path):
     assert {"int8_linear", "int8_linear triton", "quantize_rows"} <= refused
     assert "ternary_linear" not in refused
     assert not {row["name"] for row in saved["rows"]} & refused
+
+
+@pytest.mark.parametrize("op", ["softmax_kl", "linear_softmax_kl"])
+def test_a_wrong_loss_is_not_timed(no_gpu_needed, monkeypatch, tmp_path, op):
+    right = getattr(ops, op)
+
+    def wrong_in_the_last_row(student, *others, **options):
+        spoilt = student.clone()
+        spoilt[-1] *= 1.5
+        return right(spoilt, *others, **options)
+
+    monkeypatch.setattr(ops, op, wrong_in_the_last_row)
+    plan = Plan((), (), (), losses=((70, 40, "bf16"),), linear_losses=((5, 16, 40),))
+    run, saved = _gpu_run(tmp_path, plan)
+    refused = {failure["name"].split(" ")[0] for failure in run.failures if failure["wrong"]}
+    assert refused == {op}
+    assert not {row["name"].split(" ")[0] for row in saved["rows"]} & refused
 
 
 def test_a_cuda_kernel_that_raises_counts_as_wrong(no_gpu_needed, monkeypatch, tmp_path):
@@ -182,6 +212,30 @@ def test_goals_on_a_saved_run():
     assert bf16_peer == ("", "not measured", "")
     assert bf16_cube == ("2.00", "reached", "M 4096 N 8192 K 8192")  # 2560^2 is less than 4096^3
     assert bf16_few == ("1.25", "not reached", "M 1 N 16384 K 16384")
+
+
+def test_goals_of_the_losses():
+    loss = {"rows": 8192, "classes": 128256}
+    whole = loss | {"K": 4096}
+    rows = [
+        {"name": "softmax_kl bf16 jsd", **loss, "gb_s": 3000.0},
+        {"name": "softmax_kl bf16 forward_kl", **loss, "gb_s": 3500.0},
+        {"name": "softmax_kl bf16 jsd", **loss, "classes": 32000, "gb_s": 1.0},
+        {"name": "linear_softmax_kl", **whole, "us": 60e3, "gop_s": 573e3},
+        {"name": "Liger", **whole, "us": 90e3, "gop_s": 382e3},
+    ]
+    rows[3]["transient_bytes"] = 500 << 20
+    judged = [goal.judge(goals.Result({"ceilings": [GPU], "rows": rows})) for goal in goals.GOALS]
+    shape = "K 4096 rows 8192 classes 128256"
+    assert judged[-4:] == [
+        ("1.33", "not reached", "jsd rows 8192 classes 128256, the worst of 2"),
+        ("573.00", "not reached", shape),
+        ("1.50", "reached", shape),
+        ("500.00", "reached", shape),
+    ]
+    del rows[3]["transient_bytes"], rows[4]
+    judged = [goal.judge(goals.Result({"ceilings": [GPU], "rows": rows})) for goal in goals.GOALS]
+    assert judged[-2:] == [("", "not measured", "")] * 2
 
 
 def test_goals_of_nothing_are_not_measured(tmp_path, capsys):

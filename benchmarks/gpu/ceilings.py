@@ -31,6 +31,7 @@ class GpuCeilings:
         return max(
             (work.bytes_moved / max(self.copy_gb_s, self.read_gb_s) / 1e9, "memory"),
             (work.int8_ops / self.int8_top_s / 1e12, "int8"),
+            (work.bf16_ops / self.bf16_tflop_s / 1e12, "bf16"),
         )
 
 

@@ -14,8 +14,8 @@ from benchmarks.measure import Call
 # activation, which comes from there in a model, too.
 MOST_COPIES = 256
 
-# Gives the calls to time, which do the same with memory of their own, and the first one's error.
-Make = Callable[[], tuple[Sequence[Call], float | None]]
+# The calls to time, which do the same with memory of their own, and the first one's error.
+Made = tuple[Sequence[Call], float | None]
 
 
 def rotated_copies(tensors: tuple[Tensor, ...], rotated: int) -> list[tuple[Tensor, ...]]:
@@ -38,11 +38,14 @@ class Entries:
         self.failures: dict[str, str] = {}
         self.wrong: dict[str, str] = {}
 
-    def enter(self, name: str, work: Work, make: Make, **about) -> None:
+    def enter(
+        self, name: str, work: Work, make: Callable[[], Made], in_graph: bool = True, **about
+    ) -> None:
         """`about`: what a Contestant of ours says beside."""
         try:
             calls, error = make()
-            self.contestants.append(Contestant(name, timing.record(calls), work, error, **about))
+            recorded = timing.record(calls) if in_graph else timing.launched(calls)
+            self.contestants.append(Contestant(name, recorded, work, error, **about))
         except WrongResult as reason:
             self.wrong[name] = str(reason)
         except Exception as reason:  # a peer's trouble of any kind is a row of the table; ours is

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from benchmarks.gpu.ceilings import GpuCeilings
-from benchmarks.table import number, table_of
+from benchmarks.table import SHAPE, number, table_of
 
 LARGE_BYTES = 64_000_000  # of packed weight: beyond any L2
+CLASSES = 128256  # of Llama 3
 FEW = (1, 2, 4, 8, 16)
 Figures = Iterator[tuple[float, str]]  # and the shape or the numbers it comes from
 
@@ -35,7 +36,7 @@ class Result:
 
     def us(self, name: str, like: Mapping, **shape: int) -> float | None:
         """What `name` takes at the shape of the row `like`, but for `shape`."""
-        wanted = {key: like[key] for key in ("M", "N", "K") if key in like} | shape
+        wanted = {key: like[key] for key in SHAPE if key in like} | shape
         for row in self.rows:
             if row["name"] == name and all(row.get(key) == wanted[key] for key in wanted):
                 return row["us"]
@@ -61,7 +62,7 @@ class Goal:
 
 
 def at(row: Mapping) -> str:
-    return " ".join(f"{key} {row[key]}" for key in ("M", "N", "K") if key in row)
+    return " ".join(f"{key} {row[key]}" for key in SHAPE if key in row)
 
 
 def share_of_copy(op: str, most: int) -> Callable[[Result], Figures]:
@@ -116,6 +117,34 @@ def int8_rate(result: Result) -> Figures:
             yield max(rates), f"{tops:.0f} TOPS{of_cublas}, of {row['us']:.0f} us all in all"
 
 
+def over_floor(result: Result) -> Figures:
+    """The time of a loss over what copying takes for as many bytes as it has to move."""
+    for row in result.rows:
+        of_bf16 = row["name"].startswith("softmax_kl bf16 ")
+        if of_bf16 and row["classes"] == CLASSES and result.copy_gb_s:
+            divergence = row["name"].split(" ")[-1]
+            yield result.copy_gb_s / row["gb_s"], f"{divergence} {at(row)}"
+
+
+def of_linear_loss(figure: Callable[[Result, Mapping], float | None]) -> Callable:
+    def figures(result: Result) -> Figures:
+        for row in result.rows:
+            if row["name"] == "linear_softmax_kl" and (found := figure(result, row)) is not None:
+                yield found, at(row)
+
+    return figures
+
+
+def _over_liger(result: Result, row: Mapping) -> float | None:
+    theirs = result.us("Liger", row)
+    return theirs and theirs / row["us"]
+
+
+def _transient_mib(result: Result, row: Mapping) -> float | None:
+    size = row.get("transient_bytes")
+    return None if size is None else size / 2**20
+
+
 DENSE = "nn.Linear bf16"
 GOALS = (
     Goal(
@@ -164,6 +193,24 @@ GOALS = (
             ("4096^3 and more", DENSE, 1.5, (1, 10**9), False, 4096**3),
             ("1 to 64 rows, weight >= 64 MB", DENSE, 1.4, (1, 64), True, 0),
         )
+    ),
+    Goal(
+        f"softmax_kl bf16, forward + backward, {CLASSES} classes: time over copying its bytes",
+        1.26,
+        over_floor,
+        at_most=True,
+    ),
+    Goal(
+        "linear_softmax_kl bf16: TFLOP/s, of four products",
+        660,
+        of_linear_loss(lambda result, row: row["gop_s"] / 1e3),
+    ),
+    Goal("linear_softmax_kl bf16: times as fast as Liger", 1.3, of_linear_loss(_over_liger)),
+    Goal(
+        "linear_softmax_kl bf16: MiB beside arguments and gradients",
+        512,
+        of_linear_loss(_transient_mib),
+        at_most=True,
     ),
 )
 

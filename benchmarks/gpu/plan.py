@@ -7,11 +7,11 @@ from functools import cache, partial
 from importlib import import_module
 
 from benchmarks.case import Comparison
-from benchmarks.gpu import rows
+from benchmarks.gpu import losses, rows
 from benchmarks.gpu.layers import Layer
 
 LINEAR = ("ternary_linear", "int8_linear", "sparse24_linear")
-OPS = (*rows.IN_PYTORCH, *LINEAR)
+OPS = (*rows.IN_PYTORCH, *LINEAR, *losses.OPS)
 
 Shape = tuple[int, int]
 Rows = tuple[int, ...]
@@ -24,6 +24,8 @@ class Plan:
     # torch.compile compiles.
     slow_start: tuple[tuple[Shape, Rows], ...]
     quantized: tuple[Shape, ...]  # (M, K), of the ops that quantise rows alone
+    losses: tuple[tuple[int, int, str], ...] = ()  # (rows, classes, dtype)
+    linear_losses: tuple[tuple[int, int, int], ...] = ()  # (rows, width, classes)
 
     def comparisons(
         self, ops: Sequence[str], device: str, rotated: int
@@ -52,6 +54,13 @@ class Plan:
         for op in (op for op in rows.IN_PYTORCH if op in ops):
             for shape in self.quantized:
                 yield op, partial(rows.comparison, op, shape, device, rotated)
+        if "linear_softmax_kl" in ops:
+            for shape in self.linear_losses:
+                yield "linear_softmax_kl", partial(losses.linear_softmax_kl, shape, device)
+        for shape in self.losses if "softmax_kl" in ops else ():
+            for divergence in losses.DIVERGENCES:
+                make = partial(losses.softmax_kl, shape, divergence, device, rotated)
+                yield f"softmax_kl {shape[2]} {divergence}", make
         slow = of_layers(self.slow_start, slow_start=True)
         yield from (("linear, Triton too", make) for make in slow)
 
@@ -61,6 +70,7 @@ _FEWER = (1, 16, 32, 1024, 4096)
 # 64 MB of ternary weight, INT8 at 8192^3: what goals speak of comes first.
 _LARGE, _CUBE = (16384, 16384), (8192, 8192)
 _OTHER = ((14336, 4096), (4096, 4096), (6912, 2560), (2560, 2560))
+_LOSS, _LINEAR_LOSS = (8192, 128256, "bf16"), (8192, 4096, 128256)
 
 FULL = Plan(
     layers=(
@@ -70,9 +80,13 @@ FULL = Plan(
     ),
     slow_start=((_CUBE, (1, 16, 256, 4096)), ((4096, 4096), (1, 16, 256, 4096))),
     quantized=((8192, 8192), (1, 4096), (16, 4096), (256, 8192), (4096, 4096), (4096, 14336)),
+    losses=(_LOSS, (4096, 32000, "fp32"), (4096, 32000, "bf16")),
+    linear_losses=(_LINEAR_LOSS,),
 )
 QUICK = Plan(
     layers=((_LARGE, _FEWER), (_CUBE, (*_FEWER, 8192))),
     slow_start=((_CUBE, (1, 4096)),),
     quantized=((8192, 8192), (1, 4096)),
+    losses=(_LOSS,),
+    linear_losses=(_LINEAR_LOSS,),
 )

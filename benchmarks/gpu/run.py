@@ -45,7 +45,11 @@ class Run:
     def add(self, suite: str, comparison: Comparison) -> None:
         recorded = {who.name: who.timed for who in comparison.contestants}
         timings = timing.in_turns(recorded, ROUNDS)
-        self.rows += results.rows_of(suite, comparison, timings, self.ceilings[-1])
+        rows = results.rows_of(suite, comparison, timings, self.ceilings[-1])
+        for row in rows:
+            size = recorded[row["name"]].transient_bytes
+            row |= {} if size is None else {"transient_bytes": size}
+        self.rows += rows
         self.failures += results.failures_of(comparison, {})
 
 

@@ -1,4 +1,7 @@
-"""Calls timed on the GPU: many in one graph, so that launches cost nothing, and graphs in turns."""
+"""Calls timed on the GPU: many in one graph, so that launches cost nothing, and graphs in turns.
+
+Calls that wait for the device, or last so long that launches do not count, need no graph.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import Call, Timing
 
@@ -15,10 +19,11 @@ MOST_CALLS = 2000  # in a graph: instantiating one takes some 10 us a call
 
 @dataclass(frozen=True)
 class Recorded:
-    """What stands in a graph."""
+    """What stands in a graph, or does without."""
 
     replay: Callable[[], None]
     calls: int
+    transient_bytes: int | None = None  # see below; None: not measured
 
 
 def record(calls: Sequence[Call]) -> Recorded:
@@ -35,6 +40,29 @@ def record(calls: Sequence[Call]) -> Recorded:
     if repeats <= 1:
         return recorded
     return Recorded(capture(list(calls) * repeats), len(calls) * repeats)
+
+
+def launched(calls: Sequence[Call]) -> Recorded:
+    """Each of `calls` once, without a graph."""
+    for call in calls:
+        call()
+
+    def replay() -> None:
+        for call in calls:
+            call()
+
+    return Recorded(replay, len(calls), transient_bytes(calls[0]))
+
+
+def transient_bytes(call: Callable[[], Sequence[Tensor]]) -> int:
+    """The most device memory that a warm call holds beside its arguments and results."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = call()
+    torch.cuda.synchronize()
+    size = sum(t.numel() * t.element_size() for t in results)
+    return torch.cuda.max_memory_allocated() - before - size
 
 
 def in_turns(recorded: Mapping[str, Recorded], rounds: int) -> dict[str, Timing]:
