@@ -170,6 +170,19 @@ def test_gpu_samples_are_long_and_the_first_round_is_dropped(monkeypatch):
     assert timing == {"a": Timing(2.0, 3, 0)}
 
 
+def test_calls_without_a_graph_say_what_memory_they_hold_beside_results(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", called.clear)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000 + 700 * len(called))
+    results = torch.zeros(25), torch.zeros(10, dtype=torch.bfloat16)
+    recorded = gpu_timing.launched([lambda: called.append(0) or results] * 2)
+    assert (recorded.calls, recorded.transient_bytes) == (2, 700 - 120)
+    recorded.replay()
+    assert len(called) == 3
+
+
 def _gpu_rows(times):
     """Rows as a run would write them, from {(name, M, N, K): us}."""
     rows = []
@@ -263,6 +276,7 @@ def test_ceilings_of_a_gpu_are_rates(monkeypatch):
     measured = gpu_ceilings.measure("cpu", copied=4000, side=32)
     assert measured == GpuCeilings(0.008, 0.004, 2 * 32**3 / 1e9, 2 * 32**3 / 1e9)
     assert measured.seconds(Work(bytes_moved=8_000_000), cold=True) == (1.0, "memory")
+    assert measured.seconds(Work(bf16_ops=2 * 32**3), cold=True) == (pytest.approx(1e-3), "bf16")
 
 
 @pytest.mark.parametrize(("options", "folder"), [((), "results"), (("--quick",), "out/gpu")])
