@@ -41,7 +41,7 @@
 //   takes 240 us at 2560 x 2560 and 600 at 4096 x 4096 (28 GB/s), two and three rows 5 and 15%
 //   more.
 // - eight rows: the products and the reading, which overlap. The tiles take 245 and 620 us from L2,
-//   where the products at their peak take 228 and 584; 310 and 840 from memory, where a loop that
+//   where the products at their peak take 228 and 584; 338 and 903 from memory, where a loop that
 //   only reads takes 225 and 570. What is left: prefetches, which alone bring what is used one
 //   block later, arrive at some 20 GB/s; the processor's own prefetchers, which bring more, follow
 //   only what is used at once (8 rows on four streams: 0.8 of the speed). A packed weight, one
