@@ -249,17 +249,6 @@ void few_rows_block(const QuantizedRows& x, const Weight& weight, int64_t k,
                   });
 }
 
-// The weight's rows from `first` on in another order: n, n + 1, n + 2 and n + 3 are `stream_rows`
-// apart. Four rows that follow one another in memory are many short pieces to the processor's
-// prefetchers; so they are four long streams, and nothing has to be prefetched.
-template <class Weight>
-struct FourStreams : Weight {
-  int64_t first_row, stream_rows;
-
-  auto row(int64_t n) const { return Weight::row(first_row + n % 4 * stream_rows + n / 4); }
-  void prefetch() const;  // hides that of Weight, so that it is not called
-};
-
 template <class Weight>
 constexpr int64_t streamed_rows() {
   if constexpr (requires { Weight::kStreamedRows; })
@@ -267,6 +256,19 @@ constexpr int64_t streamed_rows() {
   else
     return 1;
 }
+
+// The weight's rows from `first` on in another order: n, n + 1, n + 2 and n + 3 are `stream_rows`
+// apart. Four rows that follow one another in memory are many short pieces to the processor's
+// prefetchers; so they are four long streams, and nothing has to be prefetched.
+template <class Weight>
+struct FourStreams : Weight {
+  static constexpr int64_t kMaxTileRows = streamed_rows<Weight>();
+
+  int64_t first_row, stream_rows;
+
+  auto row(int64_t n) const { return Weight::row(first_row + n % 4 * stream_rows + n / 4); }
+  void prefetch() const;  // hides that of Weight, so that it is not called
+};
 
 // Up to streamed_rows() activation rows: bound by the reading of the weight, which no cache has to
 // keep. A function of its own: as a part of its caller gcc 12 has no registers left for what its
