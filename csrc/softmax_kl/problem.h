@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "common/torch_linear.h"
@@ -230,6 +231,36 @@ inline Tensor gradient_of_rows(const Tensor& gradient, int64_t count, const char
   check(gradient.numel() == count, kOp, ": ", name, " has ", gradient.numel(),
         " values; it must have as many as the loss, ", count);
   return as_contiguous(gradient);
+}
+
+// The operators' arguments, one by one as torch passes them: what a device registers, of its own
+// forward(Arguments) and backward.
+using Results = std::tuple<Tensor, Tensor, Tensor>;
+
+template <Results (*forward)(const Arguments&)>
+Results softmax_kl_op(const Tensor& student, const Tensor& teacher, Optional slots, Optional labels,
+                      Optional class_weight, Optional row_mask, double temperature,
+                      std::string divergence, double beta, double smoothing, int64_t classes,
+                      double student_scale, double student_cap, double teacher_scale,
+                      double teacher_cap, bool teacher_is_log) {
+  return forward({student, teacher, slots, labels, class_weight, row_mask, temperature, divergence,
+                  beta, smoothing, classes, student_scale, student_cap, teacher_scale, teacher_cap,
+                  teacher_is_log});
+}
+
+template <Tensor (*backward)(const Tensor&, const Tensor&, const Arguments&, const Tensor&, bool)>
+Tensor softmax_kl_backward_op(const Tensor& grad_soft, const Tensor& grad_hard,
+                              const Tensor& student, const Tensor& teacher, Optional slots,
+                              Optional labels, Optional class_weight, Optional row_mask,
+                              double temperature, std::string divergence, double beta,
+                              double smoothing, int64_t classes, double student_scale,
+                              double student_cap, double teacher_scale, double teacher_cap,
+                              bool teacher_is_log, const Tensor& saved, bool for_teacher) {
+  return backward(
+      grad_soft, grad_hard,
+      {student, teacher, slots, labels, class_weight, row_mask, temperature, divergence, beta,
+       smoothing, classes, student_scale, student_cap, teacher_scale, teacher_cap, teacher_is_log},
+      saved, for_teacher);
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ void advise_huge_pages([[maybe_unused]] char* memory, [[maybe_unused]] int64_t b
 #endif
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Arguments& arguments) {
+Results forward(const Arguments& arguments) {
   const Problem problem = read_checked(arguments);
   const SoftmaxKlFunctions& kernel = *select(kKernels).functions;
   const int64_t m = problem.rows(), parts = problem.parts();
@@ -173,30 +173,6 @@ Tensor backward(const Tensor& grad_soft, const Tensor& grad_hard, const Argument
   return gradient;
 }
 
-std::tuple<Tensor, Tensor, Tensor> softmax_kl_cpu(
-    const Tensor& student, const Tensor& teacher, Optional slots, Optional labels,
-    Optional class_weight, Optional row_mask, double temperature, std::string divergence,
-    double beta, double smoothing, int64_t classes, double student_scale, double student_cap,
-    double teacher_scale, double teacher_cap, bool teacher_is_log) {
-  return forward({student, teacher, slots, labels, class_weight, row_mask, temperature, divergence,
-                  beta, smoothing, classes, student_scale, student_cap, teacher_scale, teacher_cap,
-                  teacher_is_log});
-}
-
-Tensor softmax_kl_backward_cpu(const Tensor& grad_soft, const Tensor& grad_hard,
-                               const Tensor& student, const Tensor& teacher, Optional slots,
-                               Optional labels, Optional class_weight, Optional row_mask,
-                               double temperature, std::string divergence, double beta,
-                               double smoothing, int64_t classes, double student_scale,
-                               double student_cap, double teacher_scale, double teacher_cap,
-                               bool teacher_is_log, const Tensor& saved, bool for_teacher) {
-  return backward(
-      grad_soft, grad_hard,
-      {student, teacher, slots, labels, class_weight, row_mask, temperature, divergence, beta,
-       smoothing, classes, student_scale, student_cap, teacher_scale, teacher_cap, teacher_is_log},
-      saved, for_teacher);
-}
-
 }  // namespace
 }  // namespace trine
 
@@ -214,6 +190,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
         ", Tensor saved, bool for_teacher) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
-  m.impl("softmax_kl", TORCH_BOX(&trine::softmax_kl_cpu));
-  m.impl("softmax_kl_backward", TORCH_BOX(&trine::softmax_kl_backward_cpu));
+  m.impl("softmax_kl", TORCH_BOX(&trine::softmax_kl_op<trine::forward>));
+  m.impl("softmax_kl_backward", TORCH_BOX(&trine::softmax_kl_backward_op<trine::backward>));
 }

@@ -51,7 +51,7 @@ void check_devices(const Arguments& arguments) {
     if (*tensor) check_same_device(kOp, arguments.student, {&**tensor});
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Arguments& arguments) {
+Results forward(const Arguments& arguments) {
   check_devices(arguments);
   const DeviceGuard guard(arguments.student.get_device_index());
   const Problem problem = read(arguments);
@@ -92,34 +92,10 @@ Tensor backward(const Tensor& grad_soft, const Tensor& grad_hard, const Argument
   return gradient;
 }
 
-std::tuple<Tensor, Tensor, Tensor> softmax_kl_on_device(
-    const Tensor& student, const Tensor& teacher, Optional slots, Optional labels,
-    Optional class_weight, Optional row_mask, double temperature, std::string divergence,
-    double beta, double smoothing, int64_t classes, double student_scale, double student_cap,
-    double teacher_scale, double teacher_cap, bool teacher_is_log) {
-  return forward({student, teacher, slots, labels, class_weight, row_mask, temperature, divergence,
-                  beta, smoothing, classes, student_scale, student_cap, teacher_scale, teacher_cap,
-                  teacher_is_log});
-}
-
-Tensor softmax_kl_backward_on_device(const Tensor& grad_soft, const Tensor& grad_hard,
-                                     const Tensor& student, const Tensor& teacher, Optional slots,
-                                     Optional labels, Optional class_weight, Optional row_mask,
-                                     double temperature, std::string divergence, double beta,
-                                     double smoothing, int64_t classes, double student_scale,
-                                     double student_cap, double teacher_scale, double teacher_cap,
-                                     bool teacher_is_log, const Tensor& saved, bool for_teacher) {
-  return backward(
-      grad_soft, grad_hard,
-      {student, teacher, slots, labels, class_weight, row_mask, temperature, divergence, beta,
-       smoothing, classes, student_scale, student_cap, teacher_scale, teacher_cap, teacher_is_log},
-      saved, for_teacher);
-}
-
 }  // namespace
 }  // namespace trine
 
 STABLE_TORCH_LIBRARY_IMPL(trine, CUDA, m) {
-  m.impl("softmax_kl", TORCH_BOX(&trine::softmax_kl_on_device));
-  m.impl("softmax_kl_backward", TORCH_BOX(&trine::softmax_kl_backward_on_device));
+  m.impl("softmax_kl", TORCH_BOX(&trine::softmax_kl_op<trine::forward>));
+  m.impl("softmax_kl_backward", TORCH_BOX(&trine::softmax_kl_backward_op<trine::backward>));
 }
