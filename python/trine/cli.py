@@ -105,8 +105,7 @@ def distill(
     """Make a small classifier of sentences from a large one of Hugging Face, as a recipe says.
 
     Prints accuracy, size and time of both, and writes the student where transformers load it from.
-    A job that was killed goes on when it is started again. In several processes: torchrun
-    --nproc-per-node=N -m trine.cli distill recipe.yaml
+    A job that was killed goes on when it is started again.
 
     Example: trine distill --example > recipe.yaml; trine distill recipe.yaml
     """
