@@ -1,6 +1,6 @@
 """Smaller, faster PyTorch models: ternary, INT8 and 2:4-sparse layers on hand-written kernels."""
 
-from trine import backends, distill, nn, ops, quantize
+from trine import backends, distill, nn, ops, prune, quantize
 from trine._C import version as __version__
 from trine.compress import Recipe, compress, load, save
 from trine.compress.convert import convert
@@ -15,6 +15,7 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "prune",
     "quantize",
     "save",
 ]
