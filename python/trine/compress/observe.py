@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trine.compress.layers import copy_model
+from trine.calibration.probe import probing, run
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,9 @@ def observe(
 ) -> dict[str, Counter[Call]]:
     """How often each of `layers` is called with which rows and dtype, over all `batches`.
 
-    The model itself is not run: a copy is, in evaluation mode, which shares the parameters alone
-    (a forward pass writes buffers at most), so hooks, buffers and modes stay as they are even
-    where the run fails. What the model raises comes through.
+    The model itself is not run: a copy is (see `trine.calibration.probe.probing`). What the model
+    raises comes through.
     """
-    probe = copy_model(model, {p: p for p in model.parameters()}).eval()
     calls: dict[str, Counter[Call]] = {name: Counter() for name in layers}
 
     def count(name: str):
@@ -64,34 +61,9 @@ def observe(
 
         return hook
 
-    for name in layers:
-        probe.get_submodule(name).register_forward_pre_hook(count(name), with_kwargs=True)
-    with _undisturbed(probe):
+    with probing(model) as probe:
+        for name in layers:
+            probe.get_submodule(name).register_forward_pre_hook(count(name), with_kwargs=True)
         for batch in batches:
-            _run(probe, batch)
+            run(probe, batch)
     return calls
-
-
-def _run(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(*batch)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Without gradients, with every random state restored, and every layer really called.
-
-    (The fast path of nn.TransformerEncoderLayer reads weights and calls no layer.)
-    """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -1,0 +1,69 @@
+"""Running a model to look at it, so that the model and the random state do not notice."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of `model` to run, in evaluation mode, without gradients and with every layer called.
+
+    The copy shares the parameters alone (a forward pass writes buffers at most), so hooks, buffers
+    and modes of the model stay as they are even where a run fails; every random state is restored
+    at the end. Raises ValueError where the model cannot be copied.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    try:
+        probe = copy.deepcopy(model, shared).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"trine works on a copy of the model, but it cannot be copied: {error}"
+        ) from error
+    # The fast path of nn.TransformerEncoderLayer reads weights and calls no layer.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+            yield probe
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def run(model: nn.Module, batch: Any) -> None:
+    """Call the model with a tensor, a tuple (or list) of arguments, or a mapping of them."""
+    positional, named = _arguments(batch)
+    model(*positional, **named)
+
+
+def check_fits(model: nn.Module, batch: Any) -> None:
+    """Raises ValueError where `batch` is no batch, or none that the model's forward can take."""
+    if not isinstance(batch, Tensor | tuple | list | Mapping):
+        raise ValueError(
+            "a batch must be a tensor, a tuple of arguments or a mapping of keyword arguments; got "
+            f"{type(batch).__name__}"
+        )
+    positional, named = _arguments(batch)
+    try:
+        inspect.signature(model.forward).bind(*positional, **named)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(model).__name__}.forward cannot be called with such a batch ({error}); give "
+            "what the model is called with and no labels, as in `(x for x, _ in loader)`"
+        ) from None
+
+
+def _arguments(batch: Any) -> tuple[tuple, Mapping]:
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), batch
+    return tuple(batch), {}
