@@ -15,6 +15,7 @@ __all__ = [
     "compress",
     "convert",
     "distill",
+    "from_bitnet",
     "load",
     "nn",
     "ops",
@@ -22,3 +23,13 @@ __all__ = [
     "quantize",
     "save",
 ]
+
+_OF_HUGGING_FACE = ("from_bitnet",)  # asked for by name, because importing transformers takes long
+
+
+def __getattr__(name: str) -> object:
+    if name in _OF_HUGGING_FACE:
+        from trine import hugging_face
+
+        return getattr(hugging_face, name)
+    raise AttributeError(f"module 'trine' has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from torch import nn
 
 from trine.nn.int8 import Int8Linear
+from trine.nn.normed_ternary import NormedTernaryLinear
 from trine.nn.packed import PackedLinear
 from trine.nn.quantizing_norm import QuantizingRMSNorm
 from trine.nn.sparse24 import Sparse24Linear
@@ -11,6 +12,7 @@ from trine.nn.ternary24 import Ternary24Linear
 
 __all__ = [
     "Int8Linear",
+    "NormedTernaryLinear",
     "PackedLinear",
     "QuantizingRMSNorm",
     "Sparse24Linear",
@@ -21,7 +23,8 @@ __all__ = [
 ]
 
 layer_kinds: dict[str, type[PackedLinear]] = {
-    layer.kind: layer for layer in (TernaryLinear, Int8Linear, Sparse24Linear, Ternary24Linear)
+    layer.kind: layer
+    for layer in (TernaryLinear, NormedTernaryLinear, Int8Linear, Sparse24Linear, Ternary24Linear)
 }
 
 # What a recipe may choose for a layer: the class, and the options of its `from_linear`.
