@@ -17,7 +17,8 @@ import trine
 from fake_timers import says
 from torch import nn
 from trine import Recipe
-from trine.compress.rebuild import _MODULES, build, describe
+from trine.compress.rebuild import build, describe
+from trine.compress.trees import MODULES
 
 TESTS = Path(__file__).parent
 
@@ -195,7 +196,7 @@ def test_every_module_that_can_be_rebuilt_is_rebuilt_as_it_was():
         nn.Tanh(),
         nn.Unflatten(1, (2, 3)),
     ]
-    assert {type(module) for module in modules} == set(_MODULES)
+    assert {type(module) for module in modules} == set(MODULES)
     for module in modules:
         description = json.loads(json.dumps(describe(nn.ModuleList([module]))))
         (again,) = build(description)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from trine.compress.edits import apply, skeleton
 from trine.compress.layers import (
     close_fast_paths,
     is_linear,
@@ -24,10 +25,9 @@ from trine.compress.manifest import (
     manifest_of,
     tensor_entry,
     tensor_kind,
-    tensor_slots,
-    tensors_of,
 )
 from trine.compress.rebuild import build
+from trine.compress.tensors import tensor_slots, tensors_of
 from trine.nn import PackedLinear
 
 
@@ -70,9 +70,9 @@ def load(path: str | PathLike, *, like: Callable[[], nn.Module] | None = None) -
 
     Args:
         path: a file written by `save`.
-        like: returns the float model, as it was before compression, on the CPU. None where the
-            manifest suffices: for models made of nn.Sequential and other common torch.nn modules,
-            and for models of transformers.
+        like: returns the float model, as it was before compression (also before pruning and
+            factorising), on the CPU. None where the manifest suffices: for models made of
+            nn.Sequential and other common torch.nn modules, and for models of transformers.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -149,8 +149,8 @@ def _assemble(
 ) -> nn.Module:
     model = _float_model(manifest, like)
     replacements = _replacements(manifest, model)
-    # A model built from the manifest has the default dtype, and takes on that of the values.
-    _check_fit(manifest, model, replacements, dtypes=like is not None)
+    # What is built from the manifest has the default dtype, and takes on that of the values.
+    _check_fit(manifest, model, replacements, dtypes=like is not None and not manifest.edits)
 
     model = _replace(model, replacements)
     _fill(model, manifest, values)
@@ -177,6 +177,14 @@ def _float_model(manifest: Manifest, like: Callable[[], nn.Module] | None) -> nn
         raise ValueError(f"like returned {type(model).__name__}; expected a torch.nn.Module")
     if any(not parameter.is_cpu for parameter in model.parameters()):
         raise ValueError("like must return the model on the CPU; move it after loading")
+    if manifest.edits:
+        # First without memory, and so that a model that does not fit stays as it is.
+        twin = skeleton(model)
+        with torch.device("meta"):
+            apply(twin, manifest.edits)
+        _check_fit(manifest, twin, _replacements(manifest, twin), dtypes=False)
+        with torch.random.fork_rng(devices=[]):
+            apply(model, manifest.edits)
     return model
 
 

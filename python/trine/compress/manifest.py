@@ -3,15 +3,15 @@
 JSON in the header of a safetensors file. `tensors` names every parameter and buffer (those outside
 of the state_dict too, since a loaded model must have them) with dtype, shape and sha256; `aliases`
 the further names of tied ones; `layers` the packed layers with kind and constructor arguments;
-`model` how the rest is built, where that can be described; `report` what `compress` recorded, with
-its recipe.
+`model` how the rest is built, where that can be described; `edits`, where there are any, what was
+changed in the structure that `like` returns; `report` what `compress` recorded, with its recipe.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trine._C import version
+from trine.compress.edits import Edit, recorded
 from trine.compress.rebuild import describe
 from trine.compress.report import CompressionReport
 from trine.nn import PackedLinear, layer_kinds
@@ -40,6 +41,7 @@ class Manifest:
     layers: dict[str, PackedLinear]
     model: dict[str, Any] | None
     report: CompressionReport | None
+    edits: list[Edit]
 
     def to_header(self) -> dict[str, str]:
         """The metadata of the safetensors header: one entry, since their order is not kept."""
@@ -55,6 +57,8 @@ class Manifest:
             "model": self.model,
             "report": None if self.report is None else self.report.to_dict(),
         }
+        if self.edits:
+            data["edits"] = self.edits
         return {FORMAT: json.dumps({**data, "sha256": _hash_of(data)})}
 
     @classmethod
@@ -89,6 +93,7 @@ class Manifest:
                 layers={name: _empty_layer(**entry) for name, entry in data["layers"].items()},
                 model=data["model"],
                 report=None if report is None else CompressionReport.from_dict(report),
+                edits=data.get("edits", []),
             )
         except _MALFORMED as error:
             raise ValueError(f"its manifest is malformed ({error!r})") from error
@@ -115,38 +120,8 @@ def manifest_of(model: nn.Module, tensors: Mapping[str, Tensor], aliases: dict) 
         },
         model=describe(model),
         report=report if isinstance(report, CompressionReport) else None,
+        edits=recorded(model) or [],
     )
-
-
-def tensors_of(
-    model: nn.Module, replacements: Mapping[nn.Module, nn.Module] | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every parameter and buffer by its first name, and the first names of the further ones.
-
-    `replacements` maps modules of the model to others that count in their place.
-    """
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for name, module, key in tensor_slots(model, replacements):
-        tensor = module._parameters.get(key, module._buffers.get(key))
-        if id(tensor) in first:
-            aliases[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-            tensors[name] = tensor
-    return tensors, aliases
-
-
-def tensor_slots(
-    model: nn.Module, replacements: Mapping[nn.Module, nn.Module] | None = None
-) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every place of a parameter or buffer: its name in the model, the module, its name there."""
-    for prefix, found in model.named_modules(remove_duplicate=False):
-        module = (replacements or {}).get(found, found)
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                yield f"{prefix}.{key}" if prefix else key, module, key
 
 
 def tensor_entry(tensor: Tensor) -> dict[str, Any]:
