@@ -38,10 +38,10 @@ def probing(model: nn.Module) -> Iterator[nn.Module]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def run(model: nn.Module, batch: Any) -> None:
+def run(model: nn.Module, batch: Any) -> Any:
     """Call the model with a tensor, a tuple (or list) of arguments, or a mapping of them."""
     positional, named = _arguments(batch)
-    model(*positional, **named)
+    return model(*positional, **named)
 
 
 def check_fits(model: nn.Module, batch: Any) -> None:

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from trine.nn.packed import is_conv1d
 
-__all__ = ["by_row", "prunable_layers"]
+__all__ = ["by_row", "check_finite", "prunable_layers"]
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -61,6 +61,15 @@ def prunable_layers(
                 f"layer '{name}' cannot be pruned: {reason}; leave it out with skip='{name}'"
             )
     return chosen
+
+
+def check_finite(name: str, layer: nn.Module) -> None:
+    """Raises ValueError where the weight of the layer of that name holds NaN or infinity."""
+    if not torch.isfinite(layer.weight.detach()).all():
+        raise ValueError(
+            f"layer '{name}' cannot be pruned: its weight holds NaN or infinity; repair it, or "
+            f"leave the layer out with skip='{name}'"
+        )
 
 
 def by_row(layer: nn.Module, tensor: Tensor) -> Tensor:

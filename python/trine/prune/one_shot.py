@@ -19,7 +19,7 @@ from trine.calibration import (
     weight_matrix,
 )
 from trine.prune.criteria.calibrated import wanda_scores
-from trine.prune.layers import prunable_layers
+from trine.prune.layers import check_finite, prunable_layers
 
 __all__ = ["sparsegpt", "wanda"]
 
@@ -143,11 +143,7 @@ class _Steps:
 
         self.names = list(prunable_layers(model, layers, skip))
         for name in self.names:
-            if not torch.isfinite(model.get_submodule(name).weight.detach()).all():
-                raise ValueError(
-                    f"layer '{name}' cannot be pruned: its weight holds NaN or infinity; repair "
-                    f"it, or leave the layer out with skip='{name}'"
-                )
+            check_finite(name, model.get_submodule(name))
         self.model = copy_model(model, {})
         self.data, self.batches = data, batches
         self.sequential, self.progress = sequential, progress

@@ -7,10 +7,64 @@ from collections.abc import Iterable
 from torch import nn
 
 from trine.nn import Sparse24Linear
-from trine.prune.layers import by_row, prunable_layers
+from trine.prune.layers import by_row, check_finite, prunable_layers
 from trine.quantize.weights import two_of_four
 
-__all__ = ["as_sparse24"]
+__all__ = ["as_sparse24", "sr_ste"]
+
+
+def sr_ste(
+    model: nn.Module,
+    layers: str | Iterable[str] = "*",
+    *,
+    skip: str | Iterable[str] = (),
+    decay: float = 2e-4,
+    values: str = "float",
+) -> nn.Module:
+    """A copy of `model` to be trained from dense to 2:4 by SR-STE (Zhou et al. 2021,
+    arXiv:2102.04010).
+
+    In every forward pass each layer uses the two largest of every four weights. The gradient of
+    those goes to all four, straight through, and a weight w that is not used gains decay * w, so
+    that it shrinks and the choice comes to rest: W <- W - rate * (grad + decay * (1 - mask) * W).
+
+    Train the copy in any loop, with distillation or without; then `trine.convert` gives
+    `Sparse24Linear` layers, of the same bits as the copy has in evaluation mode. The decay comes
+    with each backward pass: with gradients accumulated over n, give decay / n; a gradient scaler
+    divides it by its scale.
+
+    Args:
+        model: any module; it is not touched. Of transformers' Conv1D there is no such form.
+        layers, skip: patterns of names, see `prunable_layers`; nn.Linear alone.
+        decay: lambda_w of the paper, which uses 2e-4 with SGD.
+        values: "float", or "int8" for quantised values and activations as well.
+
+    Raises:
+        ValueError: a chosen layer cannot be trained so, a decay that is not above 0, NaN weights.
+    """
+    from trine.compress.layers import obstacles
+    from trine.compress.recipe import Recipe
+    from trine.quantize import prepare_qat
+
+    if not decay > 0:
+        raise ValueError(f"sr_ste: decay is {decay}; it must be above 0")
+    if values not in ("float", "int8"):
+        raise ValueError(f"sr_ste: values is {values!r}; it must be 'float' or 'int8'")
+    chosen = prunable_layers(model, layers, skip)
+    blocked = obstacles(model)
+    for name, layer in chosen.items():
+        if reason := blocked.get(name):
+            raise ValueError(f"sr_ste: layer '{name}' must stay as it is: {reason}")
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"sr_ste: layer '{name}' is a {type(layer).__name__}, it must be nn.Linear; leave "
+                f"it out with skip='{name}'"
+            )
+        check_finite(name, layer)
+    choice = "sparse24" if values == "float" else "sparse24-int8"
+    return prepare_qat(
+        model, Recipe(linear={name or "*": choice for name in chosen}), pruned_decay=decay
+    )
 
 
 def as_sparse24(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trine.compress.recipe import Recipe
 
 
-def prepare_qat(model: nn.Module, recipe: Recipe) -> nn.Module:
+def prepare_qat(model: nn.Module, recipe: Recipe, *, pruned_decay: float = 0.0) -> nn.Module:
     """A copy of `model` whose linear layers anticipate being packed as `recipe` says.
 
     The chosen nn.Linear layers become `QatLinear` layers with the same parameters under the same
@@ -24,6 +24,7 @@ def prepare_qat(model: nn.Module, recipe: Recipe) -> nn.Module:
     Args:
         model: any module; it is not touched.
         recipe: its `linear` chooses for each layer by name; `prefer` has no meaning here.
+        pruned_decay: of the layers that become 2:4, see `QatLinear`; `trine.prune.sr_ste` uses it.
 
     Raises:
         ValueError: no layer is left to train under quantisation, or the model cannot be copied.
@@ -53,7 +54,8 @@ def prepare_qat(model: nn.Module, recipe: Recipe) -> nn.Module:
         elif not isinstance(layer, nn.Linear):
             skipped[name] = f"{type(layer).__name__} has no form for training under quantisation"
         else:
-            replacements[layer] = _qat_linear(layer, choice)
+            decay = pruned_decay if "24" in choice else 0.0
+            replacements[layer] = _qat_linear(layer, choice, decay)
     if not replacements:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
@@ -66,10 +68,14 @@ def prepare_qat(model: nn.Module, recipe: Recipe) -> nn.Module:
     return prepared
 
 
-def _qat_linear(linear: nn.Linear, choice: str) -> QatLinear:
-    has_bias = linear.bias is not None
+def _qat_linear(linear: nn.Linear, choice: str, pruned_decay: float) -> QatLinear:
     layer = QatLinear(
-        linear.in_features, linear.out_features, has_bias, device="meta", choice=choice
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        device="meta",
+        choice=choice,
+        pruned_decay=pruned_decay,
     )
     layer.weight = copy.deepcopy(linear.weight)
     layer.bias = copy.deepcopy(linear.bias)

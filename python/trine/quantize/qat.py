@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trine import nn as packed_nn  # a package that imports this one: used in calls only
 from trine.ops._checks import check_rows
 from trine.ops._linear import in_autocast_dtype, needs_grad, without_autocast
-from trine.quantize.weights import WEIGHT_RULES, int8_rows
+from trine.quantize.weights import WEIGHT_RULES, int8_rows, two_of_four
 
 
 class QatLinear(nn.Linear):
@@ -25,8 +25,11 @@ class QatLinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as for torch.nn.Linear.
         choice: "int8", "ternary", "sparse24", "sparse24-int8" or "ternary24".
+        pruned_decay: of the 2:4 choices; every backward pass adds pruned_decay * w to the gradient
+            of each weight w that is set to 0, so that these shrink and the pattern comes to rest
+            (SR-STE, Zhou et al. 2021, arXiv:2102.04010).
 
-    Raises ValueError for another choice.
+    Raises ValueError for another choice, and for a decay that is negative or of another choice.
     """
 
     def __init__(
@@ -38,13 +41,19 @@ class QatLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         choice: str = "int8",
+        pruned_decay: float = 0.0,
     ) -> None:
         if choice not in WEIGHT_RULES:
             raise ValueError(
                 f"QatLinear: choice is {choice!r}; it must be one of {', '.join(WEIGHT_RULES)}"
             )
+        if pruned_decay < 0 or (pruned_decay and "24" not in choice):
+            raise ValueError(
+                f"QatLinear: pruned_decay is {pruned_decay} with choice {choice!r}; it is at least "
+                "0, and a choice that prunes nothing has no use for it"
+            )
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.choice = choice
+        self.choice, self.pruned_decay = choice, pruned_decay
         self._packed: tuple[Tensor, packed_nn.PackedLinear] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +67,10 @@ class QatLinear(nn.Linear):
         packed = None if self.training else self._packed_weight()
         if packed is not None and not needs_grad(x, self.weight, self.bias):
             return packed.with_bias(x, self.bias)
-        return _ThroughQuantization.apply(x, self.weight, self.bias, self.choice, packed)
+        weight = self.weight
+        if self.pruned_decay:
+            weight = _DecayOfPruned.apply(weight, self.pruned_decay)
+        return _ThroughQuantization.apply(x, weight, self.bias, self.choice, packed)
 
     def pack(self) -> packed_nn.PackedLinear:
         """The packed layer that this one stands for; raises ValueError for NaN weights."""
@@ -89,7 +101,24 @@ class QatLinear(nn.Linear):
         return {**self.__dict__, "_packed": None}  # copies pack for themselves
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, choice={self.choice}"
+        decay = f", pruned_decay={self.pruned_decay}" if self.pruned_decay else ""
+        return f"{super().extra_repr()}, choice={self.choice}{decay}"
+
+
+class _DecayOfPruned(torch.autograd.Function):
+    """The identity of a weight, whose gradient gains decay * w where 2:4 sets w to 0."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.decay = decay
+        return weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        (weight,) = ctx.saved_tensors
+        return grad + ctx.decay * weight.masked_fill(two_of_four(weight), 0), None
 
 
 class _ThroughQuantization(torch.autograd.Function):
