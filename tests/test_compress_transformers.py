@@ -180,18 +180,32 @@ def test_the_same_bits_after_loading(tmp_path, name, choice, dtype):
         assert all(map(torch.equal, run_checkpoints.run(again, inputs), expected))
 
 
-def test_save_pretrained_would_lose_the_packed_layers_and_is_refused(tmp_path):
+def test_save_pretrained_writes_what_from_pretrained_reads(tmp_path):
     small = compressed("bert", bert())
     trine.save(small, tmp_path / "a.trine")
     qat = trine.quantize.prepare_qat(bert(), Recipe())
-    for model in (small, small.bert, trine.load(tmp_path / "a.trine"), trine.convert(qat)):
-        with pytest.raises(ValueError, match=r"use trine\.save and trine\.load"):
-            model.save_pretrained(tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
-    small = compressed("bert", bert(), Recipe("float"))  # nothing packed, so nothing is lost
+    models = (small, small.bert, trine.load(tmp_path / "a.trine"), trine.convert(qat))
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+        again = type(model).from_pretrained(tmp_path / str(number)).state_dict()
+        for key, tensor in model.state_dict().items():  # BertModel gets a new pooler beside these
+            torch.testing.assert_close(again[key], tensor, rtol=0, atol=0)
+    small = compressed("bert", bert(), Recipe("float"))
     small.save_pretrained(tmp_path / "folder")
     again = hf.BertForMaskedLM.from_pretrained(tmp_path / "folder")
     torch.testing.assert_close(again.state_dict(), small.state_dict(), rtol=0, atol=0)
+
+
+def test_save_pretrained_that_would_lose_the_packed_layers_is_refused(tmp_path):
+    of_another_method = bert()
+    of_another_method.config.quantization_config = {"quant_method": "awq"}
+    changed = bert()
+    changed._trine_edits = [("bert", {"attributes": {"x": 1}})]
+    for model in (of_another_method, changed):
+        small = compressed("bert", model)
+        with pytest.raises(ValueError, match=r"use trine\.save and trine\.load"):
+            small.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_the_same_bits_in_a_fresh_process(tmp_path):

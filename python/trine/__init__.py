@@ -8,6 +8,7 @@ from trine.compress.convert import convert
 
 __all__ = [
     "Recipe",
+    "TrineConfig",
     "__version__",
     "backends",
     "calibrate",
@@ -24,7 +25,10 @@ __all__ = [
     "save",
 ]
 
-_OF_HUGGING_FACE = ("from_bitnet",)  # asked for by name, because importing transformers takes long
+_OF_HUGGING_FACE = (
+    "TrineConfig",
+    "from_bitnet",
+)  # asked for by name, because importing transformers takes long
 
 
 def __getattr__(name: str) -> object:

@@ -15,7 +15,6 @@ from trine.compress.edits import apply, skeleton
 from trine.compress.layers import (
     close_fast_paths,
     is_linear,
-    refuse_save_pretrained,
     require_module,
     signature,
 )
@@ -27,6 +26,7 @@ from trine.compress.manifest import (
     tensor_kind,
 )
 from trine.compress.rebuild import build
+from trine.compress.save_pretrained import prepare_save_pretrained
 from trine.compress.tensors import tensor_slots, tensors_of
 from trine.nn import PackedLinear
 
@@ -155,7 +155,7 @@ def _assemble(
     model = _replace(model, replacements)
     _fill(model, manifest, values)
     close_fast_paths(model)
-    refuse_save_pretrained(model)
+    prepare_save_pretrained(model)
     if manifest.report is not None:
         model.report = manifest.report
     return model.eval()

@@ -14,13 +14,13 @@ from trine.compress.layers import (
     copy_model,
     linear_layers,
     obstacles,
-    refuse_save_pretrained,
     require_module,
 )
 from trine.compress.measure import Measurements, Timer
 from trine.compress.observe import Call, as_batches, observe
 from trine.compress.recipe import Recipe
 from trine.compress.report import CompressionReport, LayerReport, ShapeTiming
+from trine.compress.save_pretrained import prepare_save_pretrained
 from trine.evaluate.latency import alternate
 from trine.nn import PackedLinear, pack_linear
 from trine.quantize import QatLinear
@@ -93,7 +93,7 @@ def compress(
 
     small = copy_model(model, replacements).eval()
     close_fast_paths(small)
-    refuse_save_pretrained(small)
+    prepare_save_pretrained(small)
     small.report = CompressionReport(recipe, tuple(rows), bytes_of(model), bytes_of(small))
     return small
 

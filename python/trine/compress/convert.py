@@ -5,9 +5,9 @@ from torch import nn
 from trine.compress.layers import (
     close_fast_paths,
     copy_model,
-    refuse_save_pretrained,
     require_module,
 )
+from trine.compress.save_pretrained import prepare_save_pretrained
 from trine.quantize.qat import QatLinear
 
 
@@ -30,7 +30,7 @@ def convert(model: nn.Module) -> nn.Module:
     packed = {layer: _pack(name, layer) for name, layer in layers.items()}
     converted = copy_model(model, packed)
     close_fast_paths(converted)
-    refuse_save_pretrained(converted)
+    prepare_save_pretrained(converted)
     return converted
 
 

@@ -33,6 +33,9 @@ Edit = tuple[str, dict[str, Any]]
 # Convolutions derive private attributes from these, so that changing them is not enough.
 _DERIVED_FROM = {"kernel_size", "padding", "dilation", "padding_mode"}
 
+# What transformers notes in a model about how it was made.
+_NOT_STRUCTURE = {"training", "name_or_path", "is_quantized", "quantization_method"}
+
 
 class _Indescribable(Exception):
     """Something was changed in a way that no edit can express."""
@@ -332,5 +335,5 @@ def settings(module: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if isinstance(value, bool | int | float | str | tuple | NoneType)
         and not name.startswith("_")
-        and name not in ("training", "name_or_path")
+        and name not in _NOT_STRUCTURE
     }

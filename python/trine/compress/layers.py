@@ -142,22 +142,3 @@ def close_fast_paths(model: nn.Module, kind: type[nn.Module] = PackedLinear) -> 
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # only the fast path can take nested tensors
-
-
-def refuse_save_pretrained(model: nn.Module) -> None:
-    """Close the way by which the packed layers of a model of transformers would be lost.
-
-    Its save_pretrained writes them, but from_pretrained puts random float layers in their place.
-    """
-    for module in model.modules():
-        if hasattr(module, "save_pretrained") and any(
-            isinstance(child, PackedLinear) for child in module.modules()
-        ):
-            module.save_pretrained = _save_pretrained
-
-
-def _save_pretrained(*args: object, **kwargs: object) -> None:
-    raise ValueError(
-        "from_pretrained could not read the packed layers that save_pretrained would write; use "
-        "trine.save and trine.load"
-    )

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.bitnet import AutoBitLinear, BitLinear
 
-from trine.compress.layers import copy_model, refuse_save_pretrained
+from trine.compress.layers import copy_model
+from trine.compress.save_pretrained import prepare_save_pretrained
 from trine.hugging_face.bitnet_file import load_bitnet, without_quantization
 from trine.hugging_face.bitnet_weights import codes_of, quantize_online, scale_and_bias
 from trine.nn import NormedTernaryLinear, TernaryLinear
@@ -54,7 +55,7 @@ def from_bitnet(model_or_path: nn.Module | str | PathLike, **loading: Any) -> Pr
     packed = {layer: _pack(name, layer) for name, layer in layers.items()}
     small = copy_model(model, packed).eval()
     without_quantization(small)
-    refuse_save_pretrained(small)
+    prepare_save_pretrained(small)
     return small
 
 

@@ -12,7 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitNetQuantConfig
 
-from trine.compress.layers import refuse_save_pretrained
+from trine.compress.save_pretrained import prepare_save_pretrained
 from trine.hugging_face.bitnet_weights import codes_of, quantize_online, scale_and_bias
 from trine.hugging_face.loaded import check_loaded
 from trine.nn import NormedTernaryLinear, TernaryLinear
@@ -35,7 +35,7 @@ def load_bitnet(path: str | PathLike, **loading: Any) -> PreTrainedModel:
         )
     config.quantization_config = {**stored, "quant_method": METHOD}
     model = AutoModelForCausalLM.from_pretrained(path, config=config, **loading)
-    refuse_save_pretrained(model)
+    prepare_save_pretrained(model)
     return model.eval()
 
 
