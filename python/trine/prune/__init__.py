@@ -1,17 +1,57 @@
 """Removing what a model needs least: see README.md in this folder."""
 
-from trine.prune.criteria import Change, Criterion, Magnitude, Random, SparseGPT, Wanda
+from trine.prune.criteria import (
+    SNIP,
+    Change,
+    Criterion,
+    Fisher,
+    GraSP,
+    Magnitude,
+    Movement,
+    Random,
+    SparseGPT,
+    Taylor,
+    Wanda,
+)
+from trine.prune.granularity import NM, Channel, Granularity, Head, Layer, Neuron, Weight
 from trine.prune.layers import prunable_layers
 from trine.prune.one_shot import sparsegpt, wanda
+from trine.prune.pruner import Pruner
+from trine.prune.report import PruningReport
+from trine.prune.schedule import Cubic, Iterative, OneShot, RigL, Schedule
+from trine.prune.scope import Global, PerLayer, Scope, Threshold
 from trine.prune.sparse24 import as_sparse24, sr_ste
 
 __all__ = [
+    "NM",
+    "SNIP",
     "Change",
+    "Channel",
     "Criterion",
+    "Cubic",
+    "Fisher",
+    "Global",
+    "GraSP",
+    "Granularity",
+    "Head",
+    "Iterative",
+    "Layer",
     "Magnitude",
+    "Movement",
+    "Neuron",
+    "OneShot",
+    "PerLayer",
+    "Pruner",
+    "PruningReport",
     "Random",
+    "RigL",
+    "Schedule",
+    "Scope",
     "SparseGPT",
+    "Taylor",
+    "Threshold",
     "Wanda",
+    "Weight",
     "as_sparse24",
     "prunable_layers",
     "sparsegpt",

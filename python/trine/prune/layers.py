@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from trine.nn.packed import is_conv1d
 
-__all__ = ["by_row", "check_finite", "prunable_layers"]
+__all__ = ["by_row", "check_finite", "prunable_layers", "wide"]
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -75,6 +75,11 @@ def check_finite(name: str, layer: nn.Module) -> None:
 def by_row(layer: nn.Module, tensor: Tensor) -> Tensor:
     """A view of a tensor of the weight's shape as [N, K]: a row for each output of the layer."""
     return tensor.T if is_conv1d(layer) else tensor.flatten(1)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Detached, with at least 32 bits: squares of small numbers vanish in 16."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -2,6 +2,20 @@
 
 from trine.prune.criteria.base import Criterion
 from trine.prune.criteria.calibrated import SparseGPT, Wanda
+from trine.prune.criteria.gradients import SNIP, Fisher, GraSP, Taylor
+from trine.prune.criteria.movement import Movement
 from trine.prune.criteria.weights import Change, Magnitude, Random
 
-__all__ = ["Change", "Criterion", "Magnitude", "Random", "SparseGPT", "Wanda"]
+__all__ = [
+    "SNIP",
+    "Change",
+    "Criterion",
+    "Fisher",
+    "GraSP",
+    "Magnitude",
+    "Movement",
+    "Random",
+    "SparseGPT",
+    "Taylor",
+    "Wanda",
+]
