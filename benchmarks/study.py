@@ -220,9 +220,15 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def parse_arguments(
-    doc: str, program: str, given: Sequence[str] | None = None, *, data: str = ""
+    doc: str,
+    program: str,
+    given: Sequence[str] | None = None,
+    *,
+    data: str = "",
+    subset: bool = False,
 ) -> argparse.Namespace:
-    """`--quick`, `--resume` and, where the study needs `data` (what DIR must hold), `--data DIR`.
+    """`--quick`, `--resume`, where the study needs `data` (what DIR must hold) `--data DIR`, and
+    where it takes a subset of that `--whole`.
 
     Ends the program with one sentence where DIR does not hold it.
     """
@@ -233,7 +239,10 @@ def parse_arguments(
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="within five minutes on two cores")
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument("--quick", action="store_true", help="within five minutes on two cores")
+    if subset:
+        scale.add_argument("--whole", action="store_true", help="all of the data: hours")
     parser.add_argument("--resume", action="store_true", help="go on with a study that was stopped")
     help_of_data = f"a folder that holds {data}" if data else "not needed by this study"
     parser.add_argument("--data", type=Path, metavar="DIR", help=help_of_data)

@@ -76,3 +76,10 @@ def test_data_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_arguments("A.", "b", ["--data", str(tmp_path)], data="sst2/train.tsv")
     assert "holds sst2/train.tsv" in capsys.readouterr().err
+
+
+def test_only_a_study_of_a_subset_has_a_whole():
+    assert parse_arguments("A.", "b", ["--whole"], subset=True).whole
+    for given, subset in ((["--whole"], False), (["--whole", "--quick"], True)):
+        with pytest.raises(SystemExit):
+            parse_arguments("A.", "b", given, subset=subset)

@@ -1,0 +1,168 @@
+"""What the studies on SST-2 share, on a small encoder with random weights and short phrases."""
+
+import random
+from argparse import Namespace
+
+import pytest
+import torch
+from trine.demo.sentences import Encoder
+from trine.distill import Training
+
+from benchmarks import sst2
+from benchmarks.sst2 import Sst2
+
+GOOD = 5  # the token id of "a"
+
+
+def tokenize(texts: list[str]) -> dict[str, torch.Tensor]:
+    """A letter is a token."""
+    rows = [torch.tensor([ord(c) - ord("a") + GOOD for c in text if c != " "]) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # nothing here is worth sharing
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    return Encoder(BertModel(config).eval(), tokenize, config.to_dict())
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """DIR, with phrases that are positive where they have more a than b."""
+    monkeypatch.setattr(sst2, "TEACHERS", tmp_path / "teachers")
+    draws = random.Random(0)
+    (tmp_path / "sst2").mkdir()
+    for name, count in (("train", 300), ("dev", 20), ("test", 40)):
+        lines = ["sentence\tlabel"]
+        for _ in range(count):
+            positive = draws.random() < 0.5
+            letters = draws.choices("cdef", k=draws.randint(0, 5)) + ["ab"[not positive]] * 3
+            draws.shuffle(letters)
+            lines.append(f"{' '.join(letters)} \t{int(positive)}")
+        text = "\n".join(lines) + "\n"
+        (tmp_path / "sst2" / f"{name}.tsv").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_rows_are_known_with_or_without_label(data, encoder):
+    found = Sst2.load(data, 100, encoder)
+    assert (len(found.labelled), len(found.unlabelled)) == (100, 200)
+    assert (len(found.dev), len(found.test)) == (20, 40)
+    assert set(found.labelled.labels.tolist()) == {0, 1}
+    assert set(found.unlabelled.labels.tolist()) == {-100}
+    again = Sst2.load(data, 100, encoder)
+    assert torch.equal(again.labelled.ids, found.labelled.ids)
+    lines = (data / "sst2" / "train.tsv").read_text().splitlines()[1:]
+    letters = sorted(row.split("\t")[0].replace(" ", "") for row in lines)
+    both = found.labelled + found.unlabelled
+    seen = ["".join(chr(i + ord("a") - GOOD) for i in row["input_ids"].tolist()) for row in both]
+    assert sorted(seen) == letters
+
+
+def test_batches_have_every_row_once_and_little_padding(data, encoder):
+    rows = Sst2.load(data, 200, encoder).labelled
+    torch.manual_seed(1)
+    batches = list(rows.loader(8))
+    assert len(batches) == len(rows.loader(8)) == 25
+    seen = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
+    assert torch.equal(seen.sort().values, rows.lengths.sort().values)
+    spread = [m["attention_mask"].sum(1).max() - m["attention_mask"].sum(1).min() for m in batches]
+    assert max(spread) <= 1
+    for batch in batches:
+        assert batch["attention_mask"].bool().equal(batch["input_ids"] > 0)
+    torch.manual_seed(1)
+    assert torch.equal(next(iter(rows.loader(8)))["input_ids"], batches[0]["input_ids"])
+
+
+def test_a_file_that_is_none(data, encoder):
+    path = data / "sst2" / "dev.tsv"
+    for text in ("text\tlabel\na \t1\n", "sentence\tlabel\n", "sentence\tlabel\na\t1\t2\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="must have lines"):
+            sst2.read(path, encoder)
+    path.write_text("sentence\tlabel\na \t2\n")
+    with pytest.raises(ValueError, match="labels must be 0 or 1"):
+        sst2.read(path, encoder)
+
+
+def test_a_quote_is_a_letter_like_others(data):
+    """csv's own rule would join the lines between two quotation marks."""
+    path = data / "sst2" / "dev.tsv"
+    path.write_text('sentence\tlabel\n" a \t1\nb " \t0\n')
+    seen = []
+    encoder = Encoder(None, lambda texts: seen.extend(texts) or tokenize(["a", "b"]), {})
+    assert sst2.read(path, encoder).labels.tolist() == [1, 0]
+    assert seen == ['" a', 'b "']
+
+
+def test_a_teacher_learns_once(data, encoder, monkeypatch):
+    found = Sst2.load(data, 300, encoder)
+    training = Training(epochs=4, learning_rate=5e-3, seed=1)
+    teacher = found.teacher(training)
+    assert not teacher.training
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert sst2.right(teacher, found.test).double().mean() > 0.9
+    words = encoder.model.get_input_embeddings().weight
+    assert torch.equal(teacher.get_input_embeddings().weight, words)
+
+    def refuse(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(sst2, "fine_tune", refuse)
+    again = found.teacher(training)
+    assert not again.training
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, teacher.state_dict()[name])
+    for other in (
+        lambda: found.teacher(Training(epochs=4, learning_rate=5e-3, seed=2)),
+        lambda: Sst2.load(data, 299, encoder).teacher(training),
+    ):
+        with pytest.raises(AssertionError, match="trained again"):
+            other()
+    assert [path.suffix for path in sst2.TEACHERS.iterdir()] == [".safetensors"]
+
+
+def test_judging_keeps_the_order_of_rows(data, encoder):
+    rows = Sst2.load(data, 100, encoder).test
+    model = sst2.classifier(encoder).eval()
+    expected = []
+    for row, label in zip(rows, rows.labels, strict=True):
+        expected.append(model(input_ids=row["input_ids"][None]).logits.argmax() == label)
+    assert sst2.right(model, rows).tolist() == [e.item() for e in expected]
+
+
+def test_latency_is_of_every_model_at_two_batches(data, encoder):
+    rows = Sst2.load(data, 100, encoder).test
+    model = sst2.classifier(encoder).eval()
+    found = sst2.latency_ms({"a": model, "b": model}, rows)
+    assert list(found) == ["a", "b"]
+    assert all(list(times) == ["batch 1", "batch 32"] for times in found.values())
+    assert all(ms > 0 for times in found.values() for ms in times.values())
+
+
+def test_scales():
+    quick, usual, whole = (
+        sst2.scale_of(Namespace(quick=q, whole=w), seed=3)
+        for q, w in ((True, False), (False, False), (False, True))
+    )
+    assert quick.labelled < usual.labelled < whole.labelled
+    assert {scale.teacher.seed for scale in (quick, usual, whole)} == {3}
