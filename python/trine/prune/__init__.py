@@ -21,6 +21,7 @@ from trine.prune.report import PruningReport
 from trine.prune.schedule import Cubic, Iterative, OneShot, RigL, Schedule
 from trine.prune.scope import Global, PerLayer, Scope, Threshold
 from trine.prune.sparse24 import as_sparse24, sr_ste
+from trine.prune.structured import macs, prune_structured, remove, trace
 
 __all__ = [
     "NM",
@@ -53,8 +54,12 @@ __all__ = [
     "Wanda",
     "Weight",
     "as_sparse24",
+    "macs",
     "prunable_layers",
+    "prune_structured",
+    "remove",
     "sparsegpt",
     "sr_ste",
+    "trace",
     "wanda",
 ]

@@ -1,0 +1,18 @@
+"""Pruning that leaves smaller tensors: neurons, channels, heads, the hidden width, whole layers."""
+
+from trine.prune.structured.groups import Group, Groups, Slice
+from trine.prune.structured.prune import prune_structured, remove
+from trine.prune.structured.report import GroupReport, RemovalReport, macs
+from trine.prune.structured.trace import trace
+
+__all__ = [
+    "Group",
+    "GroupReport",
+    "Groups",
+    "RemovalReport",
+    "Slice",
+    "macs",
+    "prune_structured",
+    "remove",
+    "trace",
+]

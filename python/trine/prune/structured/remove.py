@@ -1,0 +1,133 @@
+"""Make a smaller copy of a model, without chosen units, and prove that it computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trine.calibration.probe import probing, run
+from trine.compress.edits import record
+from trine.compress.layers import copy_model
+from trine.prune.structured.groups import Group, Groups
+from trine.prune.structured.sizes import adjust_layers, adjust_owners, candidates
+from trine.prune.structured.trace import leaves_of, module_names, tensors_in
+
+Chosen = Mapping[str, np.ndarray]  # numbers of the units to be removed, by group
+
+# How far the outputs may be from those of the model with the same units at zero: the sums are the
+# same but for terms that are zero, in another order. Relative to the largest output.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+def without(model: nn.Module, groups: Groups, chosen: Chosen, batches: list[Any]) -> nn.Module:
+    """A copy of `model` without the chosen units of each group; it is run on the batches.
+
+    Unless hidden units are among them, whose norms see other statistics, its outputs are compared
+    with those of the model whose removed slices are zero.
+
+    Raises:
+        ValueError: the smaller model cannot run or computes something else, since the model's own
+            code relies on sizes that nothing here knows of; the message names the module.
+    """
+    chosen = {name: units for name, units in chosen.items() if len(units)}
+    small = copy_model(model, {})
+    if not chosen:
+        return small
+    shapes = {name: tuple(tensor.shape) for name, tensor in leaves_of(model)}
+    _cut(small, groups, chosen)
+    adjust_layers(small, shapes)
+    adjust_owners(small, groups, chosen)
+    outputs = _outputs_after_adjusting(small, shapes, batches)
+    if not any(groups[name].kind == "hidden" for name in chosen):
+        _compare(model, groups, chosen, batches, outputs)
+    record(model, small)
+    return small
+
+
+def parts(group: Group, units: np.ndarray) -> list[tuple[str, int, np.ndarray]]:
+    """Of every slice of the group: parameter, dimension and which positions these units have."""
+    return [(part.parameter, part.dim, np.isin(part.unit, units)) for part in group.slices]
+
+
+def _cut(small: nn.Module, groups: Groups, chosen: Chosen) -> None:
+    tensors = dict(leaves_of(small))
+    gone: dict[tuple[str, int], np.ndarray] = {}
+    for name, units in chosen.items():
+        for parameter, dim, mine in parts(groups[name], units):
+            gone[parameter, dim] = gone.get((parameter, dim), False) | mine
+    for (name, dim), mine in gone.items():
+        tensor = tensors[name]
+        kept = torch.from_numpy(np.flatnonzero(~mine)).to(tensor.device)
+        tensor.data = tensor.data.index_select(dim, kept)  # in place: whatever is tied stays so
+        tensor.grad = None
+
+
+def _outputs_after_adjusting(
+    small: nn.Module, shapes: Mapping[str, tuple[int, ...]], batches: list[Any]
+) -> list[Tensor]:
+    """The outputs; numbers in modules that fail are adjusted to the sizes around them, once."""
+    tried: set[str] = set()
+    while True:
+        with probing(small) as probe, module_names(probe) as running:
+            try:
+                return [x for batch in batches for x in tensors_in(run(probe, batch))]
+            except Exception as error:  # whatever the model's own code raises for wrong sizes
+                name = running[-1]
+                found = candidates(small, name, shapes)
+                if name in tried or not found:
+                    raise ValueError(
+                        f"the model without these units cannot run: {name or 'it'!r} raises "
+                        f"{type(error).__name__} ({_first_line(error)}); its code relies on sizes "
+                        "that pruning does not know; keep its layers with keep="
+                    ) from error
+        tried.add(name)
+        vars(small.get_submodule(name)).update(found)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _compare(
+    model: nn.Module,
+    groups: Groups,
+    chosen: Chosen,
+    batches: list[Any],
+    outputs: Sequence[Tensor],
+) -> None:
+    """Raises ValueError where the outputs are not those of the model with zeros in its place."""
+    expected = zeroed_outputs(model, groups, chosen, batches)
+    for ours, theirs in zip(outputs, expected, strict=True):
+        if not theirs.is_floating_point():
+            continue
+        scale = theirs.detach().abs().nan_to_num(0, 0, 0).max() if theirs.numel() else 0
+        tolerance = _TOLERANCE.get(theirs.dtype, 5e-2) * float(scale)
+        if ours.shape != theirs.shape or not torch.allclose(
+            ours, theirs, rtol=0, atol=tolerance, equal_nan=True
+        ):
+            raise ValueError(
+                "the model without these units does not compute what it computes with them at "
+                f"zero; groups: {', '.join(chosen)}. Its code relies on sizes or positions that "
+                "pruning does not know; keep these layers with keep="
+            )
+
+
+def zeroed_outputs(
+    model: nn.Module, groups: Groups, chosen: Chosen, batches: list[Any]
+) -> list[Tensor]:
+    """What the whole model returns on the batches with the chosen units' parameters at zero."""
+    zeroed = copy_model(model, {})
+    parameters = dict(zeroed.named_parameters())
+    with torch.no_grad():
+        for name, units in chosen.items():
+            for parameter, dim, mine in parts(groups[name], units):
+                if parameter in parameters:
+                    places = torch.from_numpy(np.flatnonzero(mine))
+                    tensor = parameters[parameter]
+                    tensor.index_fill_(dim, places.to(tensor.device), 0)
+    with probing(zeroed) as probe:
+        return [x for batch in batches for x in tensors_in(run(probe, batch))]

@@ -1,0 +1,89 @@
+"""What structured pruning removed, what stayed and why: plain data that prints as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from trine.calibration.probe import probing, run
+from trine.prune.structured.groups import Groups
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """Units before and after; `removed` are the numbers of those that went."""
+
+    name: str
+    kind: str
+    before: int
+    after: int
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RemovalReport:
+    """All groups, and the whole model's parameters and multiply-adds for one example call.
+
+    `kept` says of the layers whose outputs could not go why; `without_rule` names the operators
+    that no rule covers, each with a module that calls it. MACs are those of products, convolutions
+    and attention.
+    """
+
+    groups: tuple[GroupReport, ...]
+    kept: Mapping[str, str]
+    without_rule: Mapping[str, str]
+    parameters_before: int
+    parameters_after: int
+    macs_before: int
+    macs_after: int
+
+    def __str__(self) -> str:
+        width = max((len(group.name) for group in self.groups), default=0)
+        lines = [f"{g.name:{width}}  {g.kind:7}  {g.before} -> {g.after}" for g in self.groups]
+        lines += [f"{name}: kept, {reason}" for name, reason in self.kept.items()]
+        lines += [
+            f"{operator} (in {place or 'the model'}) has no rule: what goes through it was kept"
+            for operator, place in self.without_rule.items()
+        ]
+        lines.append(f"parameters {self.parameters_before:,} -> {self.parameters_after:,}")
+        lines.append(f"MACs {self.macs_before:,} -> {self.macs_after:,}")
+        return "\n".join(lines)
+
+
+def report_of(
+    model: nn.Module,
+    small: nn.Module,
+    groups: Groups,
+    chosen: Mapping[str, np.ndarray],
+    batches: list[Any],
+) -> RemovalReport:
+    rows = []
+    for name, group in groups.items():
+        removed = tuple(sorted(chosen.get(name, np.empty(0, np.int64)).tolist()))
+        rows.append(GroupReport(name, group.kind, group.size, group.size - len(removed), removed))
+    return RemovalReport(
+        tuple(rows),
+        groups.frozen,
+        groups.without_rule,
+        parameters(model),
+        parameters(small),
+        macs(model, batches[0]),
+        macs(small, batches[0]),
+    )
+
+
+def parameters(model: nn.Module) -> int:
+    """The number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def macs(model: nn.Module, batch: Any) -> int:
+    """Multiply-adds of products, convolutions and attention in one call of the model."""
+    with probing(model) as probe, FlopCounterMode(display=False) as counter:
+        run(probe, batch)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,94 @@
+"""Sizes that modules keep as numbers beside their parameters, brought in line with these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from trine.nn.packed import is_conv1d
+from trine.prune.structured.groups import Groups
+
+# What attention layers call the number of their heads, and what they call the width of all of them.
+HEAD_COUNTS = (
+    "num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads",
+    "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "num_query_heads",
+)  # fmt: skip
+HEAD_WIDTHS = ("all_head_size", "inner_dim", "split_size")
+
+
+def adjust_layers(model: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
+    """Set the sizes that torch's and transformers' layers keep, from the shapes of their tensors.
+
+    `before` holds the shapes of the parameters as they were, by name.
+    """
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif is_conv1d(module):
+            module.nx, module.nf = weight.shape
+        elif isinstance(module, nn.Embedding):
+            module.embedding_dim = weight.shape[1]
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            _adjust_convolution(module, before.get(f"{name}.weight", weight.shape))
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            module.num_features = weight.shape[0]
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            module.normalized_shape = tuple(weight.shape)
+        elif isinstance(module, nn.GroupNorm):
+            width = module.num_channels // module.num_groups
+            module.num_channels = weight.shape[0]
+            module.num_groups = module.num_channels // width
+
+
+def _adjust_convolution(module: nn.modules.conv._ConvNd, before: tuple[int, ...]) -> None:
+    outputs, inputs = module.weight.shape[:2]
+    if module.transposed:
+        outputs, inputs = inputs, outputs
+    elif module.groups > 1:  # whole groups went, and the channels inside of one stay
+        module.groups = module.groups * outputs // before[0]
+    module.out_channels, module.in_channels = outputs, inputs * module.groups
+
+
+def adjust_owners(model: nn.Module, groups: Groups, chosen: Mapping[str, np.ndarray]) -> None:
+    """Set the numbers of heads, and their widths, of the modules that hold layers with heads."""
+    for name, units in chosen.items():
+        group = groups[name]
+        if group.kind != "head":
+            continue
+        owners = {part.parameter.rpartition(".")[0].rpartition(".")[0] for part in group.slices}
+        for owner in owners:
+            own = vars(model.get_submodule(owner))
+            for key in (*HEAD_COUNTS, *HEAD_WIDTHS):
+                value = own.get(key)
+                if type(value) is int and value % group.size == 0:
+                    own[key] = value // group.size * (group.size - len(units))
+
+
+def candidates(
+    model: nn.Module, name: str, before: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Numbers of the module that equal a size that its own or its layers' parameters had before.
+
+    They are what its forward may rely on; returned with the size after. A number that could stand
+    for two sizes is left out.
+    """
+    module = model.get_submodule(name)
+    changes: dict[int, set[int]] = {}
+    for key, parameter in module.named_parameters():
+        if key.count(".") <= 1:
+            full = f"{name}.{key}" if name else key
+            for old, new in zip(before.get(full, ()), parameter.shape, strict=False):
+                changes.setdefault(old, set()).add(new)
+    found = {}
+    for key, value in vars(module).items():
+        if type(value) is int and not key.startswith("_") and key != "training":
+            after = changes.get(value, set()) - {value}
+            if len(after) == 1:
+                found[key] = after.pop()
+    return found

@@ -1,0 +1,160 @@
+"""Run a model once on examples and find out which slices of its parameters belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trine.calibration.probe import probing, run
+from trine.compress.layers import require_module
+from trine.compress.observe import as_batches
+from trine.prune.structured.groups import Groups, make_groups
+from trine.prune.structured.labels import Label, fixed, freeze, fresh
+from trine.prune.structured.rules import NoRule, Step, rule_for
+from trine.prune.structured.units import Units
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Groups:
+    """The groups of slices of parameters that can be removed from `model` together.
+
+    A copy that shares the parameters runs in evaluation mode, and every operator of aten says
+    which positions of its tensors belong together: a convolution's filters with the batch norm
+    and the channels that read them, queries with keys, all that meets in a residual sum. What
+    goes through an operator without a rule, into the output or in from outside keeps its size.
+
+    Args:
+        model: any module; it is left untouched.
+        example_inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a list of
+            such calls; together they should reach every layer, for others cannot be pruned.
+
+    Raises:
+        ValueError: no module; examples of another form; the model cannot be copied. What the model
+            raises on the examples comes through.
+    """
+    require_module(model, "trace")
+    batches = as_batches(example_inputs)
+    units = Units()
+    with probing(model) as probe, module_names(probe) as stack:
+        leaves = {name: (x, fresh(x.shape, units)) for name, x in leaves_of(probe)}
+        tracer = _Tracer(units, leaves.values(), stack)
+        _keep_what_is_read_whole(probe, leaves, units)
+        for batch in batches:
+            with tracer:
+                output = run(probe, batch)
+            for tensor in tensors_in(output):
+                freeze(tracer.label(tensor), units, "the model's output keeps its size")
+    for name, (tensor, label) in leaves.items():
+        if id(tensor) not in tracer.used:
+            freeze(label, units, f"no example reached {name}")
+    units.settle()
+    labels = {name: label for name, (_, label) in leaves.items()}
+    return make_groups(probe, labels, units, dict(tracer.without_rule))
+
+
+def leaves_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and float buffers, each once, by its first name."""
+    yield from model.named_parameters()
+    yield from ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of what a model returns; what a cache of keys and values holds is its own."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from tensors_in(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for field in fields(output):
+            yield from tensors_in(getattr(output, field.name))
+
+
+class _Tracer(TorchDispatchMode):
+    def __init__(self, units: Units, leaves: Any, stack: list[str]) -> None:
+        super().__init__()
+        self.used: set[int] = set()
+        self.without_rule: dict[str, str] = {}  # operators, with the first module that called them
+        self._units = units
+        self._stack = stack
+        self._leaves = {id(tensor) for tensor, _ in leaves}
+        # Tensors are held on to, so that an id stays one tensor's.
+        self._labels = {id(tensor): (tensor, label) for tensor, label in leaves}
+
+    def label(self, tensor: Tensor) -> Label:
+        if id(tensor) in self._leaves:
+            self.used.add(id(tensor))
+        known = self._labels.get(id(tensor))
+        return fixed(tensor.shape) if known is None else known[1]
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = operator(*args, **kwargs)
+        name = operator._schema.name.removeprefix("aten::").removesuffix("_")
+        step = Step(self._units, self.label, args, kwargs, out, name, self._stack[-1])
+        results = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        for tensor, label in zip(results, self._apply(operator, step), strict=False):
+            if label is not None:
+                self._labels[id(tensor)] = (tensor, label)
+        return out
+
+    def _apply(self, operator: torch._ops.OpOverload, step: Step) -> list[Label | None]:
+        rule = rule_for(operator)
+        try:
+            if rule is not None:
+                return list(rule(step))
+        except NoRule:
+            pass
+        name = operator._schema.name
+        for x in pytree.tree_leaves((step.args, step.kwargs)):
+            if isinstance(x, Tensor):
+                label = self.label(x)
+                if label.blocks:
+                    self.without_rule.setdefault(name, step.where)
+                freeze(label, self._units, f"{name} in {step.where or 'the model'} has no rule")
+        return []
+
+
+@contextmanager
+def module_names(model: nn.Module) -> Iterator[list[str]]:
+    """A list whose last entry is the name of the module that is running, while one is."""
+    names = {module: name for name, module in model.named_modules()}
+    stack = [""]
+
+    def enter(module: nn.Module, _args: tuple) -> None:
+        stack.append(names.get(module, stack[-1]))
+
+    def leave(_module: nn.Module, _args: tuple, _output: object) -> None:
+        stack.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_what_is_read_whole(
+    probe: nn.Module, leaves: Mapping[str, tuple[Tensor, Label]], units: Units
+) -> None:
+    """nn.MultiheadAttention checks that its heads fill its width: nothing of it can be removed."""
+    for name, module in probe.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            held = {id(p) for p in module.parameters()}
+            for tensor, label in leaves.values():
+                if id(tensor) in held:
+                    freeze(label, units, f"nn.MultiheadAttention {name!r} checks its own sizes")
