@@ -404,7 +404,7 @@ class TestCalls:
 
 
 def test_unknown_choice():
-    with pytest.raises(ValueError, match="unknown choice 'int4'"):
+    with pytest.raises(ValueError, match="'int4' is not one of int8"):
         packed_nn.pack_linear(dense(), "int4")
 
 
@@ -446,6 +446,7 @@ def test_models_that_read_the_weights_dtype(choice):
 def test_compile_and_export():
     model, x = all_layers().eval(), torch.randn(3, 24)
     expected = model(x)
+    torch._dynamo.reset()  # each kind of layer compiles the same few functions anew
     assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
     program = torch.export.export(model, (x,))
     assert torch.equal(program.module()(x), expected)

@@ -12,20 +12,24 @@ from torch.utils.checkpoint import checkpoint
 from trine import nn as packed_nn
 from trine.ops.quantize_rows import reference
 from trine.quantize import QatLinear, int8_absmax, prepare_qat, ternary_absmean, two_of_four
-from trine.quantize.weights import ternary24_absmean
+from trine.quantize.schemes import SCHEMES
+from trine.quantize.weights import ternary24_absmean, ternary_twn
 
 CHOICES = list(packed_nn._CHOICES)
+ALL = list(SCHEMES)  # with those that learn more than a weight: test_qat_learned.py has the rest
 SHAPES = ((1, 1, 1), (3, 5, 37), (2, 17, 64), (9, 16, 130))  # (M, N, K)
 
 
 def prepared(choice: str, k: int = 37, n: int = 5, bias: bool = True, dtype=torch.float32):
     """One QatLinear."""
-    return prepare_qat(nn.Linear(k, n, bias).to(dtype), trine.Recipe(linear=choice))
+    samples = torch.randn(16, k).to(dtype)
+    return prepare_qat(nn.Linear(k, n, bias).to(dtype), trine.Recipe(linear=choice), samples)
 
 
 def two_layers(choice: str, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 3, bias=False))
-    return prepare_qat(model.to(dtype), trine.Recipe(linear=choice))
+    samples = torch.randn(16, 20).to(dtype)
+    return prepare_qat(model.to(dtype), trine.Recipe(linear=choice), samples)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -64,6 +68,19 @@ class TestWeightRules:
         assert torch.equal(again, codes)
         assert scale == torch.tensor([0.3]).to(dtype)
 
+    def test_ternary_twn_by_hand(self):
+        codes, scale = ternary_twn(torch.tensor([[1.0, -0.5, 0.25], [-0.125, 2.0, 0.125]]))
+        # mean 4 / 6, threshold 0.467: 1, -0.5 and 2 lie beyond it
+        assert codes.tolist() == [[1, -1, 0], [0, 1, 0]]
+        assert_same_bits(scale, torch.tensor([3.5 / 3]))
+        assert [t.tolist() for t in ternary_twn(torch.zeros(2, 2))] == [[[0, 0], [0, 0]], [0.0]]
+
+    def test_ternary_twn_has_the_best_scale_for_its_codes(self):
+        weight = torch.randn(30, 40)
+        codes, scale = ternary_twn(weight)
+        best = (weight.double() * codes).sum() / (codes != 0).sum()  # least squares
+        assert scale.item() == pytest.approx(best.item(), rel=1e-6)
+
     def test_ternary_rounds_half_to_even(self):
         codes, scale = ternary_absmean(torch.tensor([[0.5, -0.5, 1.5, 1.5]]))
         assert scale.tolist() == [1.0]
@@ -99,7 +116,7 @@ class TestWeightRules:
                 assert kept == sorted(order[:2])
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 class TestForward:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("bias", [True, False])
@@ -157,6 +174,7 @@ class TestForward:
 
     def test_compiled_training_step(self, choice):
         qat, x = two_layers(choice), torch.randn(4, 20)
+        torch._dynamo.reset()  # each test compiles the same few functions anew
         compiled = torch.compile(qat, fullgraph=True, backend="aot_eager")
         y = compiled(x)
         assert_same_bits(y, qat(x))
@@ -184,6 +202,7 @@ class TestForward:
     def test_empty_sides(self, choice, k, n):
         for training in (True, False):
             layer = QatLinear(k, n, choice=choice).train(training)
+            layer.begin_input(*torch.tensor([-1.0, 1.0, 0.5]))
             y = layer(torch.randn(2, 3, k))
             y.sum().backward()
             assert_same_bits(y.detach(), layer.bias.detach().expand(2, 3, n))
@@ -207,7 +226,10 @@ def quantised_by_hand(choice: str, x: Tensor, weight: Tensor) -> tuple[Tensor, T
     if choice.endswith("int8"):
         step = values.abs().amax(1, keepdim=True) / 127
         values = (values / step).round() * step
-    if choice.startswith("ternary"):
+    if choice == "ternary-twn":
+        beyond = values.abs() > 0.7 * values.abs().mean()
+        values = values.sign() * beyond * values.abs()[beyond].mean()
+    elif choice.startswith("ternary"):
         counted = values[values != 0] if "24" in choice else values
         step = counted.abs().mean()
         values = (values / step).round().clamp(-1, 1) * step
@@ -262,7 +284,7 @@ class TestGradient:
         assert x.grad.dtype == qat.weight.grad.dtype == qat.bias.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", ALL)
 class TestTraining:
     def test_loss_falls_and_the_converted_model_gives_the_same_bits(self, choice):
         x = torch.randn(256, 20)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-CHOICES = ("int8", "ternary", "sparse24", "sparse24-int8", "ternary24", "float")
+# What `compress` and `prepare_qat` can make of a layer, and what only training can.
+PACKED = ("int8", "ternary", "ternary-twn", "sparse24", "sparse24-int8", "ternary24")
+TRAINED = ("int8-static", "int8-lsq", "ternary-ttq")
+CHOICES = (*PACKED, *TRAINED, "float")
 PREFERENCES = ("speed", "size")
 
 
@@ -15,11 +18,12 @@ PREFERENCES = ("speed", "size")
 class Recipe:
     """Which compressed kind each linear layer is meant to get.
 
-    linear: one choice for every layer ("int8", "ternary", "sparse24", "sparse24-int8", "ternary24",
-        "float"), or a mapping from patterns of layer names to choices, as in
-        ``{"lm_head": "float", "*.mlp.*": "sparse24", "*": "int8"}``. Patterns are those of fnmatch,
-        case-sensitive, tried in order: the first that matches the layer's whole name decides. A
-        layer that none matches stays float.
+    linear: one choice for every layer, or a mapping from patterns of layer names to choices, as in
+        ``{"lm_head": "float", "*.mlp.*": "sparse24", "*": "int8"}``. Choices are "int8", "ternary",
+        "ternary-twn", "sparse24", "sparse24-int8", "ternary24", "float" and, for `prepare_qat`
+        alone, "int8-static", "int8-lsq" and "ternary-ttq" (see `trine.quantize.QatLinear`).
+        Patterns are those of fnmatch, case-sensitive, tried in order: the first that matches the
+        layer's whole name decides. A layer that none matches stays float.
     prefer: "speed" swaps a layer only where the compressed one is measured faster; "size" wherever
         it is smaller.
 

@@ -9,6 +9,7 @@ from trine.nn.quantizing_norm import QuantizingRMSNorm
 from trine.nn.sparse24 import Sparse24Linear
 from trine.nn.ternary import TernaryLinear
 from trine.nn.ternary24 import Ternary24Linear
+from trine.nn.two_scales import TwoScaleTernaryLinear
 
 __all__ = [
     "Int8Linear",
@@ -18,19 +19,28 @@ __all__ = [
     "Sparse24Linear",
     "Ternary24Linear",
     "TernaryLinear",
+    "TwoScaleTernaryLinear",
     "layer_kinds",
     "pack_linear",
 ]
 
 layer_kinds: dict[str, type[PackedLinear]] = {
     layer.kind: layer
-    for layer in (TernaryLinear, NormedTernaryLinear, Int8Linear, Sparse24Linear, Ternary24Linear)
+    for layer in (
+        TernaryLinear,
+        TwoScaleTernaryLinear,
+        NormedTernaryLinear,
+        Int8Linear,
+        Sparse24Linear,
+        Ternary24Linear,
+    )
 }
 
 # What a recipe may choose for a layer: the class, and the options of its `from_linear`.
 _CHOICES: dict[str, tuple[type[PackedLinear], dict[str, str]]] = {
     "int8": (Int8Linear, {}),
     "ternary": (TernaryLinear, {}),
+    "ternary-twn": (TernaryLinear, {"rule": "threshold"}),
     "sparse24": (Sparse24Linear, {"values": "float"}),
     "sparse24-int8": (Sparse24Linear, {"values": "int8"}),
     "ternary24": (Ternary24Linear, {}),
@@ -42,11 +52,14 @@ def pack_linear(linear: nn.Module, choice: str) -> PackedLinear:
 
     Args:
         linear: torch.nn.Linear or transformers' Conv1D, float32, bfloat16 or float16.
-        choice: "int8", "ternary", "sparse24", "sparse24-int8" or "ternary24".
+        choice: "int8", "ternary", "ternary-twn", "sparse24", "sparse24-int8" or "ternary24".
 
     Raises ValueError for an unknown choice, and what `from_linear` raises.
     """
     if choice not in _CHOICES:
-        raise ValueError(f"pack_linear: unknown choice {choice!r}; known are {', '.join(_CHOICES)}")
+        raise ValueError(
+            f"pack_linear: {choice!r} is not one of {', '.join(_CHOICES)}, the choices for a layer "
+            "that was trained in float"
+        )
     layer, options = _CHOICES[choice]
     return layer.from_linear(linear, **options)

@@ -69,25 +69,55 @@ class Int8Linear(PackedLinear):
 
         Raises ValueError for another class or dtype, and for NaN or infinite weights.
         """
-        if input_scale is None and input_zero_point is not None:
-            raise ValueError("from_linear: input_zero_point needs input_scale beside it")
         weight, bias = dense_parts(linear)
-        codes, scale = int8_absmax(weight)
-        layer = cls(
-            weight.shape[1],
-            weight.shape[0],
-            bias is not None,
-            static_input=input_scale is not None,
-            device="meta",
+        return cls.from_codes(
+            *int8_absmax(weight),
+            bias,
+            input_scale=input_scale,
+            input_zero_point=input_zero_point,
             dtype=weight.dtype,
         )
-        layer.packed_weight = pack_int8(codes)
-        layer.weight_scale = scale
-        layer.bias = bias
-        if input_scale is not None:
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> "Int8Linear":
+        """Pack a weight that is int8 already.
+
+        Args:
+            codes: int8 [N, K], values -127 to 127.
+            weight_scale: [N].
+            bias: [N] or None.
+            input_scale, input_zero_point: as for `from_linear`.
+            dtype: the layer's float dtype; that of the bias, or torch's default, where it is None.
+
+        Raises ValueError for shapes or values that do not fit.
+        """
+        if input_scale is None and input_zero_point is not None:
+            raise ValueError("Int8Linear: input_zero_point needs input_scale beside it")
+        packed, (n, k) = pack_int8(codes), codes.shape
+        for name, tensor in (("weight_scale", weight_scale), ("bias", bias)):
+            if tensor is not None and tensor.shape != (n,):
+                raise ValueError(f"Int8Linear: {name} has shape {list(tensor.shape)}, not [{n}]")
+        if dtype is None and bias is not None:
+            dtype = bias.dtype
+        static = input_scale is not None
+        layer = cls(k, n, bias is not None, static_input=static, device="meta", dtype=dtype)
+        layer.packed_weight = packed
+        layer.weight_scale = weight_scale.detach().to(codes.device, torch.float32, copy=True)
+        if bias is not None:
+            layer.bias = bias.detach().to(codes.device, layer._dtype, copy=True)
+        if static:
             zero = torch.zeros(1) if input_zero_point is None else input_zero_point
-            layer.input_scale = input_scale.detach().to(weight.device, torch.float32).reshape(1)
-            layer.input_zero_point = zero.to(weight.device, torch.int32).reshape(1)
+            layer.input_scale = input_scale.detach().to(codes.device, torch.float32).reshape(1)
+            layer.input_zero_point = zero.detach().to(codes.device, torch.int32).reshape(1)
         return layer
 
     def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from trine.nn.codes import CodesLinear
 from trine.nn.packed import dense_parts
 from trine.ops import pack_ternary, ternary_linear, unpack_ternary
 from trine.ops.ternary_linear.pack import CHUNK
-from trine.quantize.weights import ternary_absmean
+from trine.quantize.weights import ternary_absmean, ternary_twn
 
 
 class TernaryLinear(CodesLinear):
@@ -52,17 +52,22 @@ class TernaryLinear(CodesLinear):
         self._add_buffer("bias", (out_features,) if bias else None, self._dtype, device)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module) -> "TernaryLinear":
-        """Pack a dense layer by its mean magnitude, one scale for the tensor (BitNet b1.58).
+    def from_linear(cls, linear: nn.Module, *, rule: str = "absmean") -> "TernaryLinear":
+        """Pack a dense layer, with one scale for the tensor.
 
         Args:
             linear: torch.nn.Linear or transformers' Conv1D, float32, bfloat16 or float16. A layer
                 that was not trained for it loses most of its accuracy.
+            rule: "absmean" (BitNet b1.58, `trine.quantize.ternary_absmean`) or "threshold" (TWN,
+                `trine.quantize.ternary_twn`).
 
-        Raises ValueError for another class or dtype, and for NaN or infinite weights.
+        Raises ValueError for another class, dtype or rule, and for NaN or infinite weights.
         """
+        rules = {"absmean": ternary_absmean, "threshold": ternary_twn}
+        if rule not in rules:
+            raise ValueError(f"TernaryLinear: rule is {rule!r}; it must be one of {list(rules)}")
         weight, bias = dense_parts(linear)
-        return cls.from_codes(*ternary_absmean(weight), bias, dtype=weight.dtype)
+        return cls.from_codes(*rules[rule](weight), bias, dtype=weight.dtype)
 
     def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers = self._buffers

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from trine.quantize.observers import MeanMagnitude, MinMax
 from trine.quantize.qat import QatLinear
+from trine.quantize.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from trine.compress.recipe import Recipe
 
 
-def prepare_qat(model: nn.Module, recipe: Recipe, *, pruned_decay: float = 0.0) -> nn.Module:
+def prepare_qat(
+    model: nn.Module, recipe: Recipe, sample_inputs: Any = None, *, pruned_decay: float = 0.0
+) -> nn.Module:
     """A copy of `model` whose linear layers anticipate being packed as `recipe` says.
 
     The chosen nn.Linear layers become `QatLinear` layers with the same parameters under the same
@@ -24,10 +28,13 @@ def prepare_qat(model: nn.Module, recipe: Recipe, *, pruned_decay: float = 0.0) 
     Args:
         model: any module; it is not touched.
         recipe: its `linear` chooses for each layer by name; `prefer` has no meaning here.
+        sample_inputs: data as for `trine.calibrate`, needed where a layer is to be "int8-static" or
+            "int8-lsq": it says where the scale of their activations begins.
         pruned_decay: of the layers that become 2:4, see `QatLinear`; `trine.prune.sr_ste` uses it.
 
     Raises:
-        ValueError: no layer is left to train under quantisation, or the model cannot be copied.
+        ValueError: no layer is left to train under quantisation, the model cannot be copied,
+            sample inputs are missing, or as `trine.calibrate` does.
     """
     # Imported here because trine.compress builds on this package.
     from trine.compress.layers import (
@@ -42,7 +49,8 @@ def prepare_qat(model: nn.Module, recipe: Recipe, *, pruned_decay: float = 0.0) 
     require_module(model, "prepare_qat")
     if not isinstance(recipe, Recipe):
         raise ValueError(f"prepare_qat takes a trine.Recipe; got {type(recipe).__name__}")
-    replacements: dict[nn.Module, nn.Module] = {}
+    replacements: dict[nn.Module, QatLinear] = {}
+    static: dict[str, QatLinear] = {}
     skipped: dict[str, str] = {}
     blocked = obstacles(model)
     for name, layer in linear_layers(model).items():
@@ -56,12 +64,15 @@ def prepare_qat(model: nn.Module, recipe: Recipe, *, pruned_decay: float = 0.0) 
         else:
             decay = pruned_decay if "24" in choice else 0.0
             replacements[layer] = _qat_linear(layer, choice, decay)
+            if SCHEMES[choice].static_input:
+                static[name] = replacements[layer]
     if not replacements:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
             "prepare_qat: the recipe and the model leave no nn.Linear to train under quantisation"
             + (f" ({reasons})" if reasons else "")
         )
+    _begin_input_scales(model, static, sample_inputs)
     prepared = copy_model(model, replacements)
     close_fast_paths(prepared, QatLinear)
     prepared.qat_skipped = skipped
@@ -77,6 +88,29 @@ def _qat_linear(linear: nn.Linear, choice: str, pruned_decay: float) -> QatLinea
         choice=choice,
         pruned_decay=pruned_decay,
     )
+    layer.to_empty(device=linear.weight.device)
     layer.weight = copy.deepcopy(linear.weight)
     layer.bias = copy.deepcopy(linear.bias)
+    layer.begin()
     return layer.train(linear.training)
+
+
+def _begin_input_scales(model: nn.Module, layers: dict[str, QatLinear], sample_inputs: Any) -> None:
+    """Set the ranges and steps of the activations of `layers` to what the model's samples show."""
+    if not layers:
+        return
+    if sample_inputs is None:
+        raise ValueError(
+            f"prepare_qat: layer {next(iter(layers))!r} gets one scale for its activations; give "
+            "sample_inputs, from which it is found"
+        )
+    from trine.calibration import Several, calibrate  # they build on this package, too
+
+    seen = calibrate(
+        model,
+        sample_inputs,
+        lambda: Several(ends=MinMax(), magnitude=MeanMagnitude()),
+        layers=layers,
+    )
+    for name, layer in layers.items():
+        layer.begin_input(*seen[name].ends.range(), seen[name].magnitude.mean)

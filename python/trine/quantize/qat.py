@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from trine import nn as packed_nn  # a package that imports this one: used in calls only
 from trine.ops._checks import check_rows
 from trine.ops._linear import in_autocast_dtype, needs_grad, without_autocast
-from trine.quantize.weights import WEIGHT_RULES, int8_rows, two_of_four
+from trine.quantize.input_range import InputRange, static_rows
+from trine.quantize.schemes import INT8_MAX, SCHEMES, Scheme, first_step, step_gradient
+from trine.quantize.weights import int8_rows, two_of_four
 
 
 class QatLinear(nn.Linear):
@@ -18,16 +21,27 @@ class QatLinear(nn.Linear):
 
     In training mode the forward pass is the arithmetic of the kernel, in floats; in evaluation mode
     it is the kernel itself on the current weight, so that it gives the bits of the converted layer.
-    In both, gradients flow to the input, to all of the master weight (also to what 2:4 sets to 0)
-    and to the bias, through the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432):
-    rounding and pruning count as the identity.
+    In both, gradients flow to the input, to all of the master weight (also to what 2:4 sets to 0),
+    to the bias and to what the scheme learns beside them, through the straight-through estimator
+    (Bengio et al. 2013, arXiv:1308.3432): rounding and pruning count as the identity, clamping does
+    not (see `trine.quantize.schemes`).
 
     Args:
         in_features, out_features, bias, device, dtype: as for torch.nn.Linear.
-        choice: "int8", "ternary", "sparse24", "sparse24-int8" or "ternary24".
+        choice: how it will be packed.
+            "int8", "ternary" (absmean), "ternary-twn" (threshold), "sparse24", "sparse24-int8",
+            "ternary24": by a rule, activations int8 with a scale for each row (floats in
+            "sparse24").
+            "ternary-ttq": a learned scale for each sign, `sign_scale` [2].
+            "int8-static": activations int8 with one scale and zero point, by `input_range`, the
+            range seen so far (see `QatSchedule`).
+            "int8-lsq": learned steps `weight_scale` [N] and `input_scale` [1].
         pruned_decay: of the 2:4 choices; every backward pass adds pruned_decay * w to the gradient
             of each weight w that is set to 0, so that these shrink and the pattern comes to rest
             (SR-STE, Zhou et al. 2021, arXiv:2102.04010).
+
+    Where activations have one scale it is to be set before training: `prepare_qat` does, from
+    sample inputs. Until then the layer gives NaN.
 
     Raises ValueError for another choice, and for a decay that is negative or of another choice.
     """
@@ -43,9 +57,9 @@ class QatLinear(nn.Linear):
         choice: str = "int8",
         pruned_decay: float = 0.0,
     ) -> None:
-        if choice not in WEIGHT_RULES:
+        if choice not in SCHEMES:
             raise ValueError(
-                f"QatLinear: choice is {choice!r}; it must be one of {', '.join(WEIGHT_RULES)}"
+                f"QatLinear: choice is {choice!r}; it must be one of {', '.join(SCHEMES)}"
             )
         if pruned_decay < 0 or (pruned_decay and "24" not in choice):
             raise ValueError(
@@ -54,7 +68,36 @@ class QatLinear(nn.Linear):
             )
         super().__init__(in_features, out_features, bias, device, dtype)
         self.choice, self.pruned_decay = choice, pruned_decay
-        self._packed: tuple[Tensor, packed_nn.PackedLinear] | None = None
+        self.input_range = InputRange(device) if self.scheme.input_range else None
+        unset = torch.empty(1, device=device) if self.scheme.input_step else None
+        self.input_scale = None if unset is None else nn.Parameter(unset)
+        self._packed: tuple[list[Tensor], packed_nn.PackedLinear] | None = None
+        self.begin()
+
+    @property
+    def scheme(self) -> Scheme:
+        return SCHEMES[self.choice]
+
+    def begin(self) -> None:
+        """Set what is learned to where the current weight says; what activations need, to NaN."""
+        for name, start in self.scheme.learned(self.weight).items():
+            self.register_parameter(name, nn.Parameter(start))
+        if self.scheme.static_input:
+            unknown = self.weight.new_full((1,), torch.nan, dtype=torch.float32)
+            self.begin_input(unknown, unknown, unknown)
+
+    @torch.no_grad()
+    def begin_input(self, low: Tensor, high: Tensor, mean_magnitude: Tensor) -> None:
+        """Set the range of the activations to [low, high], or their step as fits their E|x|."""
+        if self.input_range is not None:
+            self.input_range.begin(low, high)
+        if self.input_scale is not None:
+            self.input_scale.copy_(first_step(mean_magnitude).reshape(1))
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        """What is learned beside weight and bias, but for the step of the activations."""
+        return [getattr(self, name) for name in self.scheme.names]
 
     def forward(self, x: Tensor) -> Tensor:
         x = in_autocast_dtype(x)
@@ -64,32 +107,51 @@ class QatLinear(nn.Linear):
                 f"QatLinear: the input has shape {list(x.shape)}, "
                 f"expected [..., {self.in_features}]"
             )
+        if self.training and self.input_range is not None:
+            self.input_range.watch(x)
         packed = None if self.training else self._packed_weight()
-        if packed is not None and not needs_grad(x, self.weight, self.bias):
+        parameters = (self.weight, self.bias, self.input_scale, *self.learned)
+        if packed is not None and not needs_grad(x, *parameters):
             return packed.with_bias(x, self.bias)
         weight = self.weight
         if self.pruned_decay:
             weight = _DecayOfPruned.apply(weight, self.pruned_decay)
-        return _ThroughQuantization.apply(x, weight, self.bias, self.choice, packed)
+        scale, zero_point = self._input_grid()
+        return _ThroughQuantization.apply(
+            x, weight, self.bias, scale, zero_point, self.choice, packed, *self.learned
+        )
+
+    def _input_grid(self) -> tuple[Tensor | None, Tensor | None]:
+        """The scale of the activations and their zero point, where there is one for all."""
+        return (self.input_scale, None) if self.input_range is None else self.input_range.grid()
 
     def pack(self) -> packed_nn.PackedLinear:
         """The packed layer that this one stands for; raises ValueError for NaN weights."""
-        return packed_nn.pack_linear(self, self.choice).train(self.training)
+        scale, zero_point = self._input_grid()
+        if scale is None:
+            return self.scheme.pack(self).train(self.training)
+        if not scale.detach().gt(0).all():
+            raise ValueError(
+                f"the scale of the activations is {scale.item()}; it must be positive: set it with "
+                "prepare_qat(model, recipe, sample_inputs), or lower its learning rate"
+            )
+        packed = self.scheme.pack(self, input_scale=scale, input_zero_point=zero_point)
+        return packed.train(self.training)
 
     @torch.compiler.disable  # compiled code could not see that the weight has changed
     def _packed_weight(self) -> packed_nn.PackedLinear:
-        """The packed layer of the current weight, made anew where the weight has changed.
+        """The packed layer of the current state, made anew where the state has changed.
 
-        The weight itself is compared, not its version counter: averaging and loading often write
-        through `weight.data`, which no counter shows. Reading it costs less than using it.
+        The values themselves are compared, not version counters: averaging and loading often write
+        through `weight.data`, which no counter shows. Reading them costs less than using them.
         """
-        weight = self.weight.detach()
+        state = [self.weight, *self.learned, *self._input_grid()]
+        state = [tensor.detach() for tensor in state if tensor is not None]
         if self._packed is not None:
             packed_from, packed = self._packed
-            same_kind = packed_from.dtype == weight.dtype and packed_from.device == weight.device
-            if same_kind and torch.equal(packed_from, weight):
+            if all(map(_same, packed_from, state)):
                 return packed
-        self._packed = (weight.clone(), self.pack())
+        self._packed = ([t.clone() for t in state], self.pack())
         return self._packed[1]
 
     def train(self, mode: bool = True) -> QatLinear:
@@ -121,6 +183,10 @@ class _DecayOfPruned(torch.autograd.Function):
         return grad + ctx.decay * weight.masked_fill(two_of_four(weight), 0), None
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
 class _ThroughQuantization(torch.autograd.Function):
     """The quantised linear layer with the gradient of the plain one at the quantised values."""
 
@@ -130,42 +196,85 @@ class _ThroughQuantization(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        input_scale: Tensor | None,
+        input_zero_point: Tensor | None,
         choice: str,
         packed: packed_nn.PackedLinear | None,
+        *learned: Tensor,
     ) -> Tensor:
-        values, weight_scale = WEIGHT_RULES[choice](weight)
+        scheme = SCHEMES[choice]
+        terms = scheme.terms(weight, dict(zip(scheme.names, learned, strict=True)))
         # Not reshape(-1, K): K may be 0.
-        rows, row_scale = x.reshape(x.shape[:-1].numel(), x.shape[-1]), None
-        if weight_scale is not None:
-            rows, row_scale = int8_rows(rows)
-        ctx.save_for_backward(rows, row_scale, values, weight_scale)
-        ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
+        inputs, row_scale = x.reshape(x.shape[:-1].numel(), x.shape[-1]), None
+        if input_scale is not None:
+            rows, row_scale = static_rows(inputs, input_scale, input_zero_point)
+        elif terms[0][1] is not None:
+            rows, row_scale = int8_rows(inputs)
+        else:
+            rows = inputs
+        ctx.choice, ctx.is_static = choice, input_scale is not None
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        grid = (inputs, input_scale, input_zero_point) if ctx.is_static else (None, None, None)
+        of_terms = (tensor for term in terms for tensor in term)
+        ctx.save_for_backward(weight, rows, row_scale, *grid, *learned, *of_terms)
         if packed is not None:
             return packed.with_bias(x, bias)
 
-        # The order of the kernels, each step rounded to fp32 once; int8 products are exact.
-        with without_autocast(x):
-            y = rows.float() @ values.float().T
-        if weight_scale is not None:
-            y = y * row_scale[:, None] * weight_scale
-        if bias is not None:
-            y = y + bias.float()
+        # The order of the kernels, each step rounded to fp32 once; int8 products are exact. Of
+        # several products the last one gets the bias, and the others are added to it.
+        y = None
+        for values, weight_scale in reversed(terms):
+            with without_autocast(x):
+                product = rows.float() @ values.float().T
+            if weight_scale is not None:
+                product = product * row_scale[:, None] * weight_scale
+            if y is not None:
+                y = product + y
+            else:
+                y = product if bias is None else product + bias.float()
         return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # the saved values have no history
     def backward(ctx, grad_y: Tensor):
-        rows, row_scale, values, weight_scale = ctx.saved_tensors
+        scheme = SCHEMES[ctx.choice]
+        weight, rows, row_scale, inputs, input_scale, zero_point, *rest = ctx.saved_tensors
+        learned = dict(zip(scheme.names, rest, strict=False))
+        terms = list(zip(*[iter(rest[len(learned) :])] * 2, strict=True))
+        needs_x, needs_weight, needs_bias, needs_step, _, _, _, *needs_learned = (
+            ctx.needs_input_grad
+        )
         grad = grad_y.reshape(rows.shape[0], grad_y.shape[-1]).float()
-        grad_x = grad_weight = grad_bias = None
+        grad_x = grad_weight = grad_bias = grad_step = None
+        of_learned: list[Tensor | None] = [None] * len(learned)
         with without_autocast(grad):
-            if ctx.needs_input_grad[0]:
-                scaled = grad if weight_scale is None else grad * weight_scale
-                grad_x = (scaled @ values.float()).to(ctx.x_dtype).reshape(ctx.x_shape)
-            if ctx.needs_input_grad[1]:
+            if needs_x or needs_step:
+                grad_x = sum(
+                    (grad if scale is None else grad * scale) @ values.float()
+                    for values, scale in terms
+                )
+                if ctx.is_static:
+                    grad_x, grad_step = _through_grid(grad_x, inputs, input_scale, zero_point)
+                grad_x = grad_x.to(ctx.x_dtype).reshape(ctx.x_shape)
+            if needs_weight or any(needs_learned):
                 scaled = grad if row_scale is None else grad * row_scale[:, None]
-                grad_weight = (scaled.T @ rows.float()).to(ctx.weight_dtype)
-            if ctx.needs_input_grad[2]:
+                grad_weight, found = scheme.gradients(scaled.T @ rows.float(), weight, learned)
+                grad_weight = grad_weight.to(weight.dtype)
+                of_learned = [found[name].to(learned[name].dtype) for name in learned]
+            if needs_bias:
                 grad_bias = grad.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, grad_step, None, None, None, *of_learned
+
+
+def _through_grid(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the step, from that of the quantised x [M, K].
+
+    x passes where it was not clamped; the step as `LearnedSteps` says, damped by its values.
+    """
+    shift = 0 if zero_point is None else zero_point
+    inside, of_step = step_gradient(x.float() / scale, -128 - shift, 127 - shift)
+    damping = 1 / math.sqrt(max(1, x.numel()) * INT8_MAX)
+    return grad * inside, ((grad * of_step).sum() * damping).reshape(1)

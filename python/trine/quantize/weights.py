@@ -47,6 +47,23 @@ def ternary_absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale.reshape(1)
 
 
+def ternary_twn(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise `weight` [N, K] to {-1, 0, 1} by a threshold.
+
+    The rule of TWN (Li et al. 2016, arXiv:1605.04711): codes = sign(w) where |w| > 0.7 * mean |w|,
+    else 0; scale = mean |w| of those, the best one for these codes. Sums are taken in float64. A
+    weight of zeros gets codes 0 and scale 0.
+
+    Returns codes int8 [N, K] and scale float32 [1].
+    """
+    magnitude = weight.float().abs()
+    threshold = 0.7 * magnitude.mean(dtype=torch.float64) if weight.numel() else 0.0
+    kept = magnitude > threshold
+    total = torch.where(kept, magnitude, 0.0).sum(dtype=torch.float64)
+    scale = (total / kept.sum().clamp(min=1)).float()
+    return (weight.float().sign() * kept).to(torch.int8), scale.reshape(1)
+
+
 def two_of_four(weight: Tensor) -> Tensor:
     """Mark the two largest magnitudes of every four consecutive columns; among equals the first.
 
@@ -97,6 +114,7 @@ def ternary24_absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
 WEIGHT_RULES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
     "int8": int8_absmax,
     "ternary": ternary_absmean,
+    "ternary-twn": ternary_twn,
     "sparse24": sparse24,
     "sparse24-int8": sparse24_int8,
     "ternary24": ternary24_absmean,
