@@ -195,6 +195,7 @@ def test_every_module_that_can_be_rebuilt_is_rebuilt_as_it_was():
         nn.Softmax(-1),
         nn.Tanh(),
         nn.Unflatten(1, (2, 3)),
+        trine.nn.LowRankLinear(4, 6, 2, False, residual=True),
     ]
     assert {type(module) for module in modules} == set(MODULES)
     for module in modules:

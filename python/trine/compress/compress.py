@@ -19,7 +19,12 @@ from trine.compress.layers import (
 from trine.compress.measure import Measurements, Timer
 from trine.compress.observe import Call, as_batches, observe
 from trine.compress.recipe import Recipe
-from trine.compress.report import CompressionReport, LayerReport, ShapeTiming
+from trine.compress.report import (
+    CompressionReport,
+    LayerReport,
+    ShapeTiming,
+    require_place_for_report,
+)
 from trine.compress.save_pretrained import prepare_save_pretrained
 from trine.evaluate.latency import alternate
 from trine.nn import PackedLinear, pack_linear
@@ -58,8 +63,9 @@ def compress(
         swapped, the measured ratio and the reason; print it for a table.
 
     Raises:
-        ValueError: the model has no linear layer, already has an attribute `report`, holds
-            QatLinear layers (`trine.convert` packs those), is the result of torch.compile, or
+        ValueError: the model has no linear layer, already has an attribute `report` (but for that
+            of an earlier stage, such as `trine.factorize`), holds QatLinear layers
+            (`trine.convert` packs those), is the result of torch.compile, or
             cannot be copied; a weight that is to be compressed holds NaN or infinity; `recipe` or
             `sample_inputs` of another form. What the model raises on the samples comes through.
     """
@@ -102,11 +108,7 @@ def _check(model: nn.Module, recipe: Recipe) -> None:
     require_module(model, "compress")
     if not isinstance(recipe, Recipe):
         raise ValueError(f"compress takes a trine.Recipe; got {type(recipe).__name__}")
-    if hasattr(model, "report"):
-        raise ValueError(
-            "compress puts its report into the attribute 'report', which the model already has; "
-            "rename it there, or compress the original of a model that was compressed before"
-        )
+    require_place_for_report(model, "compress")
     if hasattr(model, "_orig_mod"):
         raise ValueError("compress the model first and call torch.compile on the result")
     if any(isinstance(module, QatLinear) for module in model.modules()):

@@ -79,8 +79,9 @@ def difference(base: nn.Module, model: nn.Module) -> list[Edit] | None:
         return None
     walk = _Walk(base)
     try:
-        walk.module(model, base, "")
-        walk.ties(model)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            walk.module(model, base, "")
+            walk.ties(model)
     except _Indescribable:
         return None
     return walk.edits if same_structure(model, base) else None
@@ -247,10 +248,14 @@ class _Walk:
         elif twin is not None and twin not in self.used and _can_become(twin, child):
             self.module(child, twin, name)
         else:
-            description = describe_tree(child, self.names, name)
+            description = describe_tree(child, dict(self.names), name)
             if description is None:
                 raise _Indescribable
             self.edit(name, "module", description)
+            twin = parent._modules[key]
+            if not _can_become(twin, child):
+                raise _Indescribable
+            self.module(child, twin, name)  # for what was changed in the child itself
 
     def ties(self, model: nn.Module) -> None:
         """With the same modules everywhere: which of their tensors are the same."""

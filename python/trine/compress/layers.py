@@ -60,12 +60,20 @@ def bytes_of(module: nn.Module) -> int:
 
 def obstacles(model: nn.Module) -> dict[str, str]:
     """The layers that must stay as they are, by name, each with the reason."""
+    return obstacles_of(model, linear_layers(model))
+
+
+def obstacles_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Those of `layers` that must stay as they are, by name, each with the reason.
+
+    They may be of any class of torch.nn with a weight and perhaps a bias, or Conv1D.
+    """
     users = Counter(
         _memory(tensor)
         for module in model.modules()
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     )
-    found = {name: _obstacle(layer, users) for name, layer in linear_layers(model).items()}
+    found = {name: _obstacle(layer, users) for name, layer in layers.items()}
     return {name: reason for name, reason in found.items() if reason}
 
 
@@ -91,7 +99,11 @@ def _obstacle(layer: nn.Module, users: Mapping[int, int]) -> str | None:
 
 
 def _has_own_forward(layer: nn.Module) -> bool:
-    library_class = next(c for c in type(layer).__mro__ if c is nn.Linear or c.__name__ == "Conv1D")
+    library_class = next(
+        c
+        for c in type(layer).__mro__
+        if c.__module__.startswith("torch.nn.modules.") or c.__name__ == "Conv1D"
+    )
     return "forward" in vars(layer) or any(
         getattr(type(layer), name) is not getattr(library_class, name)
         for name in ("forward", "__call__")

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from trine.compress.recipe import Recipe
+
+
+class StageReport:
+    """The attribute `report` of a model that is meant to be changed further, as by `compress`."""
+
+
+def require_place_for_report(model: nn.Module, caller: str) -> None:
+    """Raises ValueError where the model has an attribute `report` that must not be lost."""
+    if not isinstance(getattr(model, "report", StageReport()), StageReport):
+        raise ValueError(
+            f"{caller} puts its report into the attribute 'report', which the model already has; "
+            "rename it there, or take the original of a model that was compressed before"
+        )
 
 
 @dataclass(frozen=True)
@@ -104,14 +119,19 @@ class CompressionReport:
             size = f"{layer.bytes_before / 1e3:.1f} -> {layer.bytes_after / 1e3:.1f}"
             result = "swapped" if layer.swapped else "kept"
             rows.append((layer.name, layer.choice, result, speed, size, layer.reason))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows)
         speed = "" if self.speedup is None else f", linear layers {self.speedup:.2f}x as fast"
         lines.append(
             f"{self.swapped} of {len(self.layers)} layers swapped, model "
             f"{self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB{speed}"
         )
         return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines, the cells of a column below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from trine.compress.layers import signature
-from trine.nn import PackedLinear
+from trine.nn import LowRankConv2d, LowRankLinear, PackedLinear
 
 Description = dict[str, Any]
 
@@ -54,8 +54,11 @@ MODULES: dict[type[nn.Module], str] = {
     nn.Softmax: "dim",
     nn.Tanh: "",
     nn.Unflatten: "dim unflattened_size",
+    LowRankLinear: "in_features out_features rank bias residual",
 }
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, LowRankConv2d)
+# Arguments that say whether there is what the attribute holds.
+_OPTIONAL = {"bias", "residual"}
 _CLASSES = {module.__name__: module for module in (*MODULES, *_CONTAINERS)}
 
 
@@ -82,8 +85,8 @@ def describe_tree(
         description = {"class": type(module).__name__, "children": children}
     elif type(module) in MODULES:
         arguments = {key: getattr(module, key) for key in MODULES[type(module)].split()}
-        if "bias" in arguments:
-            arguments["bias"] = module.bias is not None
+        for key in arguments.keys() & _OPTIONAL:
+            arguments[key] = arguments[key] is not None
         description = {"class": type(module).__name__, "arguments": arguments}
     else:
         return None

@@ -1,8 +1,9 @@
-"""Linear layers with compressed weights, drop-in for `torch.nn.Linear`."""
+"""Layers with compressed weights, drop-in for those of `torch.nn`."""
 
 from torch import nn
 
 from trine.nn.int8 import Int8Linear
+from trine.nn.low_rank import LowRankConv2d, LowRankLinear
 from trine.nn.normed_ternary import NormedTernaryLinear
 from trine.nn.packed import PackedLinear
 from trine.nn.quantizing_norm import QuantizingRMSNorm
@@ -13,6 +14,8 @@ from trine.nn.two_scales import TwoScaleTernaryLinear
 
 __all__ = [
     "Int8Linear",
+    "LowRankConv2d",
+    "LowRankLinear",
     "NormedTernaryLinear",
     "PackedLinear",
     "QuantizingRMSNorm",
