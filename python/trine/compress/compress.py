@@ -10,14 +10,13 @@ from torch import nn
 
 from trine.compress.layers import (
     bytes_of,
-    close_fast_paths,
-    copy_model,
     linear_layers,
     obstacles,
     require_module,
 )
 from trine.compress.measure import Measurements, Timer
 from trine.compress.observe import Call, as_batches, observe
+from trine.compress.packed_copy import packed_copy
 from trine.compress.recipe import Recipe
 from trine.compress.report import (
     CompressionReport,
@@ -25,7 +24,6 @@ from trine.compress.report import (
     ShapeTiming,
     require_place_for_report,
 )
-from trine.compress.save_pretrained import prepare_save_pretrained
 from trine.evaluate.latency import alternate
 from trine.nn import PackedLinear, pack_linear
 from trine.quantize import QatLinear
@@ -97,9 +95,7 @@ def compress(
                     row = replace(row, reason=f"{row.reason}; {_NOT_MEASURED}")
             rows.append(row)
 
-    small = copy_model(model, replacements).eval()
-    close_fast_paths(small)
-    prepare_save_pretrained(small)
+    small = packed_copy(model, replacements).eval()
     small.report = CompressionReport(recipe, tuple(rows), bytes_of(model), bytes_of(small))
     return small
 

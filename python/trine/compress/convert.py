@@ -2,12 +2,8 @@
 
 from torch import nn
 
-from trine.compress.layers import (
-    close_fast_paths,
-    copy_model,
-    require_module,
-)
-from trine.compress.save_pretrained import prepare_save_pretrained
+from trine.compress.layers import require_module
+from trine.compress.packed_copy import packed_copy
 from trine.quantize.qat import QatLinear
 
 
@@ -28,10 +24,7 @@ def convert(model: nn.Module) -> nn.Module:
             "use trine.compress on a model that was trained in float"
         )
     packed = {layer: _pack(name, layer) for name, layer in layers.items()}
-    converted = copy_model(model, packed)
-    close_fast_paths(converted)
-    prepare_save_pretrained(converted)
-    return converted
+    return packed_copy(model, packed)
 
 
 def _pack(name: str, layer: QatLinear) -> nn.Module:

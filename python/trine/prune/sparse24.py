@@ -88,12 +88,8 @@ def as_sparse24(
     Raises:
         ValueError: a chosen layer is not 2:4 or no linear layer.
     """
-    from trine.compress.layers import (
-        close_fast_paths,
-        copy_model,
-        obstacles,
-        refuse_save_pretrained,
-    )
+    from trine.compress.layers import obstacles
+    from trine.compress.packed_copy import packed_copy
 
     chosen = prunable_layers(model, layers, skip)
     blocked = obstacles(model)
@@ -113,7 +109,4 @@ def as_sparse24(
                 f"prune it to 2:4 first, or leave it out with skip='{name}'"
             )
         replacements[layer] = Sparse24Linear.from_linear(layer, values=values)
-    small = copy_model(model, replacements).eval()
-    close_fast_paths(small)
-    refuse_save_pretrained(small)
-    return small
+    return packed_copy(model, replacements).eval()
