@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -12,6 +12,9 @@ from trine.distill.capture import Capture
 from trine.distill.objectives.base import Batch, Objective
 from trine.distill.settings import Training
 from trine.distill.teachers import Teacher
+
+if TYPE_CHECKING:
+    from trine.prune import Pruner
 
 __all__ = ["Distiller"]
 
@@ -63,6 +66,8 @@ class Distiller:
         transform: called with each batch and the student, returns the batch to learn from:
             augmentation, what the student writes itself (`OnPolicy`), what a generator makes
             (`DataFree`). One that has a state_dict is in the checkpoint.
+        pruner: a `trine.prune.Pruner` of the student, made without an optimiser, to prune it as it
+            learns. Scores count from when it is done; call its `finish` after `fit`.
         training: settings.
         folder: for the checkpoint, the history (history.jsonl, curves.png) and the final weights
             (student.safetensors); None: nothing is written, and a killed job starts again.
@@ -85,6 +90,7 @@ class Distiller:
         *,
         paths: Mapping[str, str] | None = None,
         transform: Callable[[Batch, nn.Module], Batch] | None = None,
+        pruner: "Pruner | None" = None,
         training: Training | None = None,
         folder: str | Path | None = None,
         tensorboard: bool = False,
@@ -94,6 +100,7 @@ class Distiller:
         self.accelerator = processes.accelerator_for(self.training)
         self.folder = None if folder is None else Path(folder)
         self.teacher, self.student, self.transform = teacher, student, transform
+        self.pruner = pruner
         self.lesson = Lesson(Capture(student, paths), teacher, objective, balance)
         self.tensorboard, self.progress = tensorboard, progress
         self.history: list[dict[str, Any]] = []

@@ -39,7 +39,7 @@ class Run:
         evaluate: Callable[[nn.Module], float] | None,
     ) -> None:
         self.training, self.evaluate, self.teacher = owner.training, evaluate, owner.teacher
-        self.transform = owner.transform
+        self.transform, self.pruner = owner.transform, owner.pruner
         self.accelerator, self.lesson = owner.accelerator, owner.lesson
         self.student = owner.lesson.student
         self.rank = self.accelerator.process_index
@@ -54,6 +54,8 @@ class Run:
         of_student = {id(p) for p in student}
         adapters = [p for p in self.lesson.parameters() if id(p) not in of_student]
         self.optimizer = self.training.make_optimizer(student, adapters)
+        if self.pruner is not None:
+            self.pruner.attach(self.optimizer)
         self.scaler = None
         if self.training.precision == "fp16":
             self.scaler = torch.amp.GradScaler(self.accelerator.device.type)
@@ -125,12 +127,22 @@ class Run:
         enabled = self.training.precision != "fp32"
         return torch.autocast(self.accelerator.device.type, dtype, enabled)
 
+    @torch.no_grad()
+    def average_in(self) -> None:
+        """Let the average follow the student; what is pruned stays 0 in it, too."""
+        for name, parameter in self.student.named_parameters():
+            self.average[name].lerp_(parameter, 1 - self.training.ema)
+        for name, mask in ({} if self.pruner is None else self.pruner.masks()).items():
+            self.average[name].masked_fill_(~mask, 0)
+
     def update(self) -> None:
         share = self.training.rate_at(self.position["step"], self.steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        elif self.pruner is not None:  # with a scaler later: gradients may not be finite
+            self.pruner.collect()
         if self.training.clip is not None:
             nn.utils.clip_grad_norm_(self.lesson.parameters(), self.training.clip)
         if self.scaler is None:
@@ -138,11 +150,11 @@ class Run:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if self.pruner is not None:
+            self.pruner.step()
         self.optimizer.zero_grad()
         if self.average is not None:
-            with torch.no_grad():
-                for name, parameter in self.student.named_parameters():
-                    self.average[name].lerp_(parameter, 1 - self.training.ema)
+            self.average_in()
         if hasattr(self.teacher, "update"):
             self.teacher.update(self.student)
 
@@ -184,6 +196,8 @@ class Run:
             self.lesson.eval()
             score = processes.of_first(float(self.evaluate(self.student)))
             self.history.add(self.when() | {"score": score}, 0, self.steps)
+            if self.pruner is not None and not self.pruner.done:
+                return  # a model that is yet to lose weights is not the best
             if position["best"] is None or score > position["best"]:
                 position.update(best=score, worse=0)
                 self.best = processes.full_state(self.student)
@@ -232,6 +246,7 @@ class Run:
                 "draws": draws,
                 "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 "transform": transform(),
+                "pruner": None if self.pruner is None else self.pruner.state_dict(),
                 "teacher": None if teacher is None else self.teacher.model.state_dict(),
             }
             partial = self.folder / f"{_CHECKPOINT}.part"
@@ -246,6 +261,8 @@ class Run:
         state = torch.load(self.folder / _CHECKPOINT, map_location="cpu", weights_only=True)
         wanted = asdict(self.training)
         differing = [name for name in wanted if state["training"].get(name) != wanted[name]]
+        if (state.get("pruner") is None) != (self.pruner is None):
+            differing.append("pruner")
         if differing or len(state["draws"]) != self.accelerator.num_processes:
             what = ", ".join(differing) or f"{len(state['draws'])} processes"
             raise ValueError(
@@ -268,6 +285,8 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         if state["transform"]:
             self.transform.load_state_dict(state["transform"])
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state["pruner"])
         if state["teacher"] is not None:
             self.teacher.model.load_state_dict(state["teacher"])
         self.best, self.position = state["best"], state["position"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trine.nn.packed import is_conv1d
 from trine.prune.layers import by_row
+from trine.prune.one_shot import keep
 
 __all__ = ["NM", "Channel", "Granularity", "Head", "Layer", "Neuron", "Weight"]
 
@@ -69,17 +70,12 @@ class NM(Weight):
 
     def protect(self, groups: Groups) -> Groups:
         return {
-            key: scores.masked_fill(self._best(scores), torch.inf) for key, scores in groups.items()
+            key: scores.masked_fill(keep(scores, (self.n, self.m), rows_apart=True), torch.inf)
+            for key, scores in groups.items()
         }
 
     def most(self, groups: int) -> int:
         return -(-groups * (self.m - self.n) // self.m)
-
-    def _best(self, scores: Tensor) -> Tensor:
-        padded = nn.functional.pad(scores, (0, -scores.shape[1] % self.m), value=-torch.inf)
-        blocks = padded.unflatten(1, (-1, self.m))
-        places = blocks.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return (places < self.n).flatten(1)[:, : scores.shape[1]]
 
 
 class _Rows(Granularity):

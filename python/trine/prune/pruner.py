@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trine.prune.criteria.base import Criterion
 from trine.prune.granularity import Granularity, Weight
-from trine.prune.layers import prunable_layers, wide
+from trine.prune.layers import check_finite, prunable_layers, wide
 from trine.prune.report import PruningReport, pruning_report
 from trine.prune.schedule import Event, OneShot, Schedule
 from trine.prune.scope import Scope, Threshold
@@ -75,8 +75,7 @@ class Pruner:
         self.layers = prunable_layers(model, layers, skip)
         self.position = 0
         for name, layer in self.layers.items():
-            if not layer.weight.isfinite().all():
-                raise ValueError(f"layer '{name}' has weights that are NaN or infinite")
+            check_finite(name, layer)
         empty = self._pool(
             {n: m.weight.new_zeros(()).expand_as(m.weight) for n, m in self.layers.items()}
         )
@@ -109,14 +108,23 @@ class Pruner:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the state of this optimiser in step, and call `collect` before each of its steps.
 
-        Raises ValueError where it trains none of the layers, or one was attached before.
+        Raises ValueError where it trains none of the layers, or the model was moved or sharded
+        since the Pruner was made.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's holds the real one
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(layer.weight) in held for layer in self.layers.values()):
             raise ValueError("Pruner: the optimiser has none of the weights that are pruned")
+        devices = {group.device for group in self._kept.values()}
+        if {layer.weight.device for layer in self.layers.values()} != devices:
+            raise ValueError("Pruner: the model was moved; make the Pruner where it is trained")
+        if any(type(layer.weight) is not nn.Parameter for layer in self.layers.values()):
+            raise ValueError(
+                "Pruner: weights have become shards (FSDP) or are computed; copies of the model in "
+                "each process (DDP) can be pruned"
+            )
         if self._hook is not None:
-            raise ValueError("Pruner: an optimiser is attached already")
+            self._hook.remove()
         self.optimizer = optimizer
         self._hook = optimizer.register_step_pre_hook(lambda *_: self.collect())
         if self._earlier is not None and self.schedule.rewind == self.position:
@@ -179,6 +187,10 @@ class Pruner:
         """What is pruned, and what it saves as it is: prints as a table."""
         return pruning_report(self.layers, self.removed(), self.position, self.schedule.last)
 
+    def masks(self) -> dict[str, Tensor]:
+        """By the names of the parameters that are pruned: which of them are kept, bool."""
+        return {f"{name}.{which}".lstrip("."): mask for name, which, mask in self._masks}
+
     def removed(self) -> dict[str, list[int]]:
         """The outputs of each layer that are off, for granularities of whole outputs."""
         if not self.granularity.of_rows:
@@ -203,6 +215,8 @@ class Pruner:
         if {key: kept.shape for key, kept in state["kept"].items()} != shapes:
             raise ValueError("Pruner: the state is that of another model or granularity")
         self.position, self._earlier = state["position"], state["earlier"]
+        # Loading an optimiser's state may have taken a step of it, with gradients of 0.
+        self._collected, self._growth = False, None
         self.criterion.load_state_dict(state["criterion"])
         self._set({k: state["kept"][k].to(kept.device) for k, kept in self._kept.items()})
 
@@ -271,22 +285,15 @@ class Pruner:
         all_masks = [(name, "weight", mask.contiguous()) for name, mask in masks.items()]
         if self.granularity.of_rows:
             rows = self.granularity.rows(self.layers, kept)
-            all_masks += [(name, "bias", mask) for name, mask in rows.items()]
+            biased = [name for name, layer in self.layers.items() if layer.bias is not None]
+            all_masks += [(name, "bias", rows[name]) for name in biased]
         self._masks = [one for one in all_masks if not one[2].all()]
         self._apply()
 
     def _masked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """The parameters that are pruned, with what of them is off."""
         for name, which, mask in self._masks:
-            parameter = getattr(self.layers[name], which)
-            if parameter is None:
-                continue
-            if type(parameter) is not nn.Parameter:
-                raise ValueError(
-                    f"Pruner: '{name}.{which}' has become a {type(parameter).__name__}; shards "
-                    "(FSDP) and parametrizations cannot be pruned, copies in each process (DDP) can"
-                )
-            yield parameter, ~mask
+            yield getattr(self.layers[name], which), ~mask
 
     def _apply(self) -> None:
         for parameter, off in self._masked():
