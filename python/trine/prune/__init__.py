@@ -16,6 +16,14 @@ from trine.prune.criteria import (
 from trine.prune.granularity import NM, Channel, Granularity, Head, Layer, Neuron, Weight
 from trine.prune.layers import prunable_layers
 from trine.prune.one_shot import sparsegpt, wanda
+from trine.prune.permute import (
+    KeptMagnitude,
+    attention_values,
+    kept_magnitude,
+    linked_channels,
+    permute_for_24,
+    search_permutation,
+)
 from trine.prune.pruner import Pruner
 from trine.prune.report import PruningReport
 from trine.prune.schedule import Cubic, Iterative, OneShot, RigL, Schedule
@@ -36,6 +44,7 @@ __all__ = [
     "Granularity",
     "Head",
     "Iterative",
+    "KeptMagnitude",
     "Layer",
     "Magnitude",
     "Movement",
@@ -54,10 +63,15 @@ __all__ = [
     "Wanda",
     "Weight",
     "as_sparse24",
+    "attention_values",
+    "kept_magnitude",
+    "linked_channels",
     "macs",
+    "permute_for_24",
     "prunable_layers",
     "prune_structured",
     "remove",
+    "search_permutation",
     "sparsegpt",
     "sr_ste",
     "trace",
