@@ -124,6 +124,37 @@ def test_texts_of_any_padding(side, tmp_path):
         )
 
 
+@pytest.mark.parametrize("kind", ["texts without padding", "classes of padded texts"])
+def test_answers_have_the_shape_of_the_teachers(kind, tmp_path):
+    """Rows are tokens where the teacher's are, whether or not the batch says which are real."""
+
+    class Classes(Text):
+        def forward(self, input_ids, attention_mask):
+            return (super().forward(input_ids, None) * attention_mask[..., None]).sum(1)
+
+    class Whole(Text):
+        def forward(self, input_ids):
+            return super().forward(input_ids, None)
+
+    if kind == "texts without padding":
+        teacher, data = (
+            Frozen(Whole()),
+            Numbered([{"input_ids": torch.arange(4) + i} for i in range(6)]),
+        )
+        loader = DataLoader(data, 3)
+    else:
+        teacher, data = Frozen(Classes()), Numbered(Sentences(6))
+        loader = DataLoader(data, 3, collate_fn=padded)
+    for top_k in (3, None):
+        cache = cache_teacher(teacher, loader, tmp_path / str(top_k), top_k, dtype="float32")
+        for batch in loader:
+            expected, view = teacher(batch, {})["logits"], cache(batch, {})
+            if top_k is None:
+                torch.testing.assert_close(view["logits"], expected.log_softmax(-1))
+            else:
+                assert torch.equal(view["top_indices"], expected.topk(3).indices)
+
+
 def test_size_is_what_the_numbers_take(tmp_path):
     """4 bytes for each of the top k, 16 for the rest of an example."""
     data = TensorDataset(torch.randn(2000, 6))

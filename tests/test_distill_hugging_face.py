@@ -1,7 +1,12 @@
 """DistillationTrainer and the ready-made students, on small random models of transformers."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from launch import launch
+from safetensors.torch import load_file
 from torch import nn
 from trine.distill import Distiller, Fixed, Frozen, Training, distilbert, minilm, tinybert
 from trine.distill.objectives import HiddenStates, Labels, SoftTargets, Together
@@ -10,6 +15,8 @@ from trine.distill.ready_made import projections
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from trine.distill import DistillationTrainer  # noqa: E402  (needs both)
+
+SCRIPT = Path(__file__).with_name("run_trainer.py")
 
 VOCABULARY = 50
 
@@ -167,6 +174,34 @@ def test_adapters_are_trained_and_kept_beside_the_model(tmp_path):
     torch.testing.assert_close(
         resumed.model.state_dict(), whole.model.state_dict(), rtol=1e-5, atol=1e-7
     )
+
+
+def test_two_processes_give_the_result_of_one(tmp_path):
+    """Two batches of 4 are one of 8, also for the adapter, of which each process has another."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, batch, processes in ((one, 8, None), (two, 4, 2)):
+        folder.mkdir()
+        done = launch(str(SCRIPT), str(folder), str(batch), processes=processes)
+        assert done.returncode == 0, done.stderr
+        for rank in range(processes or 1):
+            report = json.loads((folder / f"report-{rank}.json").read_text())
+            assert report == {"processes": processes or 1, "steps": 4}
+    torch.testing.assert_close(
+        load_file(two / "model.safetensors"),
+        load_file(one / "model.safetensors"),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+    expected = torch.load(one / "adapter-0.pt")
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(two / f"adapter-{rank}.pt"), expected)
+
+
+def test_a_launch_that_would_run_something_else(monkeypatch, tmp_path):
+    """On a machine without a GPU, several processes that know nothing of each other."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched and the Trainer runs as 1"):
+        with_adapter(tmp_path, settings={"use_cpu": False})
 
 
 @pytest.mark.parametrize("make", [distilbert, tinybert, minilm])

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from launch import launch
+from safetensors.torch import load_file
 from trine import cli
 from trine.distill.job import read_sentences
 from trine.distill.recipe_file import EXAMPLE, Data, DistillationJob
@@ -27,6 +29,8 @@ def recipe(tmp_path):
         num_attention_heads=2,
         intermediate_size=16,
         max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     tokenizer.save_pretrained(tmp_path / "teacher")
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "teacher")
@@ -63,6 +67,21 @@ def test_from_files_to_a_student(recipe):
         assert line.endswith(" ms")
 
 
+def test_two_processes_make_the_student_of_one(recipe):
+    """Two batches of 4 are one of 8."""
+    text, out = recipe.read_text(), recipe.parent
+    result = launch("-m", "trine", "distill", str(recipe))
+    assert result.returncode == 0, result.stderr
+    two = text.replace("batch: 8", "batch: 4").replace("out: out", "out: two")
+    two = two.replace("{epochs: 1, ", "{epochs: 1, parallel: ddp, processes: 2, ")
+    recipe.write_text(two)
+    result = launch("-m", "trine", "distill", str(recipe), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("the student is in") == 1
+    students = [load_file(out / name / "model.safetensors") for name in ("out", "two")]
+    torch.testing.assert_close(students[1], students[0], rtol=1e-4, atol=1e-6)
+
+
 def test_the_example_is_a_recipe(tmp_path):
     result = invoke("--example")
     assert result.output == EXAMPLE
@@ -95,6 +114,8 @@ def test_the_example_is_a_recipe(tmp_path):
         ),
         ("layers: 2,", "depth: 2,", "unexpected keyword argument 'depth'"),
         ("out: out", "out: [", "is not YAML"),
+        ("epochs: 1", "parallel: fsdp", "parallel must be auto, none or ddp here, not fsdp"),
+        ("epochs: 2", "parallel: fsdp", "stages: inner: parallel must be auto, none or ddp here"),
     ],
 )
 def test_recipes_that_are_wrong(recipe, old, new, message):

@@ -1,15 +1,12 @@
 """The Distiller: against a loop written out here, after a kill, and on several processes."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import launch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -229,16 +226,7 @@ def test_a_loss_that_is_not_finite():
 
 
 def run(folder: Path, *arguments: str, processes: int | None = None, check=True):
-    launch = [sys.executable]
-    if processes is not None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        launch += [f"--master-port={port}"]
-    command = [*launch, str(SCRIPT), str(folder), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = launch(str(SCRIPT), str(folder), *arguments, processes=processes)
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -21,6 +21,7 @@ from trine.distill import (
     written_by,
 )
 from trine.distill.objectives import Labels, SoftTargets
+from trine.distill.schedules import piecewise
 
 NOBODY = nn.Identity()
 
@@ -152,6 +153,9 @@ def test_on_policy_batches_are_the_students(language_model):
     batch = {**prompts(), "input_ids": torch.ones(2, 8).long(), "labels": torch.ones(2, 8).long()}
     never, always = (OnPolicy(s, max_new_tokens=4, pad_token_id=0) for s in (0.0, 1.0))
     assert never(batch, language_model) is batch
+    later = OnPolicy(piecewise([0.0, 1.0], [5]), max_new_tokens=4, pad_token_id=0)
+    assert later({**batch, "step": 4}, language_model)["input_ids"] is batch["input_ids"]
+    assert later({**batch, "step": 5}, language_model)["input_ids"] is not batch["input_ids"]
     made = always(batch, language_model)
     assert torch.equal(made["input_ids"][:, :4], batch["prompt_ids"])
     assert not torch.equal(made["labels"][:, 4:], batch["labels"][:, 4:])

@@ -105,7 +105,8 @@ def distill(
     """Make a small classifier of sentences from a large one of Hugging Face, as a recipe says.
 
     Prints accuracy, size and time of both, and writes the student where transformers load it from.
-    A job that was killed goes on when it is started again.
+    A job that was killed goes on when it is started again. Several processes share the batches:
+    torchrun --nproc-per-node=2 -m trine distill recipe.yaml
 
     Example: trine distill --example > recipe.yaml; trine distill recipe.yaml
     """
@@ -123,6 +124,8 @@ def distill(
         results = run(job)
     except (ValueError, OSError) as error:
         sys.exit(f"trine distill: {error}")
+    if not results:
+        return  # of several processes the first says it
     typer.echo(f"{'':8}  accuracy  parameters  one sentence")
     for name, row in results.items():
         typer.echo(

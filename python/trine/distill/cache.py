@@ -28,7 +28,7 @@ from trine.distill.teachers import Teacher
 
 __all__ = ["CachedTeacher", "Numbered", "cache_teacher"]
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "manifest.json"
 _MOST_OPEN_SHARDS = 8
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -97,6 +97,7 @@ def cache_teacher(
         "temperature": temperature,
         "dtype": dtype,
         "classes": None,
+        "of_tokens": None,
         "shards": [],
         "complete": False,
     }
@@ -130,7 +131,8 @@ def cache_teacher(
         seen += len(index)
         if missing >= len(index):
             continue
-        about["classes"], answers = _answers(teacher, batch, prints, top_k, temperature, dtype)
+        shape, answers = _answers(teacher, batch, prints, top_k, temperature, dtype)
+        about |= shape
         pending += answers[missing:]
         while len(pending) >= examples_per_shard:
             later, pending = pending[examples_per_shard:], pending[:examples_per_shard]
@@ -233,7 +235,7 @@ class CachedTeacher:
         fill = {"log_probabilities": 0.0}
         if top:
             names["indices"], fill["indices"] = "top_indices", -1
-        where = token_mask(batch)
+        where = token_mask(batch) if self.about["of_tokens"] else None
         device = next(iter(student.values())).device if student else None
         view = {}
         for kept, name in names.items():
@@ -242,6 +244,8 @@ class CachedTeacher:
                 values = rows.new_full((*where.shape, rows.shape[1]), fill[kept])
                 values[where] = rows
                 rows = values
+            elif self.about["of_tokens"]:  # without padding, as many in each text
+                rows = rows.unflatten(0, (len(examples), -1))
             view[name] = rows.to(device)
         if top:
             view["top_temperature"] = torch.tensor(self.about["temperature"])
@@ -255,8 +259,8 @@ def _answers(
     top_k: int | None,
     temperature: float,
     dtype: str,
-) -> tuple[int, list[dict[str, Tensor]]]:
-    """The number of classes, and what to keep of each example."""
+) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """The number of classes and whether tokens have them, and what to keep of each example."""
     logits = teacher(batch, {})["logits"].float()
     classes = logits.shape[-1]
     kept = {"log_probabilities": (logits / temperature).log_softmax(-1)}
@@ -271,14 +275,15 @@ def _answers(
         }
     kept["log_probabilities"] = kept["log_probabilities"].to(_DTYPES[dtype])
     kept = {name: values.cpu() for name, values in kept.items()}
-    where = token_mask(batch) if logits.dim() == 3 else None
+    shape = {"classes": classes, "of_tokens": logits.dim() == 3}
+    where = token_mask(batch) if shape["of_tokens"] else None
     answers = []
     for i in range(logits.shape[0]):
         rows = {name: values[i].reshape(-1, values.shape[-1]) for name, values in kept.items()}
         if where is not None:
             rows = {name: values[where[i]] for name, values in rows.items()}
         answers.append({**rows, "fingerprint": prints[i]})
-    return classes, answers
+    return shape, answers
 
 
 def _known_fingerprints(folder: Path, about: dict[str, Any]) -> Tensor:

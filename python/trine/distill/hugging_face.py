@@ -1,5 +1,6 @@
 """Distillation in Hugging Face's Trainer."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class DistillationTrainer(Trainer):
         paths: what to capture in the student, as for `Capture`.
         adapter_rate: the learning rate of the objective's own parameters, as a multiple of args'.
         rest: as for `transformers.Trainer`.
+
+    Raises ValueError where torchrun started more processes than the Trainer runs as.
     """
 
     def __init__(
@@ -55,11 +58,22 @@ class DistillationTrainer(Trainer):
         **rest: Any,
     ) -> None:
         super().__init__(model=model, args=args, **rest)
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched != self.args.world_size:
+            raise ValueError(
+                f"{launched} processes were launched and the Trainer runs as "
+                f"{self.args.world_size}; each would train the whole by itself. On a machine "
+                "without a GPU it needs TrainingArguments(use_cpu=True)"
+            )
         # The objective's terms are means; the Trainer is to divide them by the accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.teacher, self.adapter_rate = teacher, adapter_rate
         self.distillation = nn.ModuleDict({"objective": objective, "balance": balance})
         self.distillation.to(self.args.device)
+        if dist.is_initialized():  # each process has made adapters of its own
+            for tensor in self.distillation.state_dict().values():
+                if isinstance(tensor, Tensor):
+                    dist.broadcast(tensor, src=0)
         self._capture = Capture(model, paths)
         self._terms: dict[str, list[float]] = {}
         self._begins_update = True

@@ -23,7 +23,7 @@ def run(job: DistillationJob) -> dict[str, dict[str, float]]:
 
     Every stage has a folder of its own in job.out, with its checkpoint, history and curves; a job
     that was killed goes on. Returns accuracy, parameters and milliseconds (of one sentence) of
-    teacher and student.
+    teacher and student; under torchrun in the first process, in the others nothing.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -58,9 +58,10 @@ def run(job: DistillationJob) -> dict[str, dict[str, float]]:
         )
         evaluate = (lambda model: accuracy_of(model, validation)) if is_last else None
         distiller.fit(train, evaluate)
-    if distiller.accelerator.is_main_process:
-        made.student.save_pretrained(job.out)
-        tokenizer.save_pretrained(job.out)
+    if not distiller.accelerator.is_main_process:
+        return {}
+    made.student.save_pretrained(job.out)
+    tokenizer.save_pretrained(job.out)
     one = batch_of([validation.dataset[0]], tokenizer, job.data.max_length)
     one.pop("labels")
     models = {"teacher": teacher.eval(), "student": made.student.eval()}

@@ -1,7 +1,7 @@
 """What `trine distill recipe.yaml` asks for: read, checked, and explained where it is wrong."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,14 @@ class DistillationJob:
             name: _numbers(_checked(Training, changes, f"{path}: stages: {name}"))
             for name, changes in said.get("stages", {}).items()
         }
+        settings = {"training": asdict(said["training"])}
+        settings |= {f"stages: {name}": changes for name, changes in said["stages"].items()}
+        for place, changes in settings.items():
+            if changes.get("parallel") == "fsdp":  # a stage's shards are no student for the next
+                raise ValueError(
+                    f"{path}: {place}: parallel must be auto, none or ddp here, not fsdp; shards "
+                    "are for Distiller"
+                )
         return cls(**said)
 
     def make(self, teacher: Any) -> ReadyMade:

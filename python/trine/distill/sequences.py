@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trine.distill.losses import IGNORED_LABEL
 from trine.distill.objectives.base import Batch
+from trine.distill.schedules import Scheduled, at_step
 
 __all__ = ["OnPolicy", "sequence_targets", "written_by"]
 
@@ -67,17 +68,18 @@ class OnPolicy:
     With `SoftTargets(labels="labels", shift=True)` and the batch's own texts in the other batches.
 
     Args:
-        share: lambda, the probability that a batch is the student's.
+        share: lambda, the probability that a batch is the student's; a number or a function of the
+            step: piecewise([0, 0.5], [1000]) lets an untrained student learn to write first.
         options: of `generate`; sampling (do_sample=True) if not said otherwise.
     """
 
-    def __init__(self, share: float = 0.5, **options: Any) -> None:
-        if not 0 <= share <= 1:
+    def __init__(self, share: Scheduled = 0.5, **options: Any) -> None:
+        if not callable(share) and not 0 <= share <= 1:
             raise ValueError(f"OnPolicy: share must lie in [0, 1], it is {share}")
         self.share, self.options = share, {"do_sample": True, **options}
 
     def __call__(self, batch: Batch, student: nn.Module) -> Batch:
-        if torch.rand(()) >= self.share:
+        if torch.rand(()) >= at_step(self.share, int(batch.get("step", 0))):
             return batch
         kept = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
         return {**kept, **written_by(student, batch, **self.options)}

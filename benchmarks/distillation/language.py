@@ -1,0 +1,320 @@
+"""Small language models on the source of Python's standard library: what a student learns from.
+
+A teacher of 4 layers and students of 2, which all see the same text in the same number of updates:
+alone (the next token as label), and from the teacher's whole distribution by forward KL, by the
+generalised Jensen-Shannon divergence, on text that the student writes itself (GKD, Agarwal et al.
+2024, arXiv:2306.13649), and from the teacher's 16 most likely tokens as a cache on disk holds them.
+Perplexity is of files that none of them has seen.
+
+    python -m benchmarks.distillation.language
+    python -m benchmarks.distillation.language --quick
+"""
+
+import math
+import platform
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from trine.distill import (
+    CachedTeacher,
+    Distiller,
+    Fixed,
+    Frozen,
+    Numbered,
+    OnPolicy,
+    Training,
+    cache_teacher,
+)
+from trine.distill.objectives import Labels, SoftTargets
+from trine.distill.schedules import piecewise
+from trine.evaluate import alternate, disk_bytes
+
+from benchmarks.study import (
+    SEEDS,
+    Row,
+    Study,
+    bytes_on_disk,
+    gain,
+    mean_over_seeds,
+    parse_arguments,
+)
+
+BATCH, PROMPT = 16, 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes: of texts in bytes, of everything else in tokens, blocks or updates."""
+
+    train_bytes: int = 2_000_000
+    test_bytes: int = 400_000
+    vocabulary: int = 1024
+    length: int = 128  # of a block
+    teacher_width: int = 192
+    teacher_layers: int = 4
+    student_width: int = 96
+    student_layers: int = 2
+    teacher_updates: int = 300
+    student_updates: int = 120
+    top_k: int = 16
+    beta: float = 0.5  # of the Jensen-Shannon divergence
+    on_policy: float = 0.5  # lambda, in the second half of the updates
+    learning_rate: float = 3e-3
+
+
+QUICK = Settings(teacher_updates=120, student_updates=40, test_bytes=100_000)
+
+
+class Blocks(Dataset):
+    """Text cut into blocks of the same length; each is its own label, its beginning a prompt."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.ids[index]
+        prompt = ids[:PROMPT]
+        return {
+            "input_ids": ids,
+            "labels": ids,
+            "prompt_ids": prompt,
+            "prompt_mask": torch.ones_like(prompt),
+        }
+
+
+@dataclass(frozen=True)
+class Texts:
+    train: Blocks
+    test: Blocks
+
+
+def source_files(folder: Path | None = None) -> dict[str, list[Path]]:
+    """The library's modules that are one file, by name: every tenth is for testing."""
+    folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
+    files: dict[str, list[Path]] = {"train": [], "test": []}
+    for number, path in enumerate(sorted(folder.glob("*.py"))):
+        files["test" if number % 10 == 7 else "train"].append(path)
+    return files
+
+
+def load(settings: Settings, folder: Path | None = None) -> Texts:
+    """The texts' first bytes, in tokens of a byte-level BPE that knows the training text.
+
+    Raises ValueError where the library has fewer bytes.
+    """
+    from tokenizers import ByteLevelBPETokenizer
+
+    texts = {}
+    for name, files in source_files(folder).items():
+        size = getattr(settings, f"{name}_bytes")
+        text = b"".join(path.read_bytes() for path in files)[:size]
+        if len(text) < size:
+            raise ValueError(f"the library's {name} files have {len(text)} bytes, not {size}")
+        texts[name] = text.decode(errors="ignore")
+    tokenizer = ByteLevelBPETokenizer()
+    lines = texts["train"].splitlines(keepends=True)
+    tokenizer.train_from_iterator(lines, settings.vocabulary, show_progress=False)
+
+    def blocks(text: str) -> Blocks:
+        ids = torch.tensor(tokenizer.encode(text).ids)
+        whole = len(ids) // settings.length * settings.length
+        return Blocks(ids[:whole].reshape(-1, settings.length))
+
+    return Texts(**{name: blocks(text) for name, text in texts.items()})
+
+
+def make(settings: Settings, who: str, seed: int) -> nn.Module:
+    """A decoder like Llama: "teacher" or "student"."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width = getattr(settings, f"{who}_width")
+    config = LlamaConfig(
+        vocab_size=settings.vocabulary,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=getattr(settings, f"{who}_layers"),
+        num_attention_heads=4,
+        max_position_embeddings=settings.length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+def fit(
+    model: nn.Module, teacher: Any, objective: nn.Module, blocks: Dataset, updates: int, **how: Any
+) -> nn.Module:
+    """`model` after so many updates on `blocks`."""
+    seed, rate = how.pop("seed"), how.pop("learning_rate")
+    epochs = -(-updates * BATCH // len(blocks))
+    training = Training(epochs=epochs, steps=updates, learning_rate=rate, seed=seed)
+    balance = Fixed({objective.name: 1.0})
+    distiller = Distiller(model, teacher, objective, balance, training=training, **how)
+    loader = DataLoader(Numbered(blocks), BATCH, shuffle=True, drop_last=True)
+    return distiller.fit(loader).eval()
+
+
+@torch.no_grad()
+def nats(model: nn.Module, blocks: Blocks) -> Tensor:
+    """Of each block, the mean cross entropy of its tokens but the first."""
+    losses = []
+    for ids in blocks.ids.split(BATCH):
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        of_tokens = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        losses.append(of_tokens.reshape(len(ids), -1).mean(1))
+    return torch.cat(losses)
+
+
+def ways(settings: Settings, teacher: nn.Module, cache: Path) -> dict[str, dict[str, Any]]:
+    """What each kind of student is taught with. Nobody who has a teacher looks at labels."""
+    follows = dict(labels="labels", shift=True)
+    live = Frozen(teacher)
+    jsd = dict(divergence="jsd", beta=settings.beta, **follows)
+    # An untrained student writes nothing that is worth a correction.
+    share = piecewise([0.0, settings.on_policy], [settings.student_updates // 2])
+    write = OnPolicy(share, max_new_tokens=settings.length - PROMPT)
+    return {
+        "alone": {"teacher": None, "objective": Labels(shift=True)},
+        "forward KL": {"teacher": live, "objective": SoftTargets(1.0, **follows)},
+        "JSD": {"teacher": live, "objective": SoftTargets(1.0, **jsd)},
+        "GKD": {
+            "teacher": live,
+            "objective": SoftTargets(1.0, **jsd),
+            "transform": write,
+        },
+        "cached": {
+            "teacher": CachedTeacher(cache, live),
+            "objective": SoftTargets(1.0, top_k=True, **follows),
+        },
+    }
+
+
+def run_seed(
+    study: Study, settings: Settings, texts: Texts, teacher: nn.Module, cache: Path, seed: int
+) -> dict[str, Tensor]:
+    """The test blocks' mean losses, by kind of student."""
+    train = students_text(settings, texts)
+    found = {}
+    for name, way in ways(settings, teacher, cache).items():
+
+        def taught(way: Mapping[str, Any] = way) -> dict[str, Tensor]:
+            student = make(settings, "student", 100 + seed)
+            how = dict(updates=settings.student_updates, seed=seed)
+            fit(student, blocks=train, learning_rate=settings.learning_rate, **how, **way)
+            return {"nats": nats(student, texts.test)}
+
+        found[name] = study.part(f"{name}, seed {seed}", taught)["nats"]
+    return found
+
+
+def students_text(settings: Settings, texts: Texts) -> Blocks:
+    """As many blocks as their updates have: each is seen once."""
+    return Blocks(texts.train.ids[: settings.student_updates * BATCH])
+
+
+def keep_answers(settings: Settings, texts: Texts, teacher: nn.Module, folder: Path) -> int:
+    """Cache the teacher's answers to what students learn from; the bytes that they take."""
+    loader = DataLoader(Numbered(students_text(settings, texts)), BATCH)
+    cache_teacher(Frozen(teacher), loader, folder, settings.top_k)
+    return disk_bytes(folder)
+
+
+NAMES = {
+    "teacher": "teacher, {teacher_layers} layers of {teacher_width}",
+    "alone": "student alone, {student_layers} layers of {student_width}",
+    "forward KL": "student, forward KL",
+    "JSD": "student, JSD({beta})",
+    "GKD": "student, GKD: JSD({beta}), half of the later batches its own",
+    "cached": "student, forward KL, cached top {top_k}",
+}
+PUBLISHED = "GKD, T5 on summaries: on-policy better than supervised KD, that than the student alone"
+
+
+def rows_of(settings: Settings, found: Mapping[str, Tensor], cache_bytes: int) -> list[Row]:
+    """`found`: nats per token [seeds, blocks] of each model; [1, blocks] of the teacher."""
+    names = {kind: name.format(**asdict(settings)) for kind, name in NAMES.items()}
+    models = {who: make(settings, who, 0).eval() for who in ("teacher", "student")}
+    ids = torch.zeros(1, settings.length, dtype=torch.int64)
+    with torch.no_grad():
+        times = alternate({who: partial(model, ids) for who, model in models.items()})
+    sizes = {who: bytes_on_disk(model) for who, model in models.items()}
+    rows = []
+    for kind, of_blocks in found.items():
+        who = "teacher" if kind == "teacher" else "student"
+        mean, (low, high) = mean_over_seeds(of_blocks)
+        rows.append(
+            Row(
+                names[kind],
+                "perplexity per token",
+                math.exp(mean),
+                (math.exp(low), math.exp(high)),
+                bytes=sizes[who],
+                latency_ms={f"{settings.length} tokens": times[who] * 1e3},
+                published=PUBLISHED if kind == "GKD" else None,
+            )
+        )
+    for kind in found:
+        if kind in ("teacher", "alone"):
+            continue
+        value, interval = gain(-found[kind], -found["alone"])
+        metric = "nats per token fewer than alone"
+        rows.append(Row(names[kind], metric, value, interval, goal=0.0, met=value > 0))
+    tokens = settings.student_updates * BATCH * settings.length
+    metric = f"bytes per token (all logits in 16 bits: {2 * settings.vocabulary})"
+    rows.append(Row("the teacher's cache", metric, cache_bytes / tokens, bytes=cache_bytes))
+    return rows
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__, "benchmarks.distillation.language")
+    torch.set_num_threads(1)  # figures of one thread
+    settings = QUICK if arguments.quick else Settings()
+    about = {**asdict(settings), "python": platform.python_version()}
+    study = Study("distillation-language", arguments, 2 + 5 * len(SEEDS), about)
+    texts = load(settings)
+    teacher = make(settings, "teacher", 0)
+
+    def taught() -> dict[str, Any]:
+        how = dict(updates=settings.teacher_updates, learning_rate=2e-3, seed=0)
+        fit(teacher, None, Labels(shift=True), texts.train, **how)
+        return {"weights": teacher.state_dict(), "nats": nats(teacher, texts.test)}
+
+    of_teacher = study.part("teacher", taught)
+    teacher.load_state_dict(of_teacher["weights"])
+    teacher.eval()
+    cache = study.folder / "cache"
+    kept = study.part("cache", lambda: {"bytes": keep_answers(settings, texts, teacher, cache)})
+    runs = [run_seed(study, settings, texts, teacher, cache, seed) for seed in SEEDS]
+    found = {"teacher": of_teacher["nats"][None]}
+    found |= {kind: torch.stack([run[kind] for run in runs]) for kind in runs[0]}
+    rows = rows_of(settings, found, kept["bytes"])
+    study.finish(rows, notes=notes_of(settings, texts))
+
+
+def notes_of(settings: Settings, texts: Texts) -> str:
+    return (
+        f"Modules of Python {platform.python_version()}'s standard library, by name: "
+        f"{settings.train_bytes:,} bytes to learn from, {len(texts.test):,} blocks of "
+        f"{settings.length} tokens of other files to test on. One pass: the teacher has "
+        f"{settings.teacher_updates} updates of {BATCH} blocks, each student "
+        f"{settings.student_updates}. Students with a teacher see no labels. Times are of one "
+        "thread."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The studies in benchmarks/distillation, on a few examples."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from benchmarks.distillation import language, objectives
+from benchmarks.distillation.digits import load
+
+
+@pytest.fixture(scope="module")
+def digits() -> TensorDataset:
+    return TensorDataset(*(tensor[:64] for tensor in load().train.tensors))
+
+
+# Ten objectives
+
+
+def test_disturbed_digits_are_the_same_for_everyone(digits):
+    first, again, other = (objectives.copies(digits, seed) for seed in (1, 1, 2))
+    assert first[0].shape == (64, 1, 32, 32)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("name", objectives.WAYS)
+def test_every_objective_trains_its_student(digits, name):
+    """It moves the weights to where the labels alone, or without it, do not."""
+    teacher = objectives.ResNet(objectives.TEACHER_BLOCKS, 0).eval()
+    trained = []
+    for way in (None, objectives.WAYS[name]):
+        student = objectives.ResNet(objectives.STUDENT_BLOCKS, 1)
+        trained.append(objectives.teach(student, way and teacher, way, digits, 2, seed=0))
+    weights = [model.stem[0].weight for model in trained]
+    assert all(w.isfinite().all() for w in weights)
+    assert not torch.allclose(*weights)
+    assert teacher.stem[0].weight.grad is None
+
+
+def test_the_order_is_compared_with_the_papers():
+    names = [n for n, way in objectives.WAYS.items() if isinstance(way.published, float)]
+    right = {n: torch.full((3, 40), objectives.WAYS[n].published) for n in names}
+    assert objectives.order_against_paper(right, draws=20) == (pytest.approx(1), (1.0, 1.0))
+    right = {n: 100 - percent for n, percent in right.items()}
+    assert objectives.order_against_paper(right, draws=20)[0] == pytest.approx(-1)
+
+
+# Language models
+
+
+TOY = language.Settings(
+    train_bytes=20_000,
+    test_bytes=4_000,
+    vocabulary=300,
+    length=40,
+    teacher_width=16,
+    teacher_layers=2,
+    student_width=8,
+    student_layers=1,
+    teacher_updates=2,
+    student_updates=4,
+    top_k=4,
+    on_policy=1.0,
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """Ten modules, of which the eighth is to be tested on."""
+    folder = tmp_path_factory.mktemp("library")
+    for number in range(10):
+        lines = (f"value_{number} = {i} * other  # of {number}\n" for i in range(200))
+        (folder / f"module_{number}.py").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(library) -> language.Texts:
+    return language.load(TOY, library)
+
+
+def test_held_out_files(library, texts):
+    files = language.source_files(library)
+    assert [path.name for path in files["test"]] == ["module_7.py"]
+    assert len(files["train"]) == 9
+    assert texts.train.ids.shape[1] == texts.test.ids.shape[1] == TOY.length
+    again = language.load(TOY, library)
+    assert torch.equal(again.train.ids, texts.train.ids)
+    with pytest.raises(ValueError, match="the library's train files have"):
+        language.load(language.Settings(), library)
+
+
+def test_perplexity_is_of_the_next_token(texts):
+    model = language.make(TOY, "student", 0).eval()
+    ids = texts.test.ids[:3]
+    with torch.no_grad():
+        log_p = model(input_ids=ids).logits.double().log_softmax(-1)
+    of_tokens = -log_p[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    actual = language.nats(model, language.Blocks(ids))
+    torch.testing.assert_close(actual.double(), of_tokens.mean(1), rtol=1e-5, atol=1e-6)
+
+
+def test_every_way_trains_its_student_and_the_cache_is_counted(texts, tmp_path):
+    teacher = language.make(TOY, "teacher", 0).eval()
+    size = language.keep_answers(TOY, texts, teacher, tmp_path / "cache")
+    tokens = TOY.student_updates * language.BATCH * TOY.length
+    assert size > tokens * TOY.top_k * 4
+    found = {"teacher": language.nats(teacher, texts.test)[None]}
+    train = language.students_text(TOY, texts)
+    for name, way in language.ways(TOY, teacher, tmp_path / "cache").items():
+        student = language.make(TOY, "student", 1)
+        before = language.nats(student.eval(), texts.test)
+        how = dict(updates=TOY.student_updates, seed=0, learning_rate=1e-2)
+        language.fit(student, blocks=train, **how, **way)
+        found[name] = language.nats(student, texts.test)[None]
+        assert not torch.allclose(found[name], before)
+    assert not torch.allclose(found["JSD"], found["GKD"])  # which learned from its own texts
+    rows = language.rows_of(TOY, found, size)
+    assert rows[0].value == pytest.approx(math.exp(found["teacher"].double().mean()))
+    assert [row.bytes for row in rows][-1] == size
