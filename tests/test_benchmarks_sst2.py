@@ -1,65 +1,31 @@
 """What the studies on SST-2 share, on a small encoder with random weights and short phrases."""
 
-import random
 from argparse import Namespace
 
 import pytest
 import torch
+from small_sst2 import make_encoder, text_of, tokenize, write_data
 from trine.demo.sentences import Encoder
 from trine.distill import Training
 
 from benchmarks import sst2
 from benchmarks.sst2 import Sst2
 
-GOOD = 5  # the token id of "a"
-
-
-def tokenize(texts: list[str]) -> dict[str, torch.Tensor]:
-    """A letter is a token."""
-    rows = [torch.tensor([ord(c) - ord("a") + GOOD for c in text if c != " "]) for text in texts]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
-
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # nothing here is worth sharing
-    yield
-    torch.set_num_threads(before)
+def one_thread(threads):
+    threads(1)  # nothing here is worth sharing
 
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    return Encoder(BertModel(config).eval(), tokenize, config.to_dict())
+    return make_encoder(layers=2)
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """DIR, with phrases that are positive where they have more a than b."""
     monkeypatch.setattr(sst2, "TEACHERS", tmp_path / "teachers")
-    draws = random.Random(0)
-    (tmp_path / "sst2").mkdir()
-    for name, count in (("train", 300), ("dev", 20), ("test", 40)):
-        lines = ["sentence\tlabel"]
-        for _ in range(count):
-            positive = draws.random() < 0.5
-            letters = draws.choices("cdef", k=draws.randint(0, 5)) + ["ab"[not positive]] * 3
-            draws.shuffle(letters)
-            lines.append(f"{' '.join(letters)} \t{int(positive)}")
-        text = "\n".join(lines) + "\n"
-        (tmp_path / "sst2" / f"{name}.tsv").write_text(text, encoding="utf-8")
+    write_data(tmp_path)
     return tmp_path
 
 
@@ -74,7 +40,7 @@ def test_rows_are_known_with_or_without_label(data, encoder):
     lines = (data / "sst2" / "train.tsv").read_text().splitlines()[1:]
     letters = sorted(row.split("\t")[0].replace(" ", "") for row in lines)
     both = found.labelled + found.unlabelled
-    seen = ["".join(chr(i + ord("a") - GOOD) for i in row["input_ids"].tolist()) for row in both]
+    seen = [text_of(row["input_ids"]) for row in both]
     assert sorted(seen) == letters
 
 

@@ -204,6 +204,14 @@ def test_unlabelled_rows_carry_the_soft_term():
     torch.testing.assert_close(terms["hard"].double(), hard, rtol=1e-5, atol=1e-7)
 
 
+def test_a_batch_without_any_label_has_nothing_to_teach():
+    logits = torch.randn(3, 7, requires_grad=True)
+    term = o.Labels()({"logits": logits}, {}, {"labels": torch.full((3,), -100)})["hard"]
+    term.backward()
+    assert term == 0
+    assert not logits.grad.any()
+
+
 def test_soft_targets_are_zero_only_for_equal_logits_up_to_a_constant():
     logits = torch.randn(4, 9).mul(8).round() / 8  # so that shifting them rounds nothing
     objective = o.SoftTargets(3.0)

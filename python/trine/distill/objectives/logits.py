@@ -34,7 +34,8 @@ def labels_of(batch: Batch, key: str, logits: Tensor, shift: bool) -> Tensor:
 
 
 class Labels(Objective):
-    """The cross entropy with the labels: the mean over rows whose label is not -100.
+    """The cross entropy with the labels: the mean over rows whose label is not -100; 0 where a
+    batch has no such row.
 
     Args:
         labels: name in the batch, int64 [...] for logits [..., C].
@@ -68,12 +69,14 @@ class Labels(Objective):
         return {self.name: loss}
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(
+        total = F.cross_entropy(
             logits.flatten(0, -2).float(),
             labels.flatten(),
             ignore_index=IGNORED_LABEL,
             label_smoothing=self.label_smoothing,
+            reduction="sum",
         )
+        return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
 
 
 class SoftTargets(Objective):

@@ -1,0 +1,322 @@
+"""Small students of a fine-tuned MiniLM-L6 on SST-2: what each way of teaching adds.
+
+The teacher has 6 layers. Students: 3 of its layers (DistilBERT-style) and 2 (TinyBERT-style), and a
+BiLSTM on its word vectors. Each alone, from labels; with soft targets (KD); the layered ones with
+KD and the teacher's hidden states and attention maps (TinyBERT), and with KD and the relations of
+its last layer (MiniLM). All of one student begin with the same weights and have as many updates of
+as many phrases; but what comes from the teacher needs no labels, so half of the phrases that the
+distilled see are others, without label: as in practice, where text is plenty and labels are few.
+
+    python -m benchmarks.distillation.sst2 --data DIR
+    python -m benchmarks.distillation.sst2 --data DIR --quick
+    python -m benchmarks.distillation.sst2 --data DIR --whole
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from trine.distill import (
+    CachedTeacher,
+    Distiller,
+    Fixed,
+    Frozen,
+    Numbered,
+    Training,
+    cache_teacher,
+    student_from_teacher,
+)
+from trine.distill.objectives import (
+    AttentionMaps,
+    HiddenStates,
+    Labels,
+    SelfRelations,
+    SoftTargets,
+    Together,
+    uniform_layers,
+)
+from trine.distill.ready_made import projections
+
+from benchmarks import sst2
+from benchmarks.sst2 import CLASSES, ByLength, Phrases, Sst2
+from benchmarks.study import (
+    SEEDS,
+    Row,
+    Study,
+    bytes_on_disk,
+    gain,
+    mean_over_seeds,
+    parse_arguments,
+)
+
+BATCH = 32
+TEMPERATURE = 2.0
+TASK = {"soft": 1.0, "hard": 0.5}
+# Of the terms of each way of teaching; "hard" counts for labelled phrases only.
+WEIGHTS = {
+    "alone": {"hard": 1.0},
+    "KD": TASK,
+    "inner": TASK | {"hidden": 1.0, "attention": 0.1},
+    "relations": TASK | {"relations": 0.2},
+}
+STUDENTS = {"3 layers": 3, "2 layers": 2, "BiLSTM": None}
+WAYS = {
+    "alone": "alone",
+    "KD": "KD",
+    "inner": "KD, hidden states, attention",
+    "relations": "KD, MiniLM relations",
+}
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Updates of a layered student and of the BiLSTM; phrases that the distilled may see."""
+
+    updates: int
+    lstm_updates: int
+    phrases: int
+
+
+def amounts_of(arguments) -> Amounts:
+    if arguments.quick:
+        return Amounts(updates=40, lstm_updates=80, phrases=2000)
+    if arguments.whole:
+        return Amounts(updates=5700, lstm_updates=11400, phrases=10**9)
+    return Amounts(updates=120, lstm_updates=500, phrases=8000)
+
+
+class BiLstm(nn.Module):
+    """Word vectors, one bidirectional LSTM, the maximum over the tokens, a linear layer.
+
+    Args:
+        words: vectors [vocabulary, width] to begin with; they are not trained.
+        hidden: units in each direction.
+    """
+
+    def __init__(self, words: Tensor, hidden: int = 128) -> None:
+        super().__init__()
+        self.words = nn.Embedding.from_pretrained(words.clone(), freeze=True)
+        self.lstm = nn.LSTM(words.shape[1], hidden, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * hidden, CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        lengths = attention_mask.sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.words(input_ids), lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        states, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
+        hidden = ~attention_mask[:, : states.shape[1]].bool()
+        return self.head(states.masked_fill(hidden[..., None], -torch.inf).amax(1))
+
+
+def new_student(name: str, teacher: nn.Module, seed: int) -> nn.Module:
+    """With the same weights each time: some of the teacher's layers, or new ones by the seed."""
+    count = STUDENTS[name]
+    if count is not None:
+        layers = uniform_layers(count, teacher.config.num_hidden_layers)
+        return sst2.without_word_vectors(student_from_teacher(teacher, layers))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return BiLstm(teacher.get_input_embeddings().weight.detach())
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Who teaches a student, and what: the arguments of a Distiller."""
+
+    teacher: Callable | None
+    objectives: list[nn.Module]
+    paths: dict[str, str]
+
+
+def lesson_of(
+    way: str, student: nn.Module, teacher: nn.Module, answers: CachedTeacher | None
+) -> Lesson:
+    """Soft targets are read from the teacher's cached answers where nothing else is needed."""
+    if way == "alone":
+        return Lesson(None, [Labels()], {})
+    task = [SoftTargets(TEMPERATURE), Labels()]
+    if way == "KD":
+        return Lesson(answers, task, {})
+    teacher = copy.deepcopy(teacher)
+    if way == "relations":
+        heads = teacher.config.num_attention_heads
+        names = {letter: letter for letter in "qkv"}
+        of_student, of_teacher = projections(student), projections(teacher)
+        frozen = Frozen(teacher, of_teacher, dtype=torch.bfloat16)
+        return Lesson(frozen, [*task, SelfRelations(names, names, heads)], of_student)
+    for model in (student, teacher):
+        model.config.output_hidden_states = model.config.output_attentions = True
+    count = student.config.num_hidden_layers
+    pairs = list(enumerate(uniform_layers(count, teacher.config.num_hidden_layers)))
+    states = [(f"hidden_states.{m + 1}", f"hidden_states.{g + 1}") for m, g in pairs]
+    maps = [(f"attentions.{m}", f"attentions.{g}") for m, g in pairs]
+    inner = [HiddenStates(states), AttentionMaps(maps, loss="kl")]
+    return Lesson(Frozen(teacher, dtype=torch.bfloat16), task + inner, {})
+
+
+def teach(
+    student: nn.Module, way: str, lesson: Lesson, rows: Phrases, training: Training
+) -> nn.Module:
+    loader = DataLoader(
+        Numbered(rows), batch_sampler=ByLength(rows.lengths, BATCH), collate_fn=sst2.padded
+    )
+    objective = Together(*lesson.objectives)
+    distiller = Distiller(
+        student,
+        lesson.teacher,
+        objective,
+        Fixed(WEIGHTS[way]),
+        paths=lesson.paths,
+        training=training,
+    )
+    student = distiller.fit(loader).eval()
+    if hasattr(student, "config"):
+        student.config.output_hidden_states = student.config.output_attentions = False
+    return student
+
+
+def training_of(name: str, amounts: Amounts, seed: int) -> Training:
+    layered = STUDENTS[name] is not None
+    updates = amounts.updates if layered else amounts.lstm_updates
+    return Training(
+        epochs=updates,
+        steps=updates,
+        learning_rate=2e-4 if layered else 2e-3,
+        decay="linear",
+        precision="bf16" if layered else "fp32",
+        seed=seed,
+    )
+
+
+def ways_of(name: str) -> list[str]:
+    """A BiLSTM has no layers or attention like the teacher's."""
+    return list(WAYS) if STUDENTS[name] is not None else ["alone", "KD"]
+
+
+def transfer_set(data: Sst2, amounts: Amounts) -> Phrases:
+    """Half labelled and half not, by length: in this order answers are cached with no padding."""
+    half = amounts.phrases // 2
+    rows = data.labelled.rows(slice(half)) + data.unlabelled.rows(slice(half))
+    return rows.rows(rows.lengths.argsort(stable=True))
+
+
+def cached(teacher: nn.Module, rows: Phrases, folder) -> CachedTeacher:
+    """The teacher's answers to all rows, computed once."""
+    frozen = Frozen(copy.deepcopy(teacher), dtype=torch.bfloat16)
+    loader = DataLoader(Numbered(rows), 2 * BATCH, collate_fn=sst2.padded)
+    return cache_teacher(frozen, loader, folder, top_k=None, dtype="float32")
+
+
+def run_seed(study: Study, data: Sst2, seed: int, scale, amounts: Amounts) -> dict[str, Tensor]:
+    """Which test sentences each student gets right, by "student, way"; and the teacher."""
+    teacher = data.teacher(replace(scale.teacher, seed=seed))
+    results = {
+        "teacher": study.part(
+            f"teacher, seed {seed}", lambda: {"right": sst2.right(teacher, data.test)}
+        )["right"]
+    }
+    rows = transfer_set(data, amounts)
+    folder = study.folder / f"answers-{seed}"
+    study.part(f"answers, seed {seed}", lambda: {"rows": len(cached(teacher, rows, folder))})
+    answers = CachedTeacher(folder)
+
+    def trained(name: str, way: str) -> dict[str, Tensor]:
+        student = new_student(name, teacher, seed)
+        lesson = lesson_of(way, student, teacher, answers)
+        seen = data.labelled if way == "alone" else rows
+        teach(student, way, lesson, seen, training_of(name, amounts, seed))
+        return {"right": sst2.right(student, data.test)}
+
+    for name in STUDENTS:
+        for way in ways_of(name):
+            found = study.part(f"{name}, {way}, seed {seed}", lambda n=name, w=way: trained(n, w))
+            results[f"{name}, {way}"] = found["right"]
+    return results
+
+
+SHARE_GOAL = 97.0  # of the teacher's accuracy, in %
+PUBLISHED = {
+    "3 layers": "91.3 of its teacher's 92.7 (DistilBERT of 6 layers, dev)",
+    "2 layers": "92.6 of its teacher's 93.4 (TinyBERT of 4 layers, test)",
+}
+PUBLISHED_SHARE = 97.0  # DistilBERT of BERT, on all of GLUE
+
+
+def rows_of(results: dict[str, Tensor], models: dict[str, nn.Module], test: Phrases) -> list[Row]:
+    """`results`: which test sentences are right, bool [seeds, sentences]; `models` in eval mode."""
+    percent = {name: 100.0 * right for name, right in results.items()}
+    times = sst2.latency_ms(models, test)
+    kept = {name: bytes_on_disk(model) for name, model in models.items()}
+    accuracies, gains, shares = [], [], []
+    for name, scores in percent.items():
+        student, _, way = name.partition(", ")
+        title = f"{student}, {WAYS[way]}" if way else student
+        accuracies.append(
+            Row(
+                title,
+                "accuracy, %",
+                *mean_over_seeds(scores),
+                bytes=kept[student],
+                latency_ms=times[student],
+                published=PUBLISHED.get(student) if way == "inner" else None,
+            )
+        )
+        if way in ("", "alone"):
+            continue
+        value, interval = gain(scores, percent[f"{student}, alone"])
+        metric = "gain over the same student alone, points"
+        gains.append(Row(title, metric, value, interval, goal=0.0, met=value > 0))
+        if student == "3 layers":
+            value, interval = mean_over_seeds(scores / percent["teacher"].mean())
+            value, low, high = (100 * x for x in (value, *interval))
+            shares.append(
+                Row(
+                    title,
+                    "share of the teacher's accuracy, %",
+                    value,
+                    (low, high),
+                    published=PUBLISHED_SHARE,
+                    goal=SHARE_GOAL,
+                    met=value >= SHARE_GOAL,
+                )
+            )
+    sizes = [
+        Row(name, "parameters, millions", sum(p.numel() for p in model.parameters()) / 1e6)
+        for name, model in models.items()
+    ]
+    return accuracies + gains + shares + sizes
+
+
+def main() -> None:
+    arguments = parse_arguments(
+        __doc__, "benchmarks.distillation.sst2", data=sst2.DATA, subset=True
+    )
+    scale, amounts = sst2.scale_of(arguments, 0), amounts_of(arguments)
+    data = Sst2.load(arguments.data, scale.labelled)
+    settings = {"labelled": len(data.labelled), "teacher": asdict(scale.teacher)}
+    settings |= {"amounts": asdict(amounts), "weights": WEIGHTS, "temperature": TEMPERATURE}
+    settings |= {name: asdict(training_of(name, amounts, 0)) for name in STUDENTS}
+    parts = len(SEEDS) * (2 + sum(len(ways_of(name)) for name in STUDENTS))
+    study = Study("distillation-sst2", arguments, parts, settings)
+    found = [run_seed(study, data, seed, scale, amounts) for seed in SEEDS]
+    results = {name: torch.stack([of[name] for of in found]) for name in found[0]}
+    teacher = data.teacher(replace(scale.teacher, seed=SEEDS[0]))
+    models = {"teacher": teacher}
+    models |= {name: new_student(name, teacher, SEEDS[0]).eval() for name in STUDENTS}
+    notes = (
+        f"{len(data.labelled)} of {len(data.labelled) + len(data.unlabelled)} phrases have labels: "
+        "the teacher and the students alone learn from those. The distilled students see as many "
+        f"phrases, drawn from {len(transfer_set(data, amounts))}, half of them without label. "
+        f"Updates of {BATCH} phrases: {amounts.updates} of the layered students, which begin with "
+        f"layers of the fine-tuned teacher, {amounts.lstm_updates} of the BiLSTM. The papers use "
+        "all labels, larger models and far longer training."
+    )
+    study.finish(rows_of(results, models, data.test), notes=notes)
+
+
+if __name__ == "__main__":
+    main()
