@@ -1,6 +1,6 @@
 """Smaller, faster PyTorch models: ternary, INT8 and 2:4-sparse layers on hand-written kernels."""
 
-from trine import backends, calibration, distill, factorize, nn, ops, prune, quantize
+from trine import backends, calibration, distill, export, factorize, nn, ops, prune, quantize
 from trine._C import version as __version__
 from trine.calibration import calibrate
 from trine.compress import Recipe, compress, load, save
@@ -16,6 +16,7 @@ __all__ = [
     "compress",
     "convert",
     "distill",
+    "export",
     "factorize",
     "from_bitnet",
     "load",
@@ -26,10 +27,8 @@ __all__ = [
     "save",
 ]
 
-_OF_HUGGING_FACE = (
-    "TrineConfig",
-    "from_bitnet",
-)  # asked for by name, because importing transformers takes long
+# Asked for by name, because importing transformers takes long.
+_OF_HUGGING_FACE = ("TrineConfig", "from_bitnet")
 
 
 def __getattr__(name: str) -> object:
