@@ -119,6 +119,10 @@ def test_sm80_fragments(sm80):
     np.testing.assert_array_equal(
         copied, (np.arange(512) * 7 % 256).astype(np.uint8).reshape(32, 16) * valid
     )
+    assert sm80.take(np.uint8, 3, 2**13).all()  # as exact as math.cuh says
+    np.testing.assert_array_equal(
+        sm80.take(np.float32, 7), [0, np.inf, 1, -np.inf, np.inf, np.inf, 0]
+    )
     assert not sm80.raw
 
 
@@ -219,6 +223,10 @@ def test_sm90a_tiles_and_products(sm90a):
     expected = original.copy()
     expected[256:300, 128:208] = stored.reshape(64, 128)[:44, :80]
     np.testing.assert_array_equal(matrix, expected)
+    block, lane = np.ogrid[:8, :32]
+    number = (100 * ((block + lane) % 8) + lane % 2).astype(np.uint64)
+    read_remotely = sm90a.take(np.uint64, 8, 32, 2)
+    np.testing.assert_array_equal(read_remotely, np.stack([number, ~number], -1))
     elements = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)  # matrix, row, column
     transposed = sm90a.take(np.uint16, 4, 8, 8)
     np.testing.assert_array_equal(transposed, elements.transpose(0, 2, 1))

@@ -108,6 +108,8 @@ SPARSE24_SM90A = tuple(
 )
 ROWS_OF_LOGITS = (r"LDG\.E\.128", "FFMA")
 GRADIENT = (*ROWS_OF_LOGITS, r"STG\.E\.128")
+# Rows go to shared memory past the registers; LD.E.64 is a read from another block.
+ONE_PASS = (r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128", r"STG\.E\.128", r"LD\.E\.64", "UCGABAR_WAIT")
 GATES = {
     "quantize_rows/cuda": (
         # Beyond 64 registers an SM holds fewer than 1024 threads, too few loads in flight.
@@ -131,8 +133,15 @@ GATES = {
         Gate("softmax_kl_backward_kernelILb1ELb0E", (*GRADIENT, r"MUFU\.(EX2|LG2|RCP)"), 128, 1),
         Gate("softmax_kl_kernelILb[01]ELb1E", ROWS_OF_LOGITS, 128, 2),
         Gate("softmax_kl_backward_kernelILb[01]ELb1E", GRADIENT, 128, 2),
+        Gate("softmax_kl_scale_kernel", (r"LDG\.E\.128", r"STG\.E\.128"), 64, 1),
         Gate("softmax_kl_top_k_kernel", (*ROWS_OF_LOGITS, r"ATOMS\.OR"), 128, 2),
         Gate("softmax_kl_top_k_backward_kernel", GRADIENT, 128, 2),
+    ),
+    "softmax_kl/cuda_sm90a": (
+        # Three blocks fit an SM, of the rest two.
+        Gate("one_pass_kernelILb0ELb0E", (*ONE_PASS, r"MUFU\.EX2"), 80, 1),
+        Gate("one_pass_kernelILb1ELb0E", (*ONE_PASS, r"MUFU\.(EX2|LG2|RCP)"), 128, 1),
+        Gate("one_pass_kernelILb[01]ELb1E", ONE_PASS, 128, 2),
     ),
     "int8_linear/cuda": (
         *FEW_ROWS,
@@ -262,7 +271,7 @@ def test_kernels_are_made_of_what_is_meant(source, target):
 
 
 @pytest.mark.parametrize("target", ["90a"])
-@pytest.mark.parametrize("source", [source for source in GATES if source.endswith("sm90a")])
+@pytest.mark.parametrize("source", [source for source in GATES if source.endswith("r/cuda_sm90a")])
 def test_wgmma_loops_wait_for_tiles_alone(source, target):
     """Not for all of memory, but where clusters begin and end; not for every product."""
     code = by_kernel(compiled(source, target), "--dump-sass", r"Function : (\S+)")
@@ -333,3 +342,22 @@ def test_softmax_kl_has_its_loads_in_flight(target):
         assert len(loads) == 4, name
         assert not re.search(r"MUFU|SHFL", text[loads[0] : loads[3]]), name
         assert 32 <= len(re.findall(r"MUFU\.EX2", text)) <= 32 + 16 + 3, name
+
+
+def test_softmax_kl_reads_rows_once():
+    """To shared memory alone; eight chunks of both are on their way while a thread waits for one.
+
+    Exponentials: of a chunk in the sums and in the gradient 16 and, of labels, 8 more, and those of
+    single classes. A thread waits for its cluster once more than it exchanges sums.
+    """
+    code = by_kernel(compiled("softmax_kl/cuda_sm90a", "90a"), "--dump-sass", r"Function : (\S+)")
+    assert len(code) == 4
+    for name, text in code.items():
+        assert not re.search(r"LDG\.E\.128", text), name
+        precise = "ELb1E" in name
+        assert len(re.findall(r"LDGSTS", text)) == (8 if precise else 4), name
+        assert set(re.findall(r"DEPBAR\.LE SB0, (\w+)", text)) == {"0x7"}, name
+        exchanges = 1 if "ILb0" in name else 2
+        assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == exchanges + 1, name
+    (plain,) = (text for name, text in code.items() if "ILb0ELb0E" in name)
+    assert 2 * 16 <= len(re.findall(r"MUFU\.EX2", plain)) <= 2 * 24 + 6

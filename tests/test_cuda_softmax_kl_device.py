@@ -20,10 +20,11 @@ if not devices_to_test("softmax_kl"):
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="has no meaning on the CPU")
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("number", range(len(cases())))
-def test_every_case_of_the_emulation(number):
+def test_every_case_of_the_emulation(number, at_once):
     case = cases()[number]
-    for actual, expected in zip(case.run(DEVICE), case.expected, strict=True):
+    for actual, expected in zip(case.run(DEVICE, at_once), case.expected, strict=True):
         case.check(actual.cpu(), expected)
 
 
@@ -33,18 +34,21 @@ def large() -> list[Case]:
     return [
         Case(*example(2000, 1001, torch.bfloat16), labels=labels % 1001),
         Case(*example(300, 20001, torch.float32), divergence="jsd"),
+        Case(*example(40, 128256, torch.bfloat16), labels=labels[:40]),
+        Case(*example(20, 128256, torch.float32), divergence="jsd", factor=0.3),
         top_k(300, 20000, 50, torch.bfloat16, divergence="reverse_kl"),
     ]
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_many_blocks_give_the_same_bits_every_time(number):
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("number", range(5))
+def test_many_blocks_give_the_same_bits_every_time(number, at_once):
     case = large()[number]
-    first = case.run(DEVICE)
+    first = case.run(DEVICE, at_once)
     for actual, expected in zip(first, case.expected, strict=True):
         case.check(actual.cpu(), expected)
     for _ in range(2 if DEVICE == "cpu" else 20):
-        for again, before in zip(case.run(DEVICE), first, strict=True):
+        for again, before in zip(case.run(DEVICE, at_once), first, strict=True):
             assert_same_bits(again, before)
 
 

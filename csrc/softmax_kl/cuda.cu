@@ -7,43 +7,18 @@
 // bytes), 43 backward (6 bytes). A plain KL's take 17 and 21, so memory decides. Of exponentials an
 // SM does 3.6 in the first time; forward does two, three with labels. In flight are 48 KB an SM
 // forward, 32 KB backward; latency times bandwidth is 25 KB. All in all forward and backward move
-// 10 bytes a class, 1.67 times what a kernel would that kept the rows on the chip between its two
-// passes. fp32 takes 35 and 45 instructions for twice the bytes; mixtures (JSD, skewed KL) are
-// bound by instructions, some 60 in the second look and in backward.
+// 10 bytes a class; where the losses' coefficients are known beforehand, cuda_sm90a.cu moves 6.
+// fp32 takes 35 and 45 instructions for twice the bytes; mixtures (JSD, skewed KL) are bound by
+// instructions, some 60 in the second look and in backward.
 #include "softmax_kl/cuda.h"
 
 #include "common/cuda/launch.cuh"
 #include "softmax_kl/gradient.cuh"
 #include "softmax_kl/top_k.cuh"
+#include "softmax_kl/variants.h"
 
 namespace trine {
 namespace {
-
-// Completes `row` with the means of the slopes, which take a second look at it; returns D.
-template <bool kPrecise>
-__device__ __forceinline__ float finish_slopes(const Rows<true, kPrecise>& rows, const Span& span,
-                                               const RowGroup& group, SavedRow* row) {
-  const Divergence divergence = rows.problem.divergence;
-  const Probabilities<kPrecise> probabilities(rows.problem, *row, 1.0f);
-  float first = 0, second = 0;       // sums of p and q as backward computes them: nearly 1
-  float first_slope = 0, total = 0;  // of p * g, of p * g + q * h
-  rows.visit(span, group, [&]<int kCount>(const float (&a)[kCount], const float (&b)[kCount], int) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      probabilities(a[i], b[i], [&](float p, float q, float log2_quotient) {
-        const SlopesOfClass slopes = slopes_of(divergence, log2_quotient);
-        const float term = p * slopes.first;
-        first += p;
-        second += q;
-        first_slope += term;
-        total += fmaf(q, slopes.second, term);
-      });
-  });
-  const auto sums = added_up<4>(group, {first, second, first_slope, total});
-  row->first_mean = float(sums.of[2]) / float(sums.of[0]);
-  row->second_mean = float(sums.of[3] - sums.of[2]) / float(sums.of[1]);
-  return float(sums.of[3]);
-}
 
 template <bool kGeneral, bool kPrecise>
 __global__ void __launch_bounds__(kThreads, kBlocks<kGeneral, kPrecise>)
@@ -67,7 +42,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kGeneral, kPrecise>)
   float loss = kLn2 * (row.second_mean + row.log2_ratio);
   if constexpr (kGeneral)
     if (problem.divergence.kind != Divergence::kullback_leibler)
-      loss = finish_slopes<kPrecise>(rows, span, group, &row);
+      loss = finish_slopes<kPrecise>(
+          problem, [&](const auto& visit) { rows.visit(span, group, visit); },
+          [&](const Totals<4>& own) { return added_up(group, own); }, &row);
   if (group.rank != 0) return;
   soft[m] = not_negative(loss);
   if (has_labels)
@@ -98,40 +75,34 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (last && to.width > end) fill_with_zeros(out, group, end, int(to.width));
 
-  const SavedRow row = saved[m];
-  const int label = factors.hard != 0 ? int(problem.hard.labels[m]) : -1;
   const Rows<kGeneral, kPrecise> rows(problem, m);
   const Span span(begin, end, rows.first, rows.second, out);
-  const Probabilities<kPrecise> probabilities(problem, row, factors.soft);
   rows.visit(span, group,
-             [&]<int kCount>(const float (&a)[kCount], const float (&b)[kCount], int j) {
-               float gradient[kCount] = {};
-               if (factors.soft != 0) {
-#pragma unroll
-                 for (int i = 0; i < kCount; ++i)
-                   gradient[i] = soft_gradient<kGeneral>(problem.divergence, of_first, row,
-                                                         probabilities, a[i], b[i]);
-               }
-               const auto own = [&](int i) { return of_first ? a[i] : b[i]; };
-               if (factors.hard != 0)
-                 add_hard_gradient<kPrecise>(problem, row, label, factors.hard, own, j, gradient);
-               see_through<kGeneral>(side, own, gradient);
-               out.store(j, gradient);
-             });
+             WriteGradient<kGeneral, kPrecise>(problem, saved[m], factors, of_first, m, out));
 }
 
-// Calls run<kGeneral, kPrecise>() for this problem.
-template <class Run>
-void with_variant(const SoftmaxKlOnDevice& problem, const Run& run) {
-  const bool general = problem.divergence.kind != Divergence::kullback_leibler ||
-                       problem.first.slope != 0 || problem.second.slope != 0;
-  // fp32 logits deserve all digits.
-  const auto is_float = [](const LogitsOnDevice& side) { return side.type == FloatType::float32; };
-  const bool precise = is_float(problem.first) || is_float(problem.second);
-  if (general)
-    precise ? run.template operator()<true, true>() : run.template operator()<true, false>();
-  else
-    precise ? run.template operator()<false, true>() : run.template operator()<false, false>();
+// Multiplies a row by `factor`; 1 leaves it unread, 0 gives 0 whatever was there.
+__global__ void __launch_bounds__(kThreads)
+    softmax_kl_scale_kernel(LogitsOnDevice gradient, int width, const float* factor) {
+  const float by = *factor;
+  if (by == 1) return;
+  const RowGroup group = {blockIdx.x, int(threadIdx.x), kThreads};
+  const LogitsRow row(gradient, group.row);
+  const Span span(0, width, row);
+  if (by == 0) return fill_with_zeros(row, group, 0, width);
+  span.for_chunks<2, Words<true>>(
+      group, [&](Words<true>& words, int j) { load_words(words, row.data, row.type, j); },
+      [&](const Words<true>& words, int j) {
+        float x[kChunk];
+        widen(words, row.type, x);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) x[i] *= by;
+        row.store(j, x);
+      });
+  span.for_single(group, [&](int j) {
+    const float x[1] = {row.at(j) * by};
+    row.store(j, x);
+  });
 }
 
 int64_t blocks_of(const SoftmaxKlOnDevice& problem) {
@@ -169,6 +140,24 @@ void softmax_kl_backward_cuda(const SoftmaxKlOnDevice& problem, const SavedRow* 
       launch("softmax_kl", softmax_kl_backward_kernel<kGeneral, kPrecise>, {blocks, kThreads},
              stream, problem, saved, gradient);
   });
+}
+
+void softmax_kl_with_gradient_cuda(const SoftmaxKlOnDevice& problem, float* soft, float* hard,
+                                   SavedRow* saved, const GradientOnDevice& gradient,
+                                   cudaStream_t stream) {
+  if (compute_capability() == 90 &&
+      softmax_kl_one_pass_cuda(problem, soft, hard, saved, gradient, stream))
+    return;
+  softmax_kl_cuda(problem, soft, hard, saved, stream);
+  softmax_kl_backward_cuda(problem, saved, gradient, stream);
+}
+
+void softmax_kl_scale_cuda(void* gradient, FloatType type, int64_t rows, int64_t width,
+                           const float* factor, cudaStream_t stream) {
+  if (rows == 0 || width == 0) return;
+  const LogitsOnDevice side = {static_cast<const char*>(gradient), type,
+                               width * kFloatBytes[int(type)], 0, 0};
+  launch("softmax_kl", softmax_kl_scale_kernel, {rows, kThreads}, stream, side, int(width), factor);
 }
 
 }  // namespace trine

@@ -64,6 +64,19 @@ struct GradientOnDevice {
 
 void softmax_kl_cuda(const SoftmaxKlOnDevice& problem, float* soft, float* hard, SavedRow* saved,
                      cudaStream_t stream);
+// What forward gives, and backward's gradient for the student, for gradients of the losses that are
+// known beforehand. On sm_90 in one pass over memory, where a row fits into a cluster.
+void softmax_kl_with_gradient_cuda(const SoftmaxKlOnDevice& problem, float* soft, float* hard,
+                                   SavedRow* saved, const GradientOnDevice& gradient,
+                                   cudaStream_t stream);
+// False where there is no such kernel: for a teacher known of some classes, and rows of more than
+// some 450 thousand classes of 16 bits, or 220 thousand where either row is of 32.
+bool softmax_kl_one_pass_cuda(const SoftmaxKlOnDevice& problem, float* soft, float* hard,
+                              SavedRow* saved, const GradientOnDevice& gradient,
+                              cudaStream_t stream);
+// Multiplies a gradient [rows][width] by a factor on the device; for 1 it touches nothing.
+void softmax_kl_scale_cuda(void* gradient, FloatType type, int64_t rows, int64_t width,
+                           const float* factor, cudaStream_t stream);
 void softmax_kl_backward_cuda(const SoftmaxKlOnDevice& problem, const SavedRow* saved,
                               const GradientOnDevice& gradient, cudaStream_t stream);
 

@@ -123,5 +123,73 @@ struct Factors {
   __device__ __forceinline__ bool are_zero() const { return soft == 0 && hard == 0; }
 };
 
+// Completes `row` with the means of the slopes, which take a second look at it; returns D.
+// visit_all(visit) shows all classes, add_up(Totals<4>) adds over who shares the row.
+template <bool kPrecise, class VisitAll, class AddUp>
+__device__ __forceinline__ float finish_slopes(const SoftmaxKlOnDevice& problem,
+                                               const VisitAll& visit_all, const AddUp& add_up,
+                                               SavedRow* row) {
+  const Divergence divergence = problem.divergence;
+  const Probabilities<kPrecise> probabilities(problem, *row, 1.0f);
+  float first = 0, second = 0;       // sums of p and q as backward computes them: nearly 1
+  float first_slope = 0, total = 0;  // of p * g, of p * g + q * h
+  visit_all([&]<int kCount>(const float (&a)[kCount], const float (&b)[kCount], int) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      probabilities(a[i], b[i], [&](float p, float q, float log2_quotient) {
+        const SlopesOfClass slopes = slopes_of(divergence, log2_quotient);
+        const float term = p * slopes.first;
+        first += p;
+        second += q;
+        first_slope += term;
+        total += fmaf(q, slopes.second, term);
+      });
+  });
+  const Totals<4> sums = add_up(Totals<4>{first, second, first_slope, total});
+  row->first_mean = float(sums.of[2]) / float(sums.of[0]);
+  row->second_mean = float(sums.of[3] - sums.of[2]) / float(sums.of[1]);
+  return float(sums.of[3]);
+}
+
+// Writes the gradient of classes that it is shown.
+template <bool kGeneral, bool kPrecise>
+struct WriteGradient {
+  const SoftmaxKlOnDevice& problem;
+  const SavedRow row;
+  const Factors factors;
+  const bool of_first;  // side
+  const int label;
+  const LogitsRow to;
+  const Probabilities<kPrecise> probabilities;
+
+  __device__ __forceinline__ WriteGradient(const SoftmaxKlOnDevice& problem, const SavedRow& row,
+                                           const Factors& factors, bool of_first, int64_t m,
+                                           const LogitsRow& to)
+      : problem(problem),
+        row(row),
+        factors(factors),
+        of_first(of_first),
+        label(factors.hard != 0 ? int(problem.hard.labels[m]) : -1),
+        to(to),
+        probabilities(problem, row, factors.soft) {}
+
+  template <int kCount>
+  __device__ __forceinline__ void operator()(const float (&a)[kCount], const float (&b)[kCount],
+                                             int j) const {
+    float gradient[kCount] = {};
+    if (factors.soft != 0) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        gradient[i] =
+            soft_gradient<kGeneral>(problem.divergence, of_first, row, probabilities, a[i], b[i]);
+    }
+    const auto own = [&](int i) { return of_first ? a[i] : b[i]; };
+    if (factors.hard != 0)
+      add_hard_gradient<kPrecise>(problem, row, label, factors.hard, own, j, gradient);
+    see_through<kGeneral>(of_first ? problem.first : problem.second, own, gradient);
+    to.store(j, gradient);
+  }
+};
+
 }  // namespace
 }  // namespace trine

@@ -248,6 +248,21 @@ Results softmax_kl_op(const Tensor& student, const Tensor& teacher, Optional slo
                   teacher_is_log});
 }
 
+using ResultsWithGradient = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <ResultsWithGradient (*with_gradient)(const Arguments&, const Tensor&, const Tensor&)>
+ResultsWithGradient softmax_kl_with_gradient_op(
+    const Tensor& student, const Tensor& teacher, Optional slots, Optional labels,
+    Optional class_weight, Optional row_mask, double temperature, std::string divergence,
+    double beta, double smoothing, int64_t classes, double student_scale, double student_cap,
+    double teacher_scale, double teacher_cap, bool teacher_is_log, const Tensor& soft_coefficient,
+    const Tensor& hard_coefficient) {
+  return with_gradient(
+      {student, teacher, slots, labels, class_weight, row_mask, temperature, divergence, beta,
+       smoothing, classes, student_scale, student_cap, teacher_scale, teacher_cap, teacher_is_log},
+      soft_coefficient, hard_coefficient);
+}
+
 template <Tensor (*backward)(const Tensor&, const Tensor&, const Arguments&, const Tensor&, bool)>
 Tensor softmax_kl_backward_op(const Tensor& grad_soft, const Tensor& grad_hard,
                               const Tensor& student, const Tensor& teacher, Optional slots,

@@ -213,14 +213,26 @@ struct Rows {
           load_words(words.first, first.data, first.type, j);
           load_words(words.second, second.data, second.type, j);
         },
-        [&](const Held& words, int j) {
-          float a[kChunk], b[kChunk];
-          widen(words.first, first.type, a);
-          widen(words.second, second.type, b);
-          see<kGeneral>(problem.first, a);
-          see<kGeneral>(problem.second, b);
-          visit(a, b, j);
-        });
+        [&](const Held& words, int j) { show(words, j, visit); });
+    visit_single(span, group, visit);
+  }
+
+  // Calls visit(a, b, j) with the logits of a chunk.
+  template <class Visit>
+  __device__ __forceinline__ void show(const PairOfWords<kPrecise>& words, int j,
+                                       const Visit& visit) const {
+    float a[kChunk], b[kChunk];
+    widen(words.first, first.type, a);
+    widen(words.second, second.type, b);
+    see<kGeneral>(problem.first, a);
+    see<kGeneral>(problem.second, b);
+    visit(a, b, j);
+  }
+
+  // The classes that are in no chunk.
+  template <class Visit>
+  __device__ __forceinline__ void visit_single(const Span& span, const RowGroup& group,
+                                               const Visit& visit) const {
     span.for_single(group, [&](int j) {
       float a[1] = {first.at(j)}, b[1] = {second.at(j)};
       see<kGeneral>(problem.first, a);

@@ -188,6 +188,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
   m.def("softmax_kl(" TRINE_SOFTMAX_KL_ARGUMENTS ") -> (Tensor soft, Tensor hard, Tensor saved)");
   m.def("softmax_kl_backward(Tensor grad_soft, Tensor grad_hard, " TRINE_SOFTMAX_KL_ARGUMENTS
         ", Tensor saved, bool for_teacher) -> Tensor");
+  // Both, for gradients of the rows' losses that are known beforehand.
+  m.def("softmax_kl_with_gradient(" TRINE_SOFTMAX_KL_ARGUMENTS
+        ", Tensor soft_coefficient, Tensor hard_coefficient) -> "
+        "(Tensor soft, Tensor hard, Tensor gradient, Tensor saved)");
+  // Multiplies a gradient that is nobody else's yet; 0 makes 0 of whatever was there.
+  m.def("softmax_kl_scale_(Tensor(a!) gradient, Tensor factor) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
   m.impl("softmax_kl", TORCH_BOX(&trine::softmax_kl_op<trine::forward>));

@@ -50,6 +50,8 @@ struct Thread {
   Meeting meeting;              // while waiting
   std::function<bool()> ready;  // while waiting alone
   void* post;
+  bool has_arrived;     // at the cluster's barrier that has not opened yet
+  unsigned arrived_at;  // how many had opened before the one where it arrived last
   ucontext_t context;
 };
 
@@ -66,7 +68,8 @@ std::vector<Thread> threads;  // of the running cluster, block after block
 std::vector<Block> blocks;    // the same
 unsigned block_threads;
 unsigned running = kNobody;
-unsigned at_cluster_barrier, cluster_barriers_passed;
+unsigned expected_at_cluster_barrier;  // threads that have neither arrived nor returned
+unsigned cluster_barriers_passed;
 std::vector<std::function<void()>> later;
 ucontext_t scheduler;
 
@@ -91,12 +94,14 @@ void enter_thread() {
   check_copies_of_returning_thread();
   threads[running].state = State::finished;
   ++blocks[running_block()].finished;
+  if (!threads[running].has_arrived) --expected_at_cluster_barrier;
   back_to_scheduler();
 }
 
 void start_thread(unsigned index) {
   Thread& thread = threads[index];
   thread.state = State::ready;
+  thread.has_arrived = false;
   getcontext(&thread.context);
   thread.context.uc_stack.ss_sp = stack_of(index);
   thread.context.uc_stack.ss_size = kStackBytes;
@@ -212,7 +217,8 @@ void draw_priorities(std::vector<unsigned>& order) {
 void run_cluster(std::size_t dynamic_bytes) {
   const unsigned count = unsigned(blocks.size()) * block_threads;
   threads.resize(count);
-  at_cluster_barrier = cluster_barriers_passed = 0;
+  expected_at_cluster_barrier = count;
+  cluster_barriers_passed = 0;
   later.clear();
   begin_shared_memory(unsigned(blocks.size()), dynamic_bytes);
   begin_copies(count);
@@ -308,18 +314,28 @@ void wait_until(const std::string& operation, std::source_location where,
   back_to_scheduler();
 }
 
-void cluster_barrier(std::source_location where) {
-  ++at_cluster_barrier;
-  wait_until("cluster_sync", where, [passed = cluster_barriers_passed] {
+void arrive_at_cluster_barrier() {
+  Thread& thread = threads[running];
+  if (thread.has_arrived) fail("a thread arrives twice at a barrier of the cluster");
+  thread.has_arrived = true;
+  thread.arrived_at = cluster_barriers_passed;
+  --expected_at_cluster_barrier;
+}
+
+void wait_at_cluster_barrier(std::source_location where) {
+  wait_until("a barrier of the cluster", where, [passed = threads[running].arrived_at] {
     if (cluster_barriers_passed != passed) return true;
-    unsigned finished = 0;
-    for (const Block& block : blocks) finished += block.finished;
-    if (at_cluster_barrier + finished < threads.size()) return false;
-    at_cluster_barrier = 0;
+    if (expected_at_cluster_barrier > 0) return false;
+    for (Thread& thread : threads) {
+      thread.has_arrived = false;
+      expected_at_cluster_barrier += thread.state != State::finished;
+    }
     ++cluster_barriers_passed;
     return true;
   });
 }
+
+bool has_returned(unsigned block) { return blocks[block].finished == block_threads; }
 
 void do_later(std::function<void()> work) { later.push_back(std::move(work)); }
 

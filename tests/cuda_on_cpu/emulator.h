@@ -36,8 +36,12 @@ unsigned block_of(unsigned thread);
 // Waits for every thread of the block that has not returned.
 void block_barrier(std::source_location where);
 
-// Waits for every thread of the cluster that has not returned.
-void cluster_barrier(std::source_location where);
+// The two steps of waiting for every thread of the cluster that has not returned.
+void arrive_at_cluster_barrier();
+void wait_at_cluster_barrier(std::source_location where);
+
+// Whether all threads of this block of the cluster have.
+bool has_returned(unsigned block);
 
 // Waits until `ready()`, which others bring about; `operation` says for what in a deadlock's
 // report.

@@ -1,15 +1,17 @@
-// Runs softmax_kl_cuda and softmax_kl_backward_cuda on the case on standard input; the first
-// argument is the schedule's seed.
+// Runs softmax_kl_with_gradient_cuda, which is softmax_kl_cuda and softmax_kl_backward_cuda or both
+// in one pass, on the case on standard input; then backward for the teacher. The arguments are the
+// schedule's seed and the compute capability.
 //
 // A case: the numbers that main reads, in its order (floats as their bits; 0 bytes: a tensor that
 // is not there), then the tensors in the order of their buffers. The answer: soft, hard, the
-// gradient of each side that has a width.
+// gradient of each side that has a width, the student's scaled by softmax_kl_scale_cuda.
 #include "softmax_kl/cuda.h"
 
 #include <cstdlib>
 #include <memory>
 #include <vector>
 
+#include "common/cuda/launch.cuh"
 #include "driver.h"
 #include "emulator.h"
 
@@ -50,6 +52,7 @@ trine::LogitsOnDevice read_logits(const char* name, Buffers& buffers) {
 }  // namespace
 
 int main(int, char** arguments) {
+  trine::emulated_capability = std::atoi(arguments[2]);
   cuda_on_cpu::set_seed(std::strtoull(arguments[1], nullptr, 10));
   Buffers buffers;
   trine::SoftmaxKlOnDevice problem = {};
@@ -75,25 +78,33 @@ int main(int, char** arguments) {
     int64_t width, alignment;
   } sides[2];  // student, teacher
   for (auto& side : sides) side = {read_number(), read_number()};
+  const auto* factor = buffers.add<float>("the factor", 4, 4);
   buffers.read();
 
   const bool has_labels = problem.hard.labels != nullptr;
   GuardedBuffer soft("soft", rows * 4, 4), hard("hard", has_labels ? rows * 4 : 0, 4);
   GuardedBuffer saved("saved", rows * sizeof(trine::SavedRow), 4);
-  trine::softmax_kl_cuda(problem, soft.data<float>(), hard.data<float>(),
-                         saved.data<trine::SavedRow>(), nullptr);
+  const auto type_of = [&](bool for_teacher) {
+    return (for_teacher == problem.reversed ? problem.first : problem.second).type;
+  };
+  const auto bytes = [&](bool for_teacher) {
+    return rows * sides[for_teacher].width * trine::kFloatBytes[int(type_of(for_teacher))];
+  };
+  GuardedBuffer of_student("the student's gradient", bytes(false), sides[0].alignment);
+  GuardedBuffer of_teacher("the teacher's gradient", bytes(true), sides[1].alignment);
+  const auto gradient = [&](bool for_teacher) -> trine::GradientOnDevice {
+    return {grad_soft, grad_hard, for_teacher, (for_teacher ? of_teacher : of_student).data<void>(),
+            sides[for_teacher].width};
+  };
+  trine::softmax_kl_with_gradient_cuda(problem, soft.data<float>(), hard.data<float>(),
+                                       saved.data<trine::SavedRow>(), gradient(false), nullptr);
   soft.write();
   hard.write();
   saved.check_not_overrun();
-  for (const bool for_teacher : {false, true}) {
-    const auto [width, alignment] = sides[for_teacher];
-    if (width == 0) continue;
-    const bool of_first = for_teacher == problem.reversed;
-    const trine::FloatType type = (of_first ? problem.first : problem.second).type;
-    GuardedBuffer gradient("the gradient", rows * width * trine::kFloatBytes[int(type)], alignment);
-    trine::softmax_kl_backward_cuda(
-        problem, saved.data<trine::SavedRow>(),
-        {grad_soft, grad_hard, for_teacher, gradient.data<void>(), width}, nullptr);
-    gradient.write();
-  }
+  trine::softmax_kl_scale_cuda(of_student.data<void>(), type_of(false), rows, sides[0].width,
+                               factor, nullptr);
+  of_student.write();
+  if (sides[1].width == 0) return 0;
+  trine::softmax_kl_backward_cuda(problem, saved.data<trine::SavedRow>(), gradient(true), nullptr);
+  of_teacher.write();
 }

@@ -1,9 +1,11 @@
 // Which lane holds which element of the matrix fragments of sm_80, found by one-hot inputs; and
-// what cp.async writes. Prints raw results, the same on a GPU and under the emulation.
+// what cp.async writes; whether the multi-function unit is as exact as math.cuh says. Prints raw
+// results, the same on a GPU and under the emulation.
 #include <cstdlib>
 
 #include "common/cuda/async_copy.cuh"
 #include "common/cuda/launch.cuh"
+#include "common/cuda/math.cuh"
 #include "common/cuda/matrix.cuh"
 #include "probe_memory.cuh"
 
@@ -131,6 +133,47 @@ void print_multiply_sparse() {
   groups.print();
 }
 
+constexpr int kNumbers = 1 << 13;
+
+// The numbers of one sign and of ten exponents to either side of 1, of no obvious pattern.
+__device__ float some_number(uint32_t i) {
+  const uint32_t mixed = (i + 1) * 0x9e3779b1u;
+  return __uint_as_float((127u - 10u + i % 20u) << 23 | mixed >> 9);
+}
+
+__device__ bool is_within(float found, double exact, double allowed) {
+  return fabs(double(found) - exact) <= allowed;
+}
+
+// 1 where a result is as exact as it is said to be.
+__global__ void __launch_bounds__(32) probe_math(unsigned char* out) {
+  for (int i = int(threadIdx.x); i < kNumbers; i += 32) {
+    const float x = some_number(uint32_t(i)), exponent = (i % 2 ? -x : x) / 8;  // to +-128
+    const double power = exp2(double(exponent)), logarithm = log2(double(x));
+    // What is below the least normal number counts as 0.
+    const bool is_normal = power >= 0x1p-126 && power < 0x1p+128;
+    out[i] = is_normal ? is_within(exp2_approximate(exponent), power, power * 0x1p-22)
+                       : exp2_approximate(exponent) == (power < 1 ? 0.0f : float(power));
+    const bool near = x > 0.5f && x < 2.0f;
+    out[kNumbers + i] =
+        is_within(log2_approximate(x), logarithm, near ? 0x1p-22 : fabs(logarithm) * 0x1p-22);
+    out[2 * kNumbers + i] = is_within(reciprocal_approximate(x), 1 / double(x), 0x1p-23 / x);
+  }
+}
+
+// At the ends: 2^-inf, 2^inf, 2^NaN, log2 of 0 and infinity, 1 / 0, 1 / infinity.
+__global__ void __launch_bounds__(32) probe_math_at_ends(float* out) {
+  const float infinity = __uint_as_float(0x7f800000u), nan = __uint_as_float(0x7fffffffu);
+  if (threadIdx.x != 0) return;
+  out[0] = exp2_approximate(-infinity);
+  out[1] = exp2_approximate(infinity);
+  out[2] = exp2_approximate(nan) != exp2_approximate(nan);
+  out[3] = log2_approximate(0);
+  out[4] = log2_approximate(infinity);
+  out[5] = reciprocal_approximate(0);
+  out[6] = reciprocal_approximate(infinity);
+}
+
 }  // namespace
 
 int main() {
@@ -148,4 +191,9 @@ int main() {
   for (int i = 0; i < 32 * 16; ++i) in.data<unsigned char>()[i] = static_cast<unsigned char>(i * 7);
   launch("probe", probe_copy_async, {1, 32}, nullptr, in.data<const uint4>(), copied.data<uint4>());
   copied.print();
+  ProbeMemory right(3 * kNumbers), ends(7 * sizeof(float));
+  launch("probe", probe_math, {1, 32}, nullptr, right.data<unsigned char>());
+  right.print();
+  launch("probe", probe_math_at_ends, {1, 32}, nullptr, ends.data<float>());
+  ends.print();
 }

@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "common/cuda/barrier.cuh"
+#include "common/cuda/cluster_memory.cuh"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/tma.cuh"
 #include "common/cuda/wgmma.cuh"
@@ -62,6 +63,24 @@ __global__ void __launch_bounds__(32)
   __syncthreads();
   if (threadIdx.x == 0) mbarrier_arrive_remote(done, rank ^ 1u);
   mbarrier_wait(done, 0);
+}
+
+constexpr int kMostBlocks = 8;
+
+struct TwoWords {
+  uint64_t first, second;
+};
+
+// Each lane reads what the block `lane` places on has, and stays until the others have, too.
+__global__ void __launch_bounds__(32) probe_remote_value(TwoWords* out) {
+  TRINE_SHARED_ARRAY(TwoWords, own, 2);
+  const uint32_t lane = threadIdx.x, rank = cluster_rank();
+  if (lane < 2) own[lane] = {100 * rank + lane, ~uint64_t(100 * rank + lane)};
+  cluster_sync();
+  const TwoWords found = remote_value(own + lane % 2, (rank + lane) % kMostBlocks);
+  cluster_arrive();
+  out[32 * blockIdx.x + lane] = found;
+  cluster_wait();
 }
 
 // Fragments whose bytes count up, through stmatrix and the copy engine into the matrix's corner.
@@ -255,6 +274,11 @@ int main() {
 
   launch("probe", probe_store_tile, {1, 32, kSmallBytes}, nullptr, small);
   matrix.print();
+
+  ProbeMemory remote(kMostBlocks * 32 * sizeof(TwoWords));
+  launch("probe", probe_remote_value, {kMostBlocks, 32, 0, kMostBlocks}, nullptr,
+         remote.data<TwoWords>());
+  remote.print();
 
   ProbeMemory transposed(32 * 16);
   launch("probe", probe_store_transposed, {1, 32}, nullptr, transposed.data<uint32_t>());

@@ -56,6 +56,10 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// What a block may get, its arrays and those of the launch; a multiprocessor has 1 KB more, and of
+// each block it keeps 1 KB for itself.
+inline int most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // 80 for sm_80, 90 for sm_90.

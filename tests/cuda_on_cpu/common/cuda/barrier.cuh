@@ -26,8 +26,15 @@ inline void mbarrier_wait(SharedAddress barrier, uint32_t parity,
   cuda_on_cpu::mbarrier_wait(barrier, parity, where);
 }
 
+inline void cluster_arrive() { cuda_on_cpu::arrive_at_cluster_barrier(); }
+
+inline void cluster_wait(std::source_location where = std::source_location::current()) {
+  cuda_on_cpu::wait_at_cluster_barrier(where);
+}
+
 inline void cluster_sync(std::source_location where = std::source_location::current()) {
-  cuda_on_cpu::cluster_barrier(where);
+  cluster_arrive();
+  cluster_wait(where);
 }
 
 inline uint32_t cluster_rank() { return cuda_on_cpu::running_block(); }

@@ -27,6 +27,9 @@ void launch(const char*, void (*kernel)(Parameters...), const LaunchShape& shape
 // so that clusters leave one out.
 inline int multiprocessors() { return 5; }
 
+// So few that rows of some thousand classes need a cluster, and longer ones do not fit.
+inline int most_shared_bytes() { return 40 << 10; }
+
 inline int emulated_capability = 80;
 inline int compute_capability() { return emulated_capability; }
 

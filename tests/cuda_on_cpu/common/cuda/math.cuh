@@ -18,13 +18,16 @@ inline float flush_subnormal(double x) {
   return std::fabs(x) < 0x1p-126 ? float(std::copysign(0.0, x)) : float(x);
 }
 
+// What is allowed beside the rounding to fp32.
+inline constexpr double kAllowed = 0x1p-22 - 0x1p-24;
+
 inline float exp2_approximate(float x) {
-  return flush_subnormal(std::exp2(double(x)) * (1 + 0x1p-22 * some_error(x)));
+  return flush_subnormal(std::exp2(double(x)) * (1 + kAllowed * some_error(x)));
 }
 
 inline float log2_approximate(float x) {
   const double exact = std::log2(double(flush_subnormal(x)));
-  const double allowed = x > 0.5f && x < 2.0f ? 0x1p-22 : 0x1p-22 * std::fabs(exact);
+  const double allowed = x > 0.5f && x < 2.0f ? kAllowed : kAllowed * std::fabs(exact);
   return float(std::isfinite(exact) ? exact + allowed * some_error(x) : exact);
 }
 
