@@ -1,5 +1,6 @@
 """Removing what a model needs least: see README.md in this folder."""
 
+from trine.prune.budget import budget_ratios, latency_costs, mac_costs, size_costs
 from trine.prune.criteria import (
     SNIP,
     Change,
@@ -13,6 +14,7 @@ from trine.prune.criteria import (
     Taylor,
     Wanda,
 )
+from trine.prune.curves import Sensitivity, sensitivity
 from trine.prune.granularity import NM, Channel, Granularity, Head, Layer, Neuron, Weight
 from trine.prune.layers import prunable_layers
 from trine.prune.one_shot import sparsegpt, wanda
@@ -57,6 +59,7 @@ __all__ = [
     "RigL",
     "Schedule",
     "Scope",
+    "Sensitivity",
     "SparseGPT",
     "Taylor",
     "Threshold",
@@ -64,14 +67,19 @@ __all__ = [
     "Weight",
     "as_sparse24",
     "attention_values",
+    "budget_ratios",
     "kept_magnitude",
+    "latency_costs",
     "linked_channels",
+    "mac_costs",
     "macs",
     "permute_for_24",
     "prunable_layers",
     "prune_structured",
     "remove",
     "search_permutation",
+    "sensitivity",
+    "size_costs",
     "sparsegpt",
     "sr_ste",
     "trace",
