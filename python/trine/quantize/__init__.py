@@ -7,17 +7,21 @@ from trine.quantize.qat import QatLinear
 from trine.quantize.rounding import gptq
 from trine.quantize.schedule import QatSchedule
 from trine.quantize.smooth import smooth
+from trine.quantize.ste_bias import SteBias, draw_ste_bias, ste_bias
 from trine.quantize.weights import int8_absmax, ternary_absmean, ternary_twn, two_of_four
 
 __all__ = [
     "QatLinear",
     "QatSchedule",
+    "SteBias",
+    "draw_ste_bias",
     "gptq",
     "int8_absmax",
     "observers",
     "post_training",
     "prepare_qat",
     "smooth",
+    "ste_bias",
     "ternary_absmean",
     "ternary_twn",
     "two_of_four",
