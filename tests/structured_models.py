@@ -14,8 +14,9 @@ HIDDEN, HEADS, FEED = 32, 4, 48
 class Case:
     model: nn.Module
     inputs: Any
-    # Group -> the layers that read it, each with how many of its inputs belong to one unit.
-    readers: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    # Group -> the layers that read it, each with how many of its inputs belong to one unit and, if
+    # not 0, at which input the first unit is.
+    readers: dict[str, list[tuple]] = field(default_factory=dict)
 
 
 class Residual(nn.Module):
@@ -230,3 +231,23 @@ def call(model: nn.Module, inputs: Any) -> Tensor:
     with torch.no_grad():
         out = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
     return out if isinstance(out, Tensor) else out["logits"]
+
+
+def masked(found: Case, removed: dict[str, tuple[int, ...]]) -> Tensor:
+    """The whole model's output, with zeros where its layers read what was removed: by hand."""
+    handles = []
+    for group, units in removed.items():
+        for layer, width, *start in found.readers[group]:
+            module = found.model.get_submodule(layer)
+            dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
+            places = [sum(start) + u * width + i for u in units for i in range(width)]
+            places = torch.tensor(places, dtype=torch.long)
+
+            def zero(_, args, places=places, dim=dim):
+                return (args[0].index_fill(dim, places, 0),)
+
+            handles.append(module.register_forward_pre_hook(zero))
+    out = call(found.model, found.inputs)
+    for handle in handles:
+        handle.remove()
+    return out

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
-__all__ = ["longest_list", "student_from_teacher", "succession"]
+__all__ = ["longest_list", "renumber_layers", "student_from_teacher", "succession"]
 
 # What configurations of Hugging Face call the number of layers.
 _LAYER_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers")
+_DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
 
 
 def succession(
@@ -62,21 +63,36 @@ def student_from_teacher(
         )
     chosen = nn.ModuleList(copy.deepcopy(kept[layer]) for layer in layers)
     setattr(student.get_submodule(parent), name, chosen)
-    for number, layer in enumerate(chosen):
+    renumber_layers(student, path, layers, count)
+    return student
+
+
+def renumber_layers(model: nn.Module, path: str, numbers: Sequence[int], count: int) -> None:
+    """Bring up to date what counts the layers of the list at `path`, of which some were taken out.
+
+    Args:
+        model: with the list as it is now.
+        numbers: which of the `count` layers it had these are, in order.
+    """
+    for number, layer in enumerate(model.get_submodule(path)):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
-    for module in student.modules():
-        config = getattr(module, "config", None)
-        if config is None:
-            continue
-        for attribute in _LAYER_COUNTS:
-            if getattr(config, attribute, None) == count:
-                setattr(config, attribute, len(layers))
+    parts = path.split(".")
+    holders = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+    whole = getattr(model, "config", None)
+    for config in {id(c): c for m in holders if (c := getattr(m, "config", None))}.values():
+        names = _DECODER_COUNTS if "decoder" in parts else _LAYER_COUNTS
+        if "decoder" in parts and config is not whole:  # the decoder's own, as T5 has it
+            names = (*_DECODER_COUNTS, *_LAYER_COUNTS)
+        if not any(hasattr(config, name) for name in names):
+            names = _LAYER_COUNTS
+        for name in names:
+            if getattr(config, name, None) == count:
+                setattr(config, name, len(numbers))
         types = getattr(config, "layer_types", None)
         if types is not None and len(types) == count:
-            config.layer_types = [types[layer] for layer in layers]
-    return student
+            config.layer_types = [types[number] for number in numbers]
 
 
 def longest_list(model: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """Pruning that leaves smaller tensors: neurons, channels, heads, the hidden width, whole layers."""
 
 from trine.prune.structured.groups import Group, Groups, Slice
+from trine.prune.structured.layers import drop_layers
 from trine.prune.structured.prune import prune_structured, remove
 from trine.prune.structured.report import GroupReport, RemovalReport, macs
 from trine.prune.structured.trace import trace
@@ -11,6 +12,7 @@ __all__ = [
     "Groups",
     "RemovalReport",
     "Slice",
+    "drop_layers",
     "macs",
     "prune_structured",
     "remove",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from trine.compress.layers import is_linear
 from trine.nn.packed import is_conv1d
@@ -82,6 +82,12 @@ class Groups(Mapping[str, Group]):
             for operator, place in self.without_rule.items()
         ]
         return "\n".join(lines)
+
+
+def leaves_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and float buffers, each once, by its first name."""
+    yield from model.named_parameters()
+    yield from ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
 
 
 def output_dim(module: nn.Module, parameter: str) -> int | None:

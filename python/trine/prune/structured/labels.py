@@ -1,9 +1,9 @@
 """What each dimension of a tensor consists of, and how that goes through joins and reshapes.
 
-A dimension of a tensor is one of three: *live*, when it lies in a block and its positions are units
-that might be removed; *free*, when it was broadcast and takes any size; else *fixed*. A block spans
-one dimension, or several whose units were one dimension before a reshape: the channels [H * D] of
-an attention layer become a block [H, D], of which whole heads (or whole columns) can go.
+A dimension of a tensor is *live* when it lies in a block: its positions are units, which might be
+removed. Otherwise it is *fixed*, or of size 1 and so fits everything. A block spans one dimension,
+or several whose units were one dimension before a reshape: the channels [H * D] of an attention
+layer become a block [H, D], of which whole heads (or whole columns) can go.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ class Label:
 
     shape: tuple[int, ...]
     blocks: tuple[Block, ...] = ()
-    free: frozenset[int] = frozenset()
 
     def block_of(self, dim: int) -> Block | None:
         return next((block for block in self.blocks if dim in block.dims), None)
 
     def is_fixed(self, dim: int) -> bool:
-        return self.shape[dim] > 1 and dim not in self.free and self.block_of(dim) is None
+        return self.shape[dim] > 1 and self.block_of(dim) is None
 
     @property
     def size(self) -> int:
@@ -60,18 +59,13 @@ def fresh(shape: Shape, units: Units) -> Label:
 
 
 def moved(label: Label, places: Sequence[int | None], shape: Shape) -> Label:
-    """Dimension d goes to places[d] of a tensor of that shape (None: it is dropped, of size 1).
-
-    New dimensions, and those that were of size 1, are free.
-    """
+    """Dimension d goes to places[d] of a tensor of that shape (None: it is dropped, of size 1)."""
     blocks = []
     for block in label.blocks:
         dims = [places[dim] for dim in block.dims]
         order = np.argsort(dims)
         blocks.append(Block(tuple(dims[i] for i in order), block.ids.transpose(order)))
-    taken = {place for dim, place in enumerate(places) if label.is_fixed(dim)}
-    taken |= {dim for block in blocks for dim in block.dims}
-    return Label(tuple(shape), tuple(blocks), frozenset(range(len(shape))) - taken)
+    return Label(tuple(shape), tuple(blocks))
 
 
 def keep_size(label: Label, dim: int, units: Units, reason: str) -> Label:
@@ -82,10 +76,10 @@ def keep_size(label: Label, dim: int, units: Units, reason: str) -> Label:
     rest = tuple(other for other in label.blocks if other is not block)
     if len(block.dims) == 1:
         units.freeze(block.ids, reason)
-        return Label(label.shape, rest, label.free)
+        return Label(label.shape, rest)
     axis = block.dims.index(dim)
     left = Block(block.dims[:axis] + block.dims[axis + 1 :], units.join_along(block.ids, axis))
-    return Label(label.shape, (*rest, left), label.free)
+    return Label(label.shape, (*rest, left))
 
 
 def freeze(label: Label, units: Units, reason: str) -> None:
@@ -104,14 +98,7 @@ def join(labels: Sequence[Label], units: Units, reason: str) -> Label:
     for dim in range(len(shape)):
         if any(label.is_fixed(dim) for label in aligned):
             result = keep_size(result, dim, units, reason)
-    free = {
-        dim
-        for dim in range(len(shape))
-        if result.block_of(dim) is None and not any(label.is_fixed(dim) for label in aligned)
-    }
-    # A dimension that became fixed on the way (`keep_size` took it out of a block) is not free.
-    free -= {dim for block in blocks for dim in block.dims}
-    return Label(shape, result.blocks, frozenset(free))
+    return result
 
 
 def _aligned(label: Label, shape: Shape) -> Label:
@@ -146,15 +133,10 @@ def reshape(label: Label, shape: Shape, units: Units, reason: str) -> Label:
     segments = _segments(label.shape, shape)
     blocks: list[Block] = []
     used: set[int] = set()
-    touched_free = [True] * len(segments)
-    for number, (before, _) in enumerate(segments):
-        touched_free[number] = not any(label.is_fixed(dim) for dim in before)
-    for block in label.blocks:
+    for block in sorted(label.blocks, key=lambda block: block.dims):
         mine = [n for n, (before, _) in enumerate(segments) if set(before) & set(block.dims)]
         if used & set(mine):  # a product with another block: the inner one keeps its size
             units.freeze(block.ids, reason)
-            for n in mine:
-                touched_free[n] = False
             continue
         used |= set(mine)
         before = [dim for n in mine for dim in segments[n][0]]
@@ -168,15 +150,7 @@ def reshape(label: Label, shape: Shape, units: Units, reason: str) -> Label:
     for block in blocks:
         if len(block.dims) > 1:
             units.rectangle(block.ids)
-    live = {dim for block in blocks for dim in block.dims}
-    free = {
-        dim
-        for n, (_, after) in enumerate(segments)
-        for dim in after
-        if touched_free[n] and n not in used
-    }
-    ones = {dim for dim, size in enumerate(shape) if size == 1}
-    return Label(shape, tuple(blocks), frozenset((free | ones) - live))
+    return Label(shape, tuple(blocks))
 
 
 def _without_constant_axes(block: Block) -> Block:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from trine.calibration.probe import probing, run
 from trine.compress.edits import record
 from trine.compress.layers import copy_model
-from trine.prune.structured.groups import Group, Groups
+from trine.prune.structured.groups import Group, Groups, leaves_of
 from trine.prune.structured.sizes import adjust_layers, adjust_owners, candidates
-from trine.prune.structured.trace import leaves_of, module_names, tensors_in
+from trine.prune.structured.trace import module_names, tensors_in
 
 Chosen = Mapping[str, np.ndarray]  # numbers of the units to be removed, by group
 
@@ -41,7 +41,7 @@ def without(model: nn.Module, groups: Groups, chosen: Chosen, batches: list[Any]
     _cut(small, groups, chosen)
     adjust_layers(small, shapes)
     adjust_owners(small, groups, chosen)
-    outputs = _outputs_after_adjusting(small, shapes, batches)
+    outputs = _run_adjusting(small, candidates(small, groups, chosen, shapes), batches)
     if not any(groups[name].kind == "hidden" for name in chosen):
         _compare(model, groups, chosen, batches, outputs)
     record(model, small)
@@ -66,30 +66,35 @@ def _cut(small: nn.Module, groups: Groups, chosen: Chosen) -> None:
         tensor.grad = None
 
 
-def _outputs_after_adjusting(
-    small: nn.Module, shapes: Mapping[str, tuple[int, ...]], batches: list[Any]
+def _run_adjusting(
+    small: nn.Module, sizes: Mapping[str, dict[str, Any]], batches: list[Any]
 ) -> list[Tensor]:
-    """The outputs; numbers in modules that fail are adjusted to the sizes around them, once."""
-    tried: set[str] = set()
+    """The outputs; where a module fails, its own numbers are brought in line with its layers'.
+
+    `sizes` holds the numbers that may be set in each module (see `candidates`): all are tried
+    together, then each alone, until that module does not fail.
+    """
+    tries: dict[str, list[dict[str, Any]]] = {}
+    before: dict[str, dict[str, Any]] = {}
     while True:
         with probing(small) as probe, module_names(probe) as running:
             try:
                 return [x for batch in batches for x in tensors_in(run(probe, batch))]
             except Exception as error:  # whatever the model's own code raises for wrong sizes
-                name = running[-1]
-                found = candidates(small, name, shapes)
-                if name in tried or not found:
-                    raise ValueError(
-                        f"the model without these units cannot run: {name or 'it'!r} raises "
-                        f"{type(error).__name__} ({_first_line(error)}); its code relies on sizes "
-                        "that pruning does not know; keep its layers with keep="
-                    ) from error
-        tried.add(name)
-        vars(small.get_submodule(name)).update(found)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+                name, failure = running[-1], error
+        found = sizes.get(name, {})
+        own = vars(small.get_submodule(name))
+        if name not in tries:
+            before[name] = {key: own[key] for key in found}
+            alone = [{key: value} for key, value in found.items()] if len(found) > 1 else []
+            tries[name] = [found, *alone] if found else []
+        if not tries[name]:
+            raise ValueError(
+                f"the model without these units cannot run: {name or type(small).__name__!r} "
+                f"raises {type(failure).__name__} ({str(failure).strip().splitlines()[0]}); its "
+                "code relies on sizes that pruning does not know; leave its layers out"
+            ) from failure
+        own.update(before[name] | tries[name].pop(0))
 
 
 def _compare(
@@ -100,27 +105,34 @@ def _compare(
     outputs: Sequence[Tensor],
 ) -> None:
     """Raises ValueError where the outputs are not those of the model with zeros in its place."""
-    expected = zeroed_outputs(model, groups, chosen, batches)
-    for ours, theirs in zip(outputs, expected, strict=True):
-        if not theirs.is_floating_point():
-            continue
-        scale = theirs.detach().abs().nan_to_num(0, 0, 0).max() if theirs.numel() else 0
-        tolerance = _TOLERANCE.get(theirs.dtype, 5e-2) * float(scale)
-        if ours.shape != theirs.shape or not torch.allclose(
-            ours, theirs, rtol=0, atol=tolerance, equal_nan=True
-        ):
-            raise ValueError(
-                "the model without these units does not compute what it computes with them at "
-                f"zero; groups: {', '.join(chosen)}. Its code relies on sizes or positions that "
-                "pruning does not know; keep these layers with keep="
-            )
+    if not same_outputs(outputs, zeroed_outputs(model, groups, chosen, batches)):
+        raise ValueError(
+            "the model without these units does not compute what it computes with them at "
+            f"zero; groups: {', '.join(chosen)}. Its code relies on sizes or positions that "
+            "pruning does not know; leave these layers out"
+        )
+
+
+def same_outputs(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether they differ by no more than the rounding of sums in another order."""
+    if [x.shape for x in ours] != [x.shape for x in theirs]:
+        return False
+    for one, other in zip(ours, theirs, strict=True):
+        if other.is_floating_point() and other.numel():
+            scale = float(other.detach().abs().nan_to_num(0, 0, 0).max())
+            tolerance = _TOLERANCE.get(other.dtype, 5e-2) * scale
+            if not torch.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True):
+                return False
+    return True
 
 
 def zeroed_outputs(
     model: nn.Module, groups: Groups, chosen: Chosen, batches: list[Any]
 ) -> list[Tensor]:
     """What the whole model returns on the batches with the chosen units' parameters at zero."""
-    zeroed = copy_model(model, {})
+    touched = {part.parameter for name in chosen for part in groups[name].slices}
+    untouched = (p for name, p in model.named_parameters() if name not in touched)
+    zeroed = copy_model(model, {parameter: parameter for parameter in untouched})
     parameters = dict(zeroed.named_parameters())
     with torch.no_grad():
         for name, units in chosen.items():

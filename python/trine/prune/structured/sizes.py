@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from torch import nn
 
 from trine.nn.packed import is_conv1d
-from trine.prune.structured.groups import Groups
+from trine.prune.structured.groups import Groups, leaves_of
 
 # What attention layers call the number of their heads, and what they call the width of all of them.
 HEAD_COUNTS = (
@@ -71,24 +70,34 @@ def adjust_owners(model: nn.Module, groups: Groups, chosen: Mapping[str, np.ndar
 
 
 def candidates(
-    model: nn.Module, name: str, before: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
-    """Numbers of the module that equal a size that its own or its layers' parameters had before.
+    model: nn.Module,
+    groups: Groups,
+    chosen: Mapping[str, np.ndarray],
+    before: Mapping[str, tuple[int, ...]],
+) -> dict[str, dict[str, int]]:
+    """Numbers of modules that their forward may rely on, with what they would have to be now.
 
-    They are what its forward may rely on; returned with the size after. A number that could stand
-    for two sizes is left out.
+    By module: attributes that equal a size that its own or its layers' parameters had before, or
+    how many units these had, where that size shrank. Those that could stand for two are left out.
     """
-    module = model.get_submodule(name)
-    changes: dict[int, set[int]] = {}
-    for key, parameter in module.named_parameters():
-        if key.count(".") <= 1:
-            full = f"{name}.{key}" if name else key
-            for old, new in zip(before.get(full, ()), parameter.shape, strict=False):
-                changes.setdefault(old, set()).add(new)
-    found = {}
-    for key, value in vars(module).items():
-        if type(value) is int and not key.startswith("_") and key != "training":
-            after = changes.get(value, set()) - {value}
-            if len(after) == 1:
-                found[key] = after.pop()
+    changes: dict[str, dict[int, set[int]]] = {}
+
+    def note(parameter: str, old: int, new: int) -> None:
+        layer = parameter.rpartition(".")[0]
+        for name in {layer, layer.rpartition(".")[0]}:
+            changes.setdefault(name, {}).setdefault(old, set()).add(new)
+
+    for name, tensor in leaves_of(model):
+        for old, new in zip(before[name], tensor.shape, strict=True):
+            if old != new:
+                note(name, old, new)
+    for name, units in chosen.items():
+        for part in groups[name].slices:
+            note(part.parameter, groups[name].size, groups[name].size - len(units))
+    found: dict[str, dict[str, int]] = {}
+    for name, sizes in changes.items():
+        for key, value in vars(model.get_submodule(name)).items():
+            new = sizes.get(value, set()) if type(value) is int else set()
+            if len(new) == 1 and not key.startswith("_"):
+                found.setdefault(name, {})[key] = min(new)
     return found

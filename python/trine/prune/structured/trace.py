@@ -16,10 +16,10 @@ from torch.nn.modules.module import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trine.calibration.probe import probing, run
+from trine.calibration.probe import check_fits, probing, run
 from trine.compress.layers import require_module
 from trine.compress.observe import as_batches
-from trine.prune.structured.groups import Groups, make_groups
+from trine.prune.structured.groups import Groups, leaves_of, make_groups
 from trine.prune.structured.labels import Label, fixed, freeze, fresh
 from trine.prune.structured.rules import NoRule, Step, rule_for
 from trine.prune.structured.units import Units
@@ -39,11 +39,15 @@ def trace(model: nn.Module, example_inputs: Any) -> Groups:
             such calls; together they should reach every layer, for others cannot be pruned.
 
     Raises:
-        ValueError: no module; examples of another form; the model cannot be copied. What the model
-            raises on the examples comes through.
+        ValueError: no module, or one of torch.compile; examples that it cannot be called with; it
+            cannot be copied. What the model raises on the examples comes through.
     """
     require_module(model, "trace")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("prune the model first and call torch.compile on the result")
     batches = as_batches(example_inputs)
+    for batch in batches:
+        check_fits(model, batch)
     units = Units()
     with probing(model) as probe, module_names(probe) as stack:
         leaves = {name: (x, fresh(x.shape, units)) for name, x in leaves_of(probe)}
@@ -60,12 +64,6 @@ def trace(model: nn.Module, example_inputs: Any) -> Groups:
     units.settle()
     labels = {name: label for name, (_, label) in leaves.items()}
     return make_groups(probe, labels, units, dict(tracer.without_rule))
-
-
-def leaves_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and float buffers, each once, by its first name."""
-    yield from model.named_parameters()
-    yield from ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

@@ -81,7 +81,7 @@ def contract(step: Step, label: Label, dim: int) -> Label:
 def _drop(label: Label, dims: Sequence[int], keep: bool = False) -> Label:
     blocks = tuple(block for block in label.blocks if not set(block.dims) & set(dims))
     shape = tuple(1 if dim in dims else n for dim, n in enumerate(label.shape))
-    thin = Label(shape, blocks, label.free)
+    thin = Label(shape, blocks)
     if keep:
         return thin
     places, place = [], 0

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from trine.prune.structured.labels import Block, Label, fixed, join, keep_size, moved
 from trine.prune.structured.rules.arithmetic import contract, tag_heads
+from trine.prune.structured.rules.shapes import grown
 from trine.prune.structured.rules.table import NoRule, Step, rule
 from trine.prune.structured.units import Ids
 
@@ -133,7 +134,7 @@ def _pooling(step: Step) -> list[Label]:
     out = step.out[0] if isinstance(step.out, tuple) else step.out
     first = {"1": 1, "2": 2, "3": 3}.get(next((c for c in step.name if c in "123"), "2"), 2)
     label = step.keep_sizes(step.label(x), range(x.ndim - first, x.ndim), "pooled")
-    return [Label(tuple(out.shape), label.blocks, label.free - set(range(x.ndim - first, x.ndim)))]
+    return [Label(tuple(out.shape), label.blocks)]
 
 
 @rule(
@@ -145,7 +146,7 @@ def _attention(step: Step) -> list[Label]:
     """softmax(q k^T + mask) v: two products, as they would be alone. q [B, H, T, D]."""
     query, key, value = (step.label(step.args[i]) for i in range(3))
     (b, h, t, d), (_, _, s, e) = query.shape, value.shape
-    key, value = _every_head(key, h), _every_head(value, h)
+    key, value = _every_head(step, key, h), _every_head(step, value, h)
     query = moved(query, [0, 1, 2, 4], (b, h, t, 1, d))
     key = moved(key, [0, 1, 3, 4], (b, h, 1, s, d))
     scores = contract(step, join([query, key], step.units, step.reason("attention")), 4)
@@ -160,17 +161,19 @@ def _attention(step: Step) -> list[Label]:
     both = join([scores, value], step.units, step.reason("attention"))
     tag_heads(step, both, [1])
     out = contract(step, both, 3)
-    return [Label(tuple(step.out[0].shape), out.blocks, out.free)]
+    return [Label(tuple(step.out[0].shape), out.blocks)]
 
 
-def _every_head(label: Label, heads: int) -> Label:
+def _every_head(step: Step, label: Label, heads: int) -> Label:
     """Keys or values [B, H, S, D] of fewer heads: each serves several queries, one by one."""
-    times, block = heads // label.shape[1], label.block_of(1)
-    if times == 1 or block is None:
-        return Label((label.shape[0], heads, *label.shape[2:]), label.blocks, label.free)
-    ids = block.ids.repeat(times, block.dims.index(1))
-    blocks = (Block(block.dims, ids), *(other for other in label.blocks if other is not block))
-    return Label((label.shape[0], heads, *label.shape[2:]), blocks, label.free)
+    block, shape = label.block_of(1), (label.shape[0], heads, *label.shape[2:])
+    if label.shape[1] == 1:
+        return grown(step, label, shape)
+    if block is None or label.shape[1] == heads:
+        return Label(shape, label.blocks)
+    ids = block.ids.repeat(heads // label.shape[1], block.dims.index(1))
+    others = tuple(other for other in label.blocks if other is not block)
+    return Label(shape, (*others, Block(block.dims, ids)))
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")

@@ -49,9 +49,18 @@ def _transpose(step: Step) -> list[Label]:
 
 @rule("expand")
 def _expand(step: Step) -> list[Label]:
-    label = step.label(step.args[0])
-    new = step.out.ndim - len(label.shape)
-    return [moved(label, [dim + new for dim in range(len(label.shape))], step.out.shape)]
+    return [grown(step, step.label(step.args[0]), step.out.shape)]
+
+
+def grown(step: Step, label: Label, shape: Sequence[int]) -> Label:
+    """Expanded to that shape. The new positions are all alike, so their number may change, but it
+    is the same for all that use the result."""
+    new = len(shape) - len(label.shape)
+    old = moved(label, [dim + new for dim in range(len(label.shape))], shape)
+    same = (1,) * new + label.shape
+    dims = [dim for dim, size in enumerate(shape) if size > 1 and same[dim] == 1]
+    added = tuple(Block((dim,), step.units.new(shape[dim])) for dim in dims)
+    return Label(old.shape, old.blocks + added)
 
 
 @rule("unsqueeze")
@@ -142,7 +151,7 @@ def _parts(step: Step, dim: int, spans: list[tuple[int, int]], stride: int) -> l
             Block(other.dims, other.ids[start : start + n]) if other is block else other
             for other in label.blocks
         )
-        parts.append(Label(shape, blocks, label.free))
+        parts.append(Label(shape, blocks))
     return parts
 
 
@@ -150,47 +159,35 @@ def _parts(step: Step, dim: int, spans: list[tuple[int, int]], stride: int) -> l
 def _cat(step: Step) -> list[Label]:
     tensors = [x for x in step.args[0] if x.shape != (0,)]  # an empty cache, which cat leaves out
     dim = step.argument(1, "dim", 0) % step.out.ndim
-    labels = [step.label(x) for x in tensors]
-    along = [_alone(step, label, dim) for label in labels]
+    labels = [_alone(step, step.label(x), dim) for x in tensors]
     others = [
         Label(
             (*label.shape[:dim], 1, *label.shape[dim + 1 :]),
             tuple(block for block in label.blocks if dim not in block.dims),
-            label.free,
         )
         for label in labels
     ]
-    joined = join(others, step.units, step.reason("concatenated"))
-    blocks = joined.blocks
-    if any(ids is not None for ids in along):
-        blocks += (
-            Block(
-                (dim,),
-                np.concatenate(
-                    [
-                        _or_kept(step, *x)
-                        for x in zip(along, (label.shape[dim] for label in labels), strict=True)
-                    ]
-                ),
-            ),
-        )
-    return [Label(tuple(step.out.shape), blocks, joined.free - {dim})]
+    blocks = join(others, step.units, step.reason("concatenated")).blocks
+    if any(label.block_of(dim) for label in labels):
+        parts = [_or_kept(step, label.block_of(dim), label.shape[dim]) for label in labels]
+        blocks += (Block((dim,), np.concatenate(parts)),)
+    return [Label(tuple(step.out.shape), blocks)]
 
 
-def _alone(step: Step, label: Label, dim: int) -> Ids | None:
-    """The units along a dimension, where it is a block of its own."""
+def _alone(step: Step, label: Label, dim: int) -> Label:
+    """The label, in which the dimension is fixed or a block of its own."""
     block = label.block_of(dim)
     if block is not None and len(block.dims) > 1:
-        step.keep_sizes(label, [dim], "concatenated")
-        return None
-    return None if block is None else block.ids
+        label = step.keep_sizes(label, [dim], "concatenated")
+    return label
 
 
-def _or_kept(step: Step, ids: Ids | None, size: int) -> Ids:
-    """New units, which must stay, for a part with none."""
-    if ids is None:
-        ids = step.units.new(size)
-        step.units.freeze(ids, step.reason("concatenated with what has a fixed size"))
+def _or_kept(step: Step, block: Block | None, size: int) -> Ids:
+    """The units of a block; new ones, which must stay, for a part with none."""
+    if block is not None:
+        return block.ids
+    ids = step.units.new(size)
+    step.units.freeze(ids, step.reason("concatenated with what has a fixed size"))
     return ids
 
 
@@ -199,18 +196,24 @@ def _stack(step: Step) -> list[Label]:
     dim = step.argument(1, "dim", 0) % step.out.ndim
     label = join([step.label(x) for x in step.args[0]], step.units, step.reason("stacked"))
     places = [d + (d >= dim) for d in range(len(label.shape))]
-    result = moved(label, places, step.out.shape)
-    return [Label(result.shape, result.blocks, result.free - {dim})]
+    return [moved(label, places, step.out.shape)]
 
 
 @rule("repeat")
 def _repeat(step: Step) -> list[Label]:
-    label = _expand(step)[0]
-    blocks = []
-    for block in label.blocks:
-        times = [step.args[1][dim] for dim in block.dims]
-        blocks.append(Block(block.dims, np.tile(block.ids, times)))
-    return [Label(tuple(step.out.shape), tuple(blocks), label.free)]
+    label, times = step.label(step.args[0]), step.args[1]
+    new = len(times) - len(label.shape)
+    blocks = [
+        Block(
+            tuple(dim + new for dim in block.dims),
+            np.tile(block.ids, [times[dim + new] for dim in block.dims]),
+        )
+        for block in label.blocks
+    ]
+    once = (1,) * new + label.shape
+    added = (dim for dim, n in enumerate(step.out.shape) if n > 1 and once[dim] == 1)
+    blocks += [Block((dim,), step.units.new(step.out.shape[dim])) for dim in added]
+    return [Label(tuple(step.out.shape), tuple(blocks))]
 
 
 @rule("constant_pad_nd")
@@ -230,7 +233,7 @@ def _pad(step: Step) -> list[Label]:
             ends = [_or_kept(step, None, before), block.ids, _or_kept(step, None, after)]
             block = Block(block.dims, np.concatenate(ends, axis))
         blocks.append(block)
-    return [Label(tuple(step.out.shape), tuple(blocks), label.free)]
+    return [Label(tuple(step.out.shape), tuple(blocks))]
 
 
 @rule("flip", "roll", "index_select", "cumsum", "cumprod", "_softmax", "_log_softmax")
@@ -240,7 +243,7 @@ def _along(step: Step) -> list[Label]:
     dims = step.argument(place, "dims" if step.name in ("flip", "roll") else "dim")
     dims = [dims] if isinstance(dims, int) else dims
     label = step.keep_sizes(step.label(step.args[0]), dims, "over a dimension that would shrink")
-    return [Label(tuple(step.out.shape), label.blocks, label.free)]
+    return [Label(tuple(step.out.shape), label.blocks)]
 
 
 @rule("index")
@@ -253,19 +256,11 @@ def _index(step: Step) -> list[Label]:
     ):
         raise NoRule
     label = step.keep_sizes(step.label(x), used, "positions are picked by number")
-    grown = step.out.ndim - x.ndim
+    more = step.out.ndim - x.ndim
     places = [
-        dim if dim < used[0] else dim + grown if dim > used[-1] else None for dim in range(x.ndim)
+        dim if dim < used[0] else dim + more if dim > used[-1] else None for dim in range(x.ndim)
     ]
-    if any(label.shape[dim] > 1 for dim in used):
-        label = Label(
-            tuple(1 if dim in used else n for dim, n in enumerate(label.shape)),
-            label.blocks,
-            label.free,
-        )
-    result = moved(label, places, step.out.shape)
-    picked = set(range(used[0], used[-1] + 1 + grown))
-    return [Label(result.shape, result.blocks, result.free - picked)]
+    return [moved(label, places, step.out.shape)]
 
 
 @rule("embedding")
