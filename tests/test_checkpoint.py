@@ -195,6 +195,9 @@ def test_every_module_that_can_be_rebuilt_is_rebuilt_as_it_was():
         nn.Softmax(-1),
         nn.Tanh(),
         nn.Unflatten(1, (2, 3)),
+        trine.nn.ClusteredEmbedding(5, 6, 3, 2, 1),
+        trine.nn.ClusteredLinear(6, 4, 2, 3, False),
+        trine.nn.LowRankEmbedding(5, 4, 2, 1),
         trine.nn.LowRankLinear(4, 6, 2, False, residual=True),
     ]
     assert {type(module) for module in modules} == set(MODULES)

@@ -12,15 +12,16 @@ from trine.nn import PackedLinear
 
 
 def prepare_save_pretrained(model: nn.Module) -> None:
-    """See that no packed layer is lost by the save_pretrained of `model` or of one inside it.
+    """See that nothing is lost by the save_pretrained of `model` or of one inside it.
 
     A model of transformers is given a `trine.TrineConfig` that describes its packed layers, so that
     from_pretrained reads them. Where it could not, because the model is another library's, was
     quantised by another method or changed its structure, save_pretrained says so.
     """
     for module in model.modules():
-        if hasattr(module, "save_pretrained") and any(
-            isinstance(child, PackedLinear) for child in module.modules()
+        if hasattr(module, "save_pretrained") and (
+            recorded(model) != []
+            or any(isinstance(child, PackedLinear) for child in module.modules())
         ):
             reason = _reason_against(module, model)
             if reason is not None:
@@ -47,6 +48,6 @@ def _reason_against(module: nn.Module, model: nn.Module) -> str | None:
 
 def _refuse(self: nn.Module, *args: object, **kwargs: object) -> None:
     raise ValueError(
-        f"{self._trine_unsaved} could not read the packed layers that save_pretrained would write; "
+        f"{self._trine_unsaved} could not read what save_pretrained would write; "
         "use trine.save and trine.load"
     )

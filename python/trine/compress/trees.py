@@ -11,7 +11,14 @@ from typing import Any
 from torch import nn
 
 from trine.compress.layers import signature
-from trine.nn import LowRankConv2d, LowRankLinear, PackedLinear
+from trine.nn import (
+    ClusteredEmbedding,
+    ClusteredLinear,
+    LowRankConv2d,
+    LowRankEmbedding,
+    LowRankLinear,
+    PackedLinear,
+)
 
 Description = dict[str, Any]
 
@@ -54,6 +61,9 @@ MODULES: dict[type[nn.Module], str] = {
     nn.Softmax: "dim",
     nn.Tanh: "",
     nn.Unflatten: "dim unflattened_size",
+    LowRankEmbedding: "num_embeddings embedding_dim rank padding_idx",
+    ClusteredEmbedding: "num_embeddings embedding_dim bits group padding_idx",
+    ClusteredLinear: "in_features out_features bits group bias",
     LowRankLinear: "in_features out_features rank bias residual",
 }
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, LowRankConv2d)

@@ -11,6 +11,7 @@ from trine.compress.edits import record
 from trine.compress.layers import bytes_of, close_fast_paths, copy_model
 from trine.compress.measure import Timer
 from trine.compress.observe import as_batches
+from trine.compress.save_pretrained import prepare_save_pretrained
 from trine.evaluate.latency import alternate
 from trine.factorize.layers import choose_layers
 from trine.factorize.measure import Stopwatch, inputs_of
@@ -86,11 +87,17 @@ def factorize(
 def changed_copy(
     model: nn.Module, replacements: dict[nn.Module, nn.Module], rows: Iterable[LayerChange]
 ) -> nn.Module:
-    """A copy with the replacements, its `report`, and what `trine.save` needs to know."""
+    """A copy with the replacements, finished."""
     small = copy_model(model, replacements)
     for built in replacements.values():
         close_fast_paths(small, type(built))
+    return finished(model, small, rows)
+
+
+def finished(model: nn.Module, small: nn.Module, rows: Iterable[LayerChange]) -> nn.Module:
+    """`small`, a changed copy of `model`, with its `report` and what saving it needs to know."""
     record(model, small)
+    prepare_save_pretrained(small)
     small.report = FactorizationReport(tuple(rows), bytes_of(model), bytes_of(small))
     return small
 

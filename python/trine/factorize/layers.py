@@ -63,11 +63,11 @@ def choose_layers(
         reasons = "; ".join(f"{name!r}: {reason}" for name, reason in stay.items())
         raise ValueError(f"{caller}: no layer is left that can be changed ({reasons or 'none'})")
     for name in free:
-        _require_values(name, chosen[name], caller)
+        require_values(name, chosen[name], caller)
     return chosen, stay
 
 
-def _require_values(name: str, layer: nn.Module, caller: str) -> None:
+def require_values(name: str, layer: nn.Module, caller: str) -> None:
     if layer.weight.is_meta:
         raise ValueError(f"{caller}: layer {name!r} is on the meta device; load it first")
     if not torch.isfinite(layer.weight.detach()).all():

@@ -12,7 +12,7 @@ from trine.calibration import SecondMoment, weight_matrix
 from trine.factorize.matrices import directions, factors, relative_error
 from trine.factorize.plan import AnyRank, Plan
 from trine.nn.low_rank import LowRankConv2d, LowRankLinear
-from trine.nn.packed import is_conv1d
+from trine.nn.low_rank_embedding import LowRankEmbedding
 
 
 class Svd:
@@ -93,6 +93,10 @@ def from_factors(
     """The factorised layer that takes the place of `layer`, in its dtype and mode."""
     dtype = layer.weight.dtype
     first, second = first.to(dtype).contiguous(), second.to(dtype).contiguous()
+    if isinstance(layer, nn.Embedding):
+        second[(layer.weight == 0).all(1)] = 0  # exactly, for the row of padding
+        made = LowRankEmbedding.from_factors(first, second, layer.padding_idx)
+        return made.train(layer.training)
     bias = None if layer.bias is None else layer.bias.detach().clone()
     if isinstance(layer, nn.Conv2d):
         inner = convolution_like(layer, layer.in_channels, len(first), from_window(layer, first))
@@ -137,8 +141,3 @@ def pointwise(matrix: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
 def dense_matrix(layer: nn.Module, built: nn.Module) -> Tensor:
     """The weight that `built` stands for as a matrix [N, K], as `weight_matrix(layer)` is one."""
     return built.weight.detach().flatten(1)
-
-
-def is_supported(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether the layer is of one of the kinds; transformers' Conv1D counts as nn.Linear."""
-    return isinstance(layer, kinds) or (nn.Linear in kinds and is_conv1d(layer))

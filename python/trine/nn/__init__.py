@@ -2,8 +2,10 @@
 
 from torch import nn
 
+from trine.nn.clustered import ClusteredEmbedding, ClusteredLinear
 from trine.nn.int8 import Int8Linear
 from trine.nn.low_rank import LowRankConv2d, LowRankLinear
+from trine.nn.low_rank_embedding import LowRankEmbedding
 from trine.nn.normed_ternary import NormedTernaryLinear
 from trine.nn.packed import PackedLinear
 from trine.nn.quantizing_norm import QuantizingRMSNorm
@@ -13,8 +15,11 @@ from trine.nn.ternary24 import Ternary24Linear
 from trine.nn.two_scales import TwoScaleTernaryLinear
 
 __all__ = [
+    "ClusteredEmbedding",
+    "ClusteredLinear",
     "Int8Linear",
     "LowRankConv2d",
+    "LowRankEmbedding",
     "LowRankLinear",
     "NormedTernaryLinear",
     "PackedLinear",
