@@ -16,6 +16,7 @@ from trine.prune.criteria import (
 )
 from trine.prune.curves import Sensitivity, sensitivity
 from trine.prune.granularity import NM, Channel, Granularity, Head, Layer, Neuron, Weight
+from trine.prune.hard_concrete import HardConcrete
 from trine.prune.layers import prunable_layers
 from trine.prune.one_shot import sparsegpt, wanda
 from trine.prune.permute import (
@@ -44,6 +45,7 @@ __all__ = [
     "Global",
     "GraSP",
     "Granularity",
+    "HardConcrete",
     "Head",
     "Iterative",
     "KeptMagnitude",

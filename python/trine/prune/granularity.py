@@ -23,8 +23,9 @@ Groups = dict[str, Tensor]
 class Granularity:
     """The weights of some layers in groups."""
 
-    # Whether a whole output (its row of the weight and its bias) is always in one group.
-    of_rows = False
+    def key(self, name: str) -> str:
+        """The key of the groups of the layer of that name."""
+        return name
 
     def pool(self, layers: Layers, scores: Mapping[str, Tensor]) -> Groups:
         """The sum of the scores of each group, by key."""
@@ -33,6 +34,19 @@ class Granularity:
     def spread(self, layers: Layers, groups: Groups) -> dict[str, Tensor]:
         """The value of its group for each weight, by layer, in the shape of the weight."""
         raise NotImplementedError
+
+    def masks(self, layers: Layers, groups: Groups) -> dict[tuple[str, str], Tensor]:
+        """The value of its group for each element of what it governs, by layer and parameter."""
+        spread = self.spread(layers, groups)
+        return {(name, "weight"): values for name, values in spread.items()}
+
+    def off(self, layers: Layers, kept: Groups) -> dict[str, list[int]]:
+        """The outputs of each layer that are not kept, where groups are outputs."""
+        return {}
+
+    def dropped(self, kept: Groups) -> list[str]:
+        """The keys of which nothing is kept, where groups are whole layers."""
+        return []
 
     def protect(self, groups: Groups) -> Groups:
         """Group scores in which those that must stay are infinite."""
@@ -81,16 +95,14 @@ class NM(Weight):
 class _Rows(Granularity):
     """Groups of whole outputs: rows of the weight [N, K], and their biases."""
 
-    of_rows = True
-
-    def place(self, name: str, layer: nn.Module) -> tuple[str, Tensor]:
-        """The layer's key, and the group of each of its rows: int64 [N]."""
+    def index(self, name: str, layer: nn.Module) -> Tensor:
+        """The group of each of the layer's rows: int64 [N]."""
         raise NotImplementedError
 
     def pool(self, layers: Layers, scores: Mapping[str, Tensor]) -> Groups:
         groups: Groups = {}
         for name, layer in layers.items():
-            key, index = self.place(name, layer)
+            key, index = self.key(name), self.index(name, layer)
             rows = by_row(layer, scores[name]).sum(1, dtype=torch.float64)
             of_layer = rows.new_zeros(int(index.max()) + 1).index_add(0, index, rows)
             if key in groups and len(groups[key]) != len(of_layer):
@@ -103,15 +115,24 @@ class _Rows(Granularity):
 
     def spread(self, layers: Layers, groups: Groups) -> dict[str, Tensor]:
         spread = {}
-        for name, rows in self.rows(layers, groups).items():
+        for name, rows in self._rows(layers, groups).items():
             columns = by_row(layers[name], layers[name].weight).shape[1]
             spread[name] = _like_weight(layers[name], rows[:, None].expand(-1, columns))
         return spread
 
-    def rows(self, layers: Layers, groups: Groups) -> dict[str, Tensor]:
+    def masks(self, layers: Layers, groups: Groups) -> dict[tuple[str, str], Tensor]:
+        rows = self._rows(layers, groups)
+        biased = [name for name, layer in layers.items() if layer.bias is not None]
+        return super().masks(layers, groups) | {(name, "bias"): rows[name] for name in biased}
+
+    def off(self, layers: Layers, kept: Groups) -> dict[str, list[int]]:
+        rows = self._rows(layers, kept).items()
+        off = {name: (~of_layer).nonzero().flatten().tolist() for name, of_layer in rows}
+        return {name: outputs for name, outputs in off.items() if outputs}
+
+    def _rows(self, layers: Layers, groups: Groups) -> dict[str, Tensor]:
         """The value of its group for each output [N], by layer."""
-        places = {name: self.place(name, layer) for name, layer in layers.items()}
-        return {name: groups[key][index] for name, (key, index) in places.items()}
+        return {n: groups[self.key(n)][self.index(n, layer)] for n, layer in layers.items()}
 
     def protect(self, groups: Groups) -> Groups:
         """The best of each layer stays: without any there were no layer."""
@@ -125,19 +146,19 @@ class _Rows(Granularity):
 class Neuron(_Rows):
     """Outputs of linear layers. Raises ValueError for other layers."""
 
-    def place(self, name: str, layer: nn.Module) -> tuple[str, Tensor]:
+    def index(self, name: str, layer: nn.Module) -> Tensor:
         if not (isinstance(layer, nn.Linear) or is_conv1d(layer)):
             raise ValueError(f"Neuron: layer '{name}' is a {type(layer).__name__}; use Channel")
-        return name, _each_row(layer)
+        return _each_row(layer)
 
 
 class Channel(_Rows):
     """Output channels of convolutions. Raises ValueError for other layers."""
 
-    def place(self, name: str, layer: nn.Module) -> tuple[str, Tensor]:
+    def index(self, name: str, layer: nn.Module) -> Tensor:
         if isinstance(layer, nn.Linear) or is_conv1d(layer):
             raise ValueError(f"Channel: layer '{name}' is a {type(layer).__name__}; use Neuron")
-        return name, _each_row(layer)
+        return _each_row(layer)
 
 
 class Head(_Rows):
@@ -157,7 +178,7 @@ class Head(_Rows):
     def __init__(self, heads: int, *, fused: int = 1) -> None:
         self.heads, self.fused = heads, fused
 
-    def place(self, name: str, layer: nn.Module) -> tuple[str, Tensor]:
+    def index(self, name: str, layer: nn.Module) -> Tensor:
         rows = _each_row(layer)
         width, rest = divmod(len(rows), self.heads * self.fused)
         if rest or not width:
@@ -165,7 +186,10 @@ class Head(_Rows):
                 f"Head: layer '{name}' has {len(rows)} outputs, which are not {self.fused} times "
                 f"{self.heads} heads"
             )
-        return name.rpartition(".")[0], rows // width % self.heads
+        return rows // width % self.heads
+
+    def key(self, name: str) -> str:
+        return name.rpartition(".")[0]
 
 
 class Layer(_Rows):
@@ -181,10 +205,16 @@ class Layer(_Rows):
     def __init__(self, blocks: str | None = None) -> None:
         self.blocks = blocks
 
-    def place(self, name: str, layer: nn.Module) -> tuple[str, Tensor]:
-        return self._key(name), torch.zeros_like(_each_row(layer))
+    def index(self, name: str, layer: nn.Module) -> Tensor:
+        return torch.zeros_like(_each_row(layer))
 
-    def _key(self, name: str) -> str:
+    def off(self, layers: Layers, kept: Groups) -> dict[str, list[int]]:
+        return {}
+
+    def dropped(self, kept: Groups) -> list[str]:
+        return [key for key, is_kept in kept.items() if not is_kept.any()]
+
+    def key(self, name: str) -> str:
         if self.blocks is None:
             return name
         key = ".".join(name.split(".")[: self.blocks.count(".") + 1])

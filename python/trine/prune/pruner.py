@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Pruner:
         if isinstance(scope, Threshold) and self.schedule.regrows:
             raise ValueError("RigL keeps a ratio and Threshold has none; use PerLayer or Global")
         self._kept = {k: torch.ones_like(group, dtype=torch.bool) for k, group in empty.items()}
-        self._masks: list[tuple[str, str, Tensor]] = []  # of a layer's parameter
+        self._masks: dict[tuple[str, str], Tensor] = {}  # by layer and parameter
         self._growth: dict[str, Tensor] | None = None
         self._earlier: dict[str, Any] | None = None
         self._collected = self._finished = False
@@ -185,19 +186,22 @@ class Pruner:
 
     def report(self) -> PruningReport:
         """What is pruned, and what it saves as it is: prints as a table."""
-        return pruning_report(self.layers, self.removed(), self.position, self.schedule.last)
+        report = pruning_report(self.layers, self.removed())
+        return replace(report, position=self.position, last=self.schedule.last)
 
     def masks(self) -> dict[str, Tensor]:
         """By the names of the parameters that are pruned: which of them are kept, bool."""
-        return {f"{name}.{which}".lstrip("."): mask for name, which, mask in self._masks}
+        return {f"{name}.{which}".lstrip("."): mask for (name, which), mask in self._masks.items()}
 
     def removed(self) -> dict[str, list[int]]:
-        """The outputs of each layer that are off, for granularities of whole outputs."""
-        if not self.granularity.of_rows:
-            return {}
-        rows = self.granularity.rows(self.layers, self._kept)
-        off = {name: (~kept).nonzero().flatten().tolist() for name, kept in rows.items()}
-        return {name: indices for name, indices in off.items() if indices}
+        """The outputs of each layer that are off, by number, for `trine.prune.remove`; empty for
+        granularities other than whole outputs."""
+        return self.granularity.off(self.layers, self._kept)
+
+    def dropped(self) -> list[str]:
+        """The layers or blocks that are off as a whole, for `trine.prune.drop_layers`; empty for
+        granularities other than `Layer`."""
+        return self.granularity.dropped(self._kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, criterion, position: tensors and plain data."""
@@ -281,18 +285,13 @@ class Pruner:
 
     def _set(self, kept: dict[str, Tensor]) -> None:
         self._kept = kept
-        masks = self.granularity.spread(self.layers, kept)
-        all_masks = [(name, "weight", mask.contiguous()) for name, mask in masks.items()]
-        if self.granularity.of_rows:
-            rows = self.granularity.rows(self.layers, kept)
-            biased = [name for name, layer in self.layers.items() if layer.bias is not None]
-            all_masks += [(name, "bias", rows[name]) for name in biased]
-        self._masks = [one for one in all_masks if not one[2].all()]
+        masks = self.granularity.masks(self.layers, kept)
+        self._masks = {of: mask.contiguous() for of, mask in masks.items() if not mask.all()}
         self._apply()
 
     def _masked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """The parameters that are pruned, with what of them is off."""
-        for name, which, mask in self._masks:
+        for (name, which), mask in self._masks.items():
             yield getattr(self.layers[name], which), ~mask
 
     def _apply(self) -> None:

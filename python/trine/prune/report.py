@@ -33,11 +33,11 @@ class LayerPruning:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """All pruned layers, and how far the schedule has come."""
+    """All pruned layers, and the update at which a schedule was and at which it ends."""
 
     layers: tuple[LayerPruning, ...]
-    position: int
-    last: int
+    position: int = 0
+    last: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -66,8 +66,9 @@ class PruningReport:
 
 
 def pruning_report(
-    layers: Mapping[str, nn.Module], removed: Mapping[str, Sequence[int]], position: int, last: int
+    layers: Mapping[str, nn.Module], removed: Mapping[str, Sequence[int]]
 ) -> PruningReport:
+    """The report of layers whose zeros are in place."""
     rows = []
     for name, layer in layers.items():
         weight = by_row(layer, layer.weight.detach())
@@ -82,7 +83,7 @@ def pruning_report(
                 is_linear and _is_2_of_4(weight),
             )
         )
-    return PruningReport(tuple(rows), position, last)
+    return PruningReport(tuple(rows))
 
 
 def _is_2_of_4(weight: Tensor) -> bool:
