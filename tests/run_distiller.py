@@ -12,8 +12,23 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from trine.distill import Average, Distiller, Ensemble, Fixed, Frozen, GradientNorm, Training
-from trine.distill.objectives import Hint, Labels, SoftTargets, Together
+from trine.distill import (
+    Average,
+    Distiller,
+    Ensemble,
+    Fixed,
+    Frozen,
+    GradientNorm,
+    Numbered,
+    Training,
+)
+from trine.distill.objectives import (
+    ContrastiveRepresentation,
+    Hint,
+    Labels,
+    SoftTargets,
+    Together,
+)
 
 
 class Examples(Dataset):
@@ -72,6 +87,7 @@ def main() -> None:
     parser.add_argument("--die-at", type=int, default=0, help="call of the teacher")
     parser.add_argument("--random", action="store_true", help="dropout, augmentation and workers")
     parser.add_argument("--save-every", type=int)
+    parser.add_argument("--contrast", action="store_true", help="CRD; writes FOLDER/banks-RANK.pt")
     options = parser.parse_args()
 
     student = network(12, 0.2 if options.random else 0.0, seed=1)
@@ -88,6 +104,12 @@ def main() -> None:
             return together(batch, view)
 
         teacher.update, teacher.model = average.update, average.model
+    data = Examples(0.1 if options.random else 0.0)
+    if options.contrast:
+        data = Numbered(data)
+        objective = ContrastiveRepresentation("h", "h", 12, 20, 64, negatives=8, width=6)
+        balance = Fixed({"contrastive": 1.0})
+        begun = {name: bank.clone() for name, bank in objective.named_buffers()}
     if options.die_at:
         dying = Dies(teacher, options.die_at)
         for name in ("update", "model"):
@@ -112,9 +134,7 @@ def main() -> None:
         folder=options.folder,
     )
     workers = 2 if options.random else 0
-    loader = DataLoader(
-        Examples(0.1 if options.random else 0.0), options.batch, shuffle=True, num_workers=workers
-    )
+    loader = DataLoader(data, options.batch, shuffle=True, num_workers=workers)
 
     report = {}
 
@@ -128,6 +148,9 @@ def main() -> None:
     report["processes"] = distiller.accelerator.num_processes
     rank = distiller.accelerator.process_index
     (options.folder / f"report-{rank}.json").write_text(json.dumps(report))
+    if options.contrast:
+        banks = {"begun": begun, "ended": dict(objective.named_buffers())}
+        torch.save(banks, options.folder / f"banks-{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -275,6 +275,15 @@ def test_several_processes_give_the_result_of_one(sharded, tmp_path):
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_banks_hold_what_every_process_saw(tmp_path, parallel):
+    run(tmp_path, "--contrast", "--parallel", parallel, processes=2)
+    first, second = (torch.load(tmp_path / f"banks-{rank}.pt") for rank in range(2))
+    for name, bank in first["ended"].items():
+        assert torch.equal(bank, second["ended"][name])
+        assert (bank != first["begun"][name]).reshape(len(bank), -1).any(1).all(), name
+
+
 def test_killed_shards_go_on(sharded, tmp_path):
     arguments = ("--parallel", "fsdp", "--save-every", "2")
     killed = run(tmp_path, *arguments, "--die-at", "7", processes=2, check=False)

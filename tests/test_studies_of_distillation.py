@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from benchmarks.distillation import language, objectives
+from benchmarks.distillation import language, objectives, temperature
 from benchmarks.distillation.digits import load
 
 
@@ -123,3 +123,41 @@ def test_every_way_trains_its_student_and_the_cache_is_counted(texts, tmp_path):
     rows = language.rows_of(TOY, found, size)
     assert rows[0].value == pytest.approx(math.exp(found["teacher"].double().mean()))
     assert [row.bytes for row in rows][-1] == size
+
+
+# The temperature and the batch
+
+
+def test_the_noise_of_a_batch_is_that_of_a_mean():
+    of_images = torch.randn(50, 30)
+    expected = of_images.double().var(0, correction=0).sum() / 8
+    squares = temperature.squared_noise(of_images, 8, draws=4000)
+    assert squares.mean().item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_the_rule_is_read_off_where_it_holds():
+    """A noise of exactly 1 / (T^2 * sqrt(B)) is kept by the rule, and the interval is around it."""
+    settings = temperature.Settings()
+    t = torch.tensor(settings.temperatures, dtype=torch.float64)
+    b = torch.tensor(settings.batches, dtype=torch.float64)
+    draws = 1 + 0.1 * torch.randn(400, dtype=torch.float64)
+    squares = (1 / (t**4)[:, None, None] / b[:, None]) * (draws / draws.mean())
+    *rows, last = temperature.rows_of(settings, {"plain": squares, "T^2": squares})
+    assert len(rows) == len(settings.wanted) * (len(settings.batches) - 1)
+    for row in rows:
+        assert row.value == pytest.approx(float(row.published.split()[-1]), abs=0.006)
+        assert row.interval[0] < row.value < row.interval[1]
+    assert last.value == pytest.approx(1 / 100, rel=1e-6)  # from T = 2 to 20, without the factor
+
+
+def test_gradients_are_of_single_images(digits):
+    student, teacher = (objectives.ResNet(1, seed).eval() for seed in (0, 1))
+    images = objectives.copies(digits, 1)[0][:3]
+    plain, scaled = (
+        temperature.gradients(student, teacher, images, 2.0, squared) for squared in (False, True)
+    )
+    torch.testing.assert_close(scaled, 4 * plain)
+    targets, logits = (m(images).div(2).log_softmax(1) for m in (teacher, student))
+    loss = (targets.exp() * (targets - logits)).sum(1).mean()
+    mean = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()))])
+    torch.testing.assert_close(plain.mean(0), mean, rtol=1e-3, atol=1e-6)

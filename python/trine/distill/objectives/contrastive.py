@@ -1,6 +1,7 @@
 """Contrastive representation distillation."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +24,8 @@ class ContrastiveRepresentation(Objective):
 
     Z is fixed when it is first called, as in the paper's code: N times the mean of the exponentials
     of that call. Negatives are drawn evenly from all other examples with torch's random numbers.
-    After the loss is computed the banks take momentum * old + (1 - momentum) * new, normalised.
+    After the loss is computed the banks take momentum * old + (1 - momentum) * new, normalised; of
+    several processes all take what each has seen.
 
     Args:
         student, teacher: names in the views, of features [B, ...]; the rest is flattened.
@@ -92,7 +94,7 @@ class ContrastiveRepresentation(Objective):
         exponentials = torch.exp(products / self.temperature)
         with torch.no_grad():
             known = self.normalisers[which]
-            first = exponentials.mean() * self.examples
+            first = torch.stack(_of_all_processes(exponentials.mean())).mean() * self.examples
             self.normalisers[which] = torch.where(known > 0, known, first)
         u = exponentials / self.normalisers[which].clone()
         noise = self.negatives / self.examples
@@ -102,5 +104,15 @@ class ContrastiveRepresentation(Objective):
 
     @torch.no_grad()
     def _remember(self, bank: Tensor, index: Tensor, vectors: Tensor) -> None:
+        index, vectors = (torch.cat(_of_all_processes(rows)) for rows in (index, vectors))
         mixed = self.momentum * bank[index] + (1 - self.momentum) * vectors.to(bank.dtype)
         bank[index] = F.normalize(mixed, dim=1)
+
+
+def _of_all_processes(tensor: Tensor) -> list[Tensor]:
+    """Each process's, which have one shape; in the order of their ranks."""
+    if not dist.is_initialized():
+        return [tensor]
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    return gathered
