@@ -154,7 +154,7 @@ def draw(settings: Settings, found: dict[str, Tensor], path: Path) -> None:
     temperatures = torch.tensor(settings.temperatures, dtype=torch.float64)
     noises = noises_of(found["plain"])
     reference = settings.batches.index(settings.reference)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for column, batch in enumerate(settings.batches):
         left.loglog(temperatures, noises[:, column], "o-", markersize=3, label=f"{batch} images")
     slope = noises[-1, reference] * (temperatures[-1] / temperatures) ** 2
@@ -174,8 +174,9 @@ def draw(settings: Settings, found: dict[str, Tensor], path: Path) -> None:
     right.set_xticks(settings.batches, [str(b) for b in settings.batches])
     right.minorticks_off()
     right.set_yticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"])
+    left.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the points
     for axes in (left, right):
-        axes.legend(fontsize=8)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
