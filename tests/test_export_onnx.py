@@ -8,7 +8,7 @@ import transformers as hf
 import trine
 from torch import Tensor, nn
 from trine.export import to_onnx
-from trine.nn import Int8Linear, Sparse24Linear, TernaryLinear, pack_linear
+from trine.nn import Int8Linear, Sparse24Linear, TernaryLinear, TwoScaleTernaryLinear, pack_linear
 
 BATCH = torch.export.Dim.DYNAMIC
 
@@ -23,6 +23,9 @@ LAYERS = {
     "int8 fp16": lambda: Int8Linear.from_linear(nn.Linear(40, 7).half()),
     "ternary": lambda: TernaryLinear.from_linear(nn.Linear(200, 33)),
     "ternary by row": lambda: TernaryLinear.from_codes(_codes(9, 100), torch.rand(9)),
+    "ternary with two scales": lambda: TwoScaleTernaryLinear.from_codes(
+        _codes(9, 100), torch.rand(2), torch.rand(9)
+    ),
     "ternary by group": lambda: TernaryLinear.from_codes(_codes(9, 192), torch.rand(9, 3)),
 }
 

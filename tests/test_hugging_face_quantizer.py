@@ -209,6 +209,8 @@ def test_weights_that_cannot_be_quantised_are_refused_by_layer(tmp_path):
 def test_a_configuration_is_checked():
     with pytest.raises(ValueError, match="linear is 'int3'"):
         TrineConfig("int3")
+    with pytest.raises(ValueError, match="'int8-static' needs training or data"):
+        TrineConfig({"*": "int8-static"})
     with pytest.raises(ValueError, match="must be a list of names"):
         TrineConfig(modules_to_not_convert="lm_head")
     with pytest.raises(ValueError, match="layer 'a' is of kind 'int3'"):

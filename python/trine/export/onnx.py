@@ -82,5 +82,5 @@ def _check_translated(program: ExportedProgram, known: set[str]) -> None:
             layer = list(stack.values())[-1][0]
             raise ValueError(
                 f"to_onnx: {name.removesuffix('.default')} of layer {layer!r} has no form in ONNX; "
-                "known are int8_linear and ternary_linear; keep that layer float"
+                "INT8 and ternary layers have one; keep that layer float"
             )

@@ -14,35 +14,64 @@ from onnxscript.onnx_opset import opset20 as op
 from trine.ops.quantize_rows.reference import SMALLEST_ABSMAX
 
 OPSET = 20
-_FLOAT, _INT8, _UINT32 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT32
+_FLOAT, _INT8 = ir.DataType.FLOAT, ir.DataType.INT8
+_INT32, _UINT32 = ir.DataType.INT32, ir.DataType.UINT32
 
 
 def int8_linear(x, packed_weight, weight_scale, bias=None, input_scale=None, input_zero_point=None):
-    weight = op.Transpose(_columns(packed_weight, _k(x)))
+    k = x.shape[-1]
     if input_scale is not None:
-        return _as(x, _static(x, weight, weight_scale, bias, input_scale, input_zero_point))
-    q, x_scale = _quantize_rows(x)
-    acc = op.Cast(op.MatMulInteger(q, weight), to=_FLOAT)
-    return _as(x, _add(op.Mul(op.Mul(acc, x_scale), weight_scale), bias))
+        weight = _int8_weight(packed_weight, k)
+        return _as(_static(x, weight, weight_scale, bias, input_scale, input_zero_point), x.dtype)
+    return _as(_int8(*_quantize(x), k, packed_weight, weight_scale, bias), x.dtype)
+
+
+def int8_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
+    x_scale = op.Unsqueeze(scale, _last())
+    return _as(_int8(q, x_scale, q.shape[-1], packed_weight, weight_scale, bias), dtype)
 
 
 def ternary_linear(x, packed_weight, weight_scale, bias=None):
-    codes = op.Transpose(_unpack_ternary(packed_weight, _k(x)))
-    q, x_scale = _quantize_rows(x)
-    if len(weight_scale.shape) == 2:
-        y = op.Mul(_by_group(q, codes, weight_scale, _k(x)), x_scale)
-    else:
-        acc = op.Cast(op.MatMulInteger(q, codes), to=_FLOAT)
-        y = op.Mul(op.Mul(acc, x_scale), weight_scale)
-    return _as(x, _add(y, bias))
+    y = _ternary(*_quantize(x), x.shape[-1], packed_weight, weight_scale, bias)
+    return _as(y, x.dtype)
+
+
+def ternary_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
+    x_scale = op.Unsqueeze(scale, _last())
+    return _as(_ternary(q, x_scale, q.shape[-1], packed_weight, weight_scale, bias), dtype)
+
+
+def quantize_rows(x):
+    q, scale = _quantize(op.Reshape(_wide(x), op.Constant(value_ints=[-1, x.shape[-1]])))
+    total = op.ReduceSum(op.Cast(q, to=_INT32), _last(), keepdims=0)
+    return q, op.Squeeze(scale, _last()), total
 
 
 def translation_table() -> dict[Callable, Callable]:
     """For torch.onnx.export's `custom_translation_table`."""
-    return {
-        torch.ops.trine.int8_linear.default: int8_linear,
-        torch.ops.trine.ternary_linear.default: ternary_linear,
-    }
+    translated = (
+        *(int8_linear, int8_linear_rows),
+        *(ternary_linear, ternary_linear_rows),
+        quantize_rows,
+    )
+    return {getattr(torch.ops.trine, each.__name__).default: each for each in translated}
+
+
+def _int8(q, x_scale, k: int, packed_weight, weight_scale, bias):
+    acc = op.Cast(op.MatMulInteger(q, _int8_weight(packed_weight, k)), to=_FLOAT)
+    return _add(op.Mul(op.Mul(acc, x_scale), weight_scale), bias)
+
+
+def _ternary(q, x_scale, k: int, packed_weight, weight_scale, bias):
+    codes = op.Transpose(_unpack_ternary(packed_weight, k))
+    if len(weight_scale.shape) == 2:
+        return _add(op.Mul(_by_group(q, codes, weight_scale, k), x_scale), bias)
+    acc = op.Cast(op.MatMulInteger(q, codes), to=_FLOAT)
+    return _add(op.Mul(op.Mul(acc, x_scale), weight_scale), bias)
+
+
+def _int8_weight(packed_weight, k: int):
+    return op.Transpose(_columns(packed_weight, k))
 
 
 def _static(x, weight, weight_scale, bias, input_scale, input_zero_point):
@@ -54,10 +83,9 @@ def _static(x, weight, weight_scale, bias, input_scale, input_zero_point):
     return _add(op.MatMul(rows, op.DequantizeLinear(weight, weight_scale, axis=1)), bias)
 
 
-def _quantize_rows(x):
+def _quantize(x):
     """int8 [..., K] and float32 scales [..., 1]: those of `trine.ops.quantize_rows`."""
-    x = _wide(x)
-    last = op.Constant(value_ints=[-1])
+    x, last = _wide(x), _last()
     absmax = op.ReduceMax(op.Abs(x), last, keepdims=1)
     largest = op.Constant(value_float=127.0)
     zero = op.Constant(value_float=0.0)
@@ -76,7 +104,7 @@ def _quantize_rows(x):
 def _unpack_ternary(packed_weight, k: int):
     """int8 [N, K] of 16 codes a word: k = 4i + j lies in bits 2i and 2i + 1 of byte j."""
     shifts = [8 * (k % 4) + 2 * (k // 4) for k in range(16)]
-    words = op.Unsqueeze(op.Cast(packed_weight, to=_UINT32), op.Constant(value_ints=[-1]))
+    words = op.Unsqueeze(op.Cast(packed_weight, to=_UINT32), _last())
     each = op.BitShift(words, _uint32(shifts), direction="RIGHT")
     codes = op.BitwiseAnd(each, _uint32([3]))
     n = packed_weight.shape[0]
@@ -113,8 +141,12 @@ def _wide(x):
     return x if x.dtype == _FLOAT else op.Cast(x, to=_FLOAT)
 
 
-def _as(x, y):
-    return y if x.dtype == _FLOAT else op.Cast(y, to=x.dtype)
+def _as(y, dtype):
+    return y if dtype == _FLOAT else op.Cast(y, to=dtype)
+
+
+def _last():
+    return op.Constant(value_ints=[-1])
 
 
 def _add(y, bias):
@@ -123,7 +155,3 @@ def _add(y, bias):
 
 def _uint32(values: list[int]):
     return op.Cast(op.Constant(value_ints=values), to=_UINT32)
-
-
-def _k(x) -> int:
-    return x.shape[-1]

@@ -11,7 +11,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trine.compress.layers import signature
-from trine.compress.recipe import Recipe
+from trine.compress.recipe import TRAINED, Recipe
 from trine.nn import PackedLinear, layer_kinds
 
 METHOD = "trine"
@@ -22,8 +22,9 @@ class TrineConfig(QuantizationConfigMixin):
     """What `from_pretrained(..., quantization_config=TrineConfig(...))` makes of linear layers.
 
     Args:
-        linear: as in `trine.Recipe`: one choice for every layer ("int8", "ternary", "sparse24",
-            "sparse24-int8", "ternary24"), or a mapping from patterns of layer names to choices.
+        linear: as in `trine.Recipe`: one choice for every layer, of those that need no training
+            ("int8", "ternary", "ternary-twn", "sparse24", "sparse24-int8", "ternary24"), or a
+            mapping from patterns of layer names to choices.
         modules_to_not_convert: names of modules that stay float, as in transformers' other
             configurations; None is transformers' own choice, the output layer and tied weights.
         layers: what the layers of a checkpoint are, by name: kind and options. Written when a model
@@ -55,6 +56,13 @@ class TrineConfig(QuantizationConfigMixin):
                 )
         self.quant_method = METHOD
         self.linear = Recipe(linear).linear
+        choices = (linear,) if isinstance(linear, str) else linear.values()
+        for choice in choices:
+            if choice in TRAINED:
+                raise ValueError(
+                    f"TrineConfig: {choice!r} needs training or data; use trine.quantize, whose "
+                    "results save_pretrained keeps, too"
+                )
         self.modules_to_not_convert = modules_to_not_convert and list(modules_to_not_convert)
         self.layers = layers and {name: dict(entry) for name, entry in layers.items()}
 
