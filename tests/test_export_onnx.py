@@ -8,13 +8,25 @@ import transformers as hf
 import trine
 from torch import Tensor, nn
 from trine.export import to_onnx
-from trine.nn import Int8Linear, Sparse24Linear, TernaryLinear, TwoScaleTernaryLinear, pack_linear
+from trine.nn import (
+    Int8Linear,
+    NormedTernaryLinear,
+    Sparse24Linear,
+    TernaryLinear,
+    TwoScaleTernaryLinear,
+    pack_linear,
+)
 
 BATCH = torch.export.Dim.DYNAMIC
 
 
 def _codes(n: int, k: int) -> Tensor:
     return torch.randint(-1, 2, (n, k), dtype=torch.int8)
+
+
+def _normed(k: int) -> NormedTernaryLinear:
+    layer = TernaryLinear.from_codes(_codes(5, k), torch.rand(1), torch.rand(5))
+    return NormedTernaryLinear.from_ternary(layer, torch.rand(k) + 0.5, 1e-5)
 
 
 LAYERS = {
@@ -26,6 +38,8 @@ LAYERS = {
     "ternary with two scales": lambda: TwoScaleTernaryLinear.from_codes(
         _codes(9, 100), torch.rand(2), torch.rand(9)
     ),
+    "ternary with a norm": lambda: _normed(100),
+    "ternary with a norm of many columns, fp16": lambda: _normed(9000).half(),
     "ternary by group": lambda: TernaryLinear.from_codes(_codes(9, 192), torch.rand(9, 3)),
 }
 

@@ -12,6 +12,7 @@ from onnxscript import ir
 from onnxscript.onnx_opset import opset20 as op
 
 from trine.ops.quantize_rows.reference import SMALLEST_ABSMAX
+from trine.ops.rms_norm_quantize_rows.reference import SUM_LANES
 
 OPSET = 20
 _FLOAT, _INT8 = ir.DataType.FLOAT, ir.DataType.INT8
@@ -23,7 +24,7 @@ def int8_linear(x, packed_weight, weight_scale, bias=None, input_scale=None, inp
     if input_scale is not None:
         weight = _int8_weight(packed_weight, k)
         return _as(_static(x, weight, weight_scale, bias, input_scale, input_zero_point), x.dtype)
-    return _as(_int8(*_quantize(x), k, packed_weight, weight_scale, bias), x.dtype)
+    return _as(_int8(*_quantize(_wide(x)), k, packed_weight, weight_scale, bias), x.dtype)
 
 
 def int8_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
@@ -32,7 +33,7 @@ def int8_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
 
 
 def ternary_linear(x, packed_weight, weight_scale, bias=None):
-    y = _ternary(*_quantize(x), x.shape[-1], packed_weight, weight_scale, bias)
+    y = _ternary(*_quantize(_wide(x)), x.shape[-1], packed_weight, weight_scale, bias)
     return _as(y, x.dtype)
 
 
@@ -42,9 +43,30 @@ def ternary_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype)
 
 
 def quantize_rows(x):
-    q, scale = _quantize(op.Reshape(_wide(x), op.Constant(value_ints=[-1, x.shape[-1]])))
+    return _quantize_matrix(op.Reshape(_wide(x), op.Constant(value_ints=[-1, x.shape[-1]])))
+
+
+def _quantize_matrix(rows):
+    q, scale = _quantize(rows)
     total = op.ReduceSum(op.Cast(q, to=_INT32), _last(), keepdims=0)
     return q, op.Squeeze(scale, _last()), total
+
+
+def rms_norm_quantize_rows(x, weight, eps):
+    k = x.shape[-1]
+    rows = op.Reshape(_wide(x), op.Constant(value_ints=[-1, k]))
+    mean = op.Div(_sum_of_squares(rows, k), op.Constant(value_float=float(k)))
+    root = op.Cast(op.Add(mean, op.Constant(value_float=eps)), to=ir.DataType.DOUBLE)
+    root = op.Cast(op.Sqrt(root), to=_FLOAT)  # a square root of float32 is not always the nearest
+    # Not rows * (1 / root), of which ONNX Runtime makes rows / root, which rounds once.
+    y = op.Mul(
+        op.Mul(rows, op.Div(op.Constant(value_float=2.0), root)), op.Constant(value_float=0.5)
+    )
+    if weight is not None:
+        y = op.Mul(y, _wide(weight))
+    if x.dtype != _FLOAT:  # the norm's result is rounded before it is quantised
+        y = op.Cast(op.Cast(y, to=x.dtype), to=_FLOAT)
+    return _quantize_matrix(y)
 
 
 def translation_table() -> dict[Callable, Callable]:
@@ -52,7 +74,7 @@ def translation_table() -> dict[Callable, Callable]:
     translated = (
         *(int8_linear, int8_linear_rows),
         *(ternary_linear, ternary_linear_rows),
-        quantize_rows,
+        *(quantize_rows, rms_norm_quantize_rows),
     )
     return {getattr(torch.ops.trine, each.__name__).default: each for each in translated}
 
@@ -83,9 +105,25 @@ def _static(x, weight, weight_scale, bias, input_scale, input_zero_point):
     return _add(op.MatMul(rows, op.DequantizeLinear(weight, weight_scale, axis=1)), bias)
 
 
+def _sum_of_squares(rows, k: int):
+    """[M, 1]: lane by lane in ascending order, then pairwise, as the reference adds."""
+    squares, width = op.Mul(rows, rows), min(1 << (k - 1).bit_length(), SUM_LANES)
+    padding = op.Constant(value_ints=[0, 0, 0, -k % width])
+    squares = op.Pad(squares, padding, op.Constant(value_float=0.0))
+    sums = _slice(squares, [0], [width], [1])
+    for start in range(width, k, width):
+        sums = op.Add(sums, _slice(squares, [start], [start + width], [1]))
+    while width > 1:
+        sums = op.Reshape(sums, op.Constant(value_ints=[-1, width // 2, 2]))
+        pair = [_slice(sums, [i], [i + 1], [2]) for i in (0, 1)]
+        width //= 2
+        sums = op.Reshape(op.Add(*pair), op.Constant(value_ints=[-1, width]))
+    return sums
+
+
 def _quantize(x):
     """int8 [..., K] and float32 scales [..., 1]: those of `trine.ops.quantize_rows`."""
-    x, last = _wide(x), _last()
+    last = _last()
     absmax = op.ReduceMax(op.Abs(x), last, keepdims=1)
     largest = op.Constant(value_float=127.0)
     zero = op.Constant(value_float=0.0)

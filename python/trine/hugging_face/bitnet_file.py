@@ -19,12 +19,13 @@ from trine.nn import NormedTernaryLinear, TernaryLinear
 from trine.ops import pack_ternary
 
 METHOD = "trine-bitnet"
+_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def load_bitnet(path: str | PathLike, **loading: Any) -> PreTrainedModel:
     """See `trine.from_bitnet`."""
     config = loading.pop("config", None) or AutoConfig.from_pretrained(
-        path, **{k: loading[k] for k in ("revision", "token", "cache_dir") if k in loading}
+        path, **{key: loading[key] for key in _OF_THE_HUB if key in loading}
     )
     stored = getattr(config, "quantization_config", None)
     stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
