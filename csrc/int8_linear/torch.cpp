@@ -1,7 +1,5 @@
-#include <cmath>
-
-#include "common/dispatch.h"
 #include "int8_linear/torch.h"
+#include "common/dispatch.h"
 
 namespace trine {
 namespace {
@@ -21,21 +19,6 @@ constexpr Int8LinearKernel kKernels[] = {
     {Isa::scalar, int8_linear_scalar},
 };
 [[maybe_unused]] const bool announced = announce(kOp, kKernels);
-
-std::optional<StaticInput> read_static_input(const std::optional<Tensor>& scale,
-                                             const std::optional<Tensor>& zero_point) {
-  check_static_input(kOp, scale, zero_point);
-  if (!scale.has_value()) return std::nullopt;
-  StaticInput fixed{*static_cast<const float*>(scale->const_data_ptr()), 0};
-  check(fixed.scale > 0.0f && std::isfinite(fixed.scale), kOp,
-        ": input_scale must be positive and finite, it is ", fixed.scale);
-  if (zero_point.has_value()) {
-    fixed.zero_point = *static_cast<const int32_t*>(zero_point->const_data_ptr());
-    check(fixed.zero_point >= -128 && fixed.zero_point <= 127, kOp,
-          ": input_zero_point must lie in [-128, 127], it is ", fixed.zero_point);
-  }
-  return fixed;
-}
 
 // `quantize` gives the rows of `shape`; it is called once everything is checked.
 template <class Quantize>
@@ -66,7 +49,7 @@ Tensor multiply(const Tensor& like, const LinearShape& shape, const Tensor& pack
 Tensor int8_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
                        const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale,
                        const std::optional<Tensor>& input_zero_point) {
-  const auto fixed = read_static_input(input_scale, input_zero_point);
+  const auto fixed = read_static_input(kOp, input_scale, input_zero_point);
   const Matrix rows = as_matrix(x, kOp, "x", fixed.has_value() ? kInt8MaxKStatic : kInt8MaxK);
   return multiply(x, linear_shape(x, rows), packed_weight, weight_scale, bias,
                   fixed.has_value() ? fixed->zero_point : 0,

@@ -1,6 +1,8 @@
 // What int8_linear checks alike on every device. Only torch*.cpp files include this.
 #pragma once
 
+#include <cmath>
+
 #include "common/torch_linear.h"
 #include "int8_linear/int8_linear.h"
 
@@ -33,6 +35,23 @@ inline void check_static_input(const char* op, const std::optional<Tensor>& scal
   if (!zero_point.has_value()) return;
   check(zero_point->numel() == 1, op, ": input_zero_point must hold one value");
   check_dtype(*zero_point, ScalarType::Int, "int32", op, "input_zero_point");
+}
+
+// The values, which lie on the CPU.
+inline std::optional<StaticInput> read_static_input(const char* op,
+                                                    const std::optional<Tensor>& scale,
+                                                    const std::optional<Tensor>& zero_point) {
+  check_static_input(op, scale, zero_point);
+  if (!scale.has_value()) return std::nullopt;
+  StaticInput fixed{*static_cast<const float*>(scale->const_data_ptr()), 0};
+  check(fixed.scale > 0.0f && std::isfinite(fixed.scale), op,
+        ": input_scale must be positive and finite, it is ", fixed.scale);
+  if (zero_point.has_value()) {
+    fixed.zero_point = *static_cast<const int32_t*>(zero_point->const_data_ptr());
+    check(fixed.zero_point >= -128 && fixed.zero_point <= 127, op,
+          ": input_zero_point must lie in [-128, 127], it is ", fixed.zero_point);
+  }
+  return fixed;
 }
 
 }  // namespace trine

@@ -14,6 +14,7 @@ from trine.compress.layers import signature
 from trine.nn import (
     ClusteredEmbedding,
     ClusteredLinear,
+    Int8Conv2d,
     LowRankConv2d,
     LowRankEmbedding,
     LowRankLinear,
@@ -61,6 +62,8 @@ MODULES: dict[type[nn.Module], str] = {
     nn.Softmax: "dim",
     nn.Tanh: "",
     nn.Unflatten: "dim unflattened_size",
+    Int8Conv2d: "in_channels out_channels kernel_size stride padding dilation groups bias "
+    "static_input",
     LowRankEmbedding: "num_embeddings embedding_dim rank padding_idx",
     ClusteredEmbedding: "num_embeddings embedding_dim bits group padding_idx",
     ClusteredLinear: "in_features out_features bits group bias",

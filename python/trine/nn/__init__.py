@@ -4,6 +4,7 @@ from torch import nn
 
 from trine.nn.clustered import ClusteredEmbedding, ClusteredLinear
 from trine.nn.int8 import Int8Linear
+from trine.nn.int8_conv import Int8Conv2d
 from trine.nn.low_rank import LowRankConv2d, LowRankLinear
 from trine.nn.low_rank_embedding import LowRankEmbedding
 from trine.nn.normed_ternary import NormedTernaryLinear
@@ -17,6 +18,7 @@ from trine.nn.two_scales import TwoScaleTernaryLinear
 __all__ = [
     "ClusteredEmbedding",
     "ClusteredLinear",
+    "Int8Conv2d",
     "Int8Linear",
     "LowRankConv2d",
     "LowRankEmbedding",

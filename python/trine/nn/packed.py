@@ -12,29 +12,21 @@ from trine.nn.dense_weight import DenseWeight
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer with a frozen compressed weight, called like `torch.nn.Linear`.
+class PackedModule(nn.Module):
+    """A module whose compressed weight lies in buffers, with the dtypes that its kernel needs.
 
-    The state lies in buffers, whose dtypes are part of the kernel's contract: only those named in
-    `float_buffers` follow `.half()` and `.to(dtype)`; codes and scales keep theirs. Gradients flow
-    to the input alone.
-
-    Constructing a layer makes an empty one, to be loaded; until then it returns NaN, so that a
-    forgotten load shows. `from_linear` packs a dense layer.
+    Only the buffers named in `float_buffers` follow `.half()` and `.to(dtype)`; codes and scales
+    keep their dtype. Constructing one makes it empty, to be loaded; until then it gives NaN, so
+    that a forgotten load shows.
     """
 
-    kind: ClassVar[str]
     float_buffers: tuple[str, ...] = ("bias",)
 
     bias: Tensor | None
     weight_scale: Tensor | None
 
-    def __init__(
-        self, in_features: int, out_features: int, dtype: torch.dtype | str | None
-    ) -> None:
+    def __init__(self, dtype: torch.dtype | str | None) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
         self._dtype = _float_dtype(dtype)
 
     def _add_buffer(
@@ -59,55 +51,7 @@ class PackedLinear(nn.Module):
     def device(self) -> torch.device:
         return next(tensor.device for tensor in self._buffers.values() if tensor is not None)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight [out_features, in_features] that the packed one stands for; read-only.
-
-        It is unpacked when its values are used, each time; its dtype and device cost nothing.
-        """
-        return self.dense_weight() if torch.compiler.is_compiling() else DenseWeight(self)
-
-    def dense_weight(self) -> Tensor:
-        """`weight` as a plain tensor of its own."""
-        return self._dense_weight().to(self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.with_bias(x, self._buffers["bias"])
-
-    def with_bias(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What the layer gives with this bias in place of its own."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"{type(self).__name__}: the input has shape {list(x.shape)}, "
-                f"expected [..., {self.in_features}]"
-            )
-        return self._run_op(x, bias)
-
-    def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Calls the op. Reads `_buffers`: an attribute that nn.Module looks up costs 0.5 us."""
-        raise NotImplementedError
-
-    def _dense_weight(self) -> Tensor:
-        raise NotImplementedError
-
-    def _options(self) -> dict[str, Any]:
-        """The constructor's arguments beyond those of nn.Linear, as JSON can hold them."""
-        return {}
-
-    def config(self) -> dict[str, Any]:
-        """The constructor arguments that make this layer again, empty; JSON can hold them."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            **self._options(),
-        }
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.config().items())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
         following = {id(self._buffers[name]) for name in self.float_buffers}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -157,6 +101,70 @@ class PackedLinear(nn.Module):
         if name in self.float_buffers:
             return tensor.dtype in FLOAT_DTYPES
         return tensor.dtype == self._buffers[name].dtype
+
+
+class PackedLinear(PackedModule):
+    """A linear layer with a frozen compressed weight, called like `torch.nn.Linear`.
+
+    Gradients flow to the input alone. `from_linear` packs a dense layer.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self, in_features: int, out_features: int, dtype: torch.dtype | str | None
+    ) -> None:
+        super().__init__(dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [out_features, in_features] that the packed one stands for; read-only.
+
+        It is unpacked when its values are used, each time; its dtype and device cost nothing.
+        """
+        return self.dense_weight() if torch.compiler.is_compiling() else DenseWeight(self)
+
+    def dense_weight(self) -> Tensor:
+        """`weight` as a plain tensor of its own."""
+        return self._dense_weight().to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.with_bias(x, self._buffers["bias"])
+
+    def with_bias(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer gives with this bias in place of its own."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{type(self).__name__}: the input has shape {list(x.shape)}, "
+                f"expected [..., {self.in_features}]"
+            )
+        return self._run_op(x, bias)
+
+    def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Calls the op. Reads `_buffers`: an attribute that nn.Module looks up costs 0.5 us."""
+        raise NotImplementedError
+
+    def _dense_weight(self) -> Tensor:
+        raise NotImplementedError
+
+    def _options(self) -> dict[str, Any]:
+        """The constructor's arguments beyond those of nn.Linear, as JSON can hold them."""
+        return {}
+
+    def config(self) -> dict[str, Any]:
+        """The constructor arguments that make this layer again, empty; JSON can hold them."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **self._options(),
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.config().items())
 
 
 def dense_parts(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

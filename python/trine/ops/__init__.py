@@ -1,5 +1,6 @@
 """The operators: functions on tensors, on whatever backend the tensors' device has."""
 
+from trine.ops.int8_conv2d import int8_conv2d, pack_conv2d, unpack_conv2d
 from trine.ops.int8_linear import int8_linear, pack_int8, unpack_int8
 from trine.ops.linear_softmax_kl import linear_softmax_kl
 from trine.ops.quantize_rows import quantize_rows
@@ -12,8 +13,10 @@ from trine.ops.ternary_linear import pack_ternary, ternary_linear, unpack_ternar
 
 __all__ = [
     "QuantizedRows",
+    "int8_conv2d",
     "int8_linear",
     "linear_softmax_kl",
+    "pack_conv2d",
     "pack_int8",
     "pack_sparse24",
     "pack_ternary",
@@ -24,6 +27,7 @@ __all__ = [
     "sparse24_linear",
     "ternary24_linear",
     "ternary_linear",
+    "unpack_conv2d",
     "unpack_int8",
     "unpack_sparse24",
     "unpack_ternary",
