@@ -1,9 +1,10 @@
-"""The command line: `trine demo`, `trine distill`, `trine backends`."""
+"""The command line: `trine demo`, `trine distill`, `trine compress`, `trine backends`."""
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -24,7 +25,7 @@ DEMO_NEEDS = (
     "transformers",
 )
 
-# Import names of what `trine distill` needs beyond trine itself: the extra `distill`.
+# Import names of what `trine distill` and `trine compress` need: the extra `distill`.
 DISTILL_NEEDS = ("accelerate", "safetensors", "transformers", "yaml")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -66,12 +67,7 @@ def demo(
 
     Example: trine demo --temperature 2 --alpha 0.9 --out out/soft
     """
-    missing = [name for name in DEMO_NEEDS if find_spec(name) is None]
-    if missing:
-        sys.exit(
-            f"trine demo needs {', '.join(missing)}; install everything that it needs with: "
-            "pip install 'trine[demo]'"
-        )
+    _require(DEMO_NEEDS, "demo", "demo")
     from trine.demo.job import run
     from trine.demo.rows import BrokenPromise
 
@@ -81,26 +77,32 @@ def demo(
         sys.exit(f"trine demo: {error}")
 
 
-def _print_example(wanted: bool) -> None:
-    if wanted:
-        from trine.distill.recipe_file import EXAMPLE
+def _example_of(module: str) -> Any:
+    """The option that prints the EXAMPLE of that module."""
 
-        typer.echo(EXAMPLE, nl=False)
-        raise typer.Exit
+    def show(wanted: bool) -> None:
+        if wanted:
+            typer.echo(import_module(module).EXAMPLE, nl=False)
+            raise typer.Exit
+
+    return typer.Option(
+        "--example", help="Print a recipe to begin with.", callback=show, is_eager=True
+    )
+
+
+def _require(packages: tuple[str, ...], command: str, extra: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"trine {command} needs {', '.join(missing)}; install everything that it needs with: "
+            f"pip install 'trine[{extra}]'"
+        )
 
 
 @app.command()
 def distill(
     recipe: Annotated[Path, typer.Argument(help="A YAML file; --example prints one.")],
-    example: Annotated[
-        bool,
-        typer.Option(
-            "--example",
-            help="Print a recipe to begin with.",
-            callback=_print_example,
-            is_eager=True,
-        ),
-    ] = False,
+    example: Annotated[bool, _example_of("trine.distill.recipe_file")] = False,
 ) -> None:
     """Make a small classifier of sentences from a large one of Hugging Face, as a recipe says.
 
@@ -110,12 +112,7 @@ def distill(
 
     Example: trine distill --example > recipe.yaml; trine distill recipe.yaml
     """
-    missing = [name for name in DISTILL_NEEDS if find_spec(name) is None]
-    if missing:
-        sys.exit(
-            f"trine distill needs {', '.join(missing)}; install everything that it needs with: "
-            "pip install 'trine[distill]'"
-        )
+    _require(DISTILL_NEEDS, "distill", "distill")
     from trine.distill.job import run
     from trine.distill.recipe_file import DistillationJob
 
@@ -133,6 +130,37 @@ def distill(
             f"{row['milliseconds']:9.2f} ms"
         )
     typer.echo(f"the student is in {job.out}")
+
+
+@app.command()
+def compress(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; --example prints one.")],
+    example: Annotated[bool, _example_of("trine.chain.recipe_file")] = False,
+) -> None:
+    """Make a classifier of sentences small and fast in stages, as a recipe says: pruning, low rank,
+    distillation, training under quantisation (2:4, too), compression.
+
+    Prints accuracy, size and time after each stage, and writes the last model for trine.load. A job
+    that was killed goes on when it is started again.
+
+    Example: trine compress --example > recipe.yaml; trine compress recipe.yaml
+    """
+    _require(DISTILL_NEEDS, "compress", "distill")
+    from trine.chain import ChainJob, run
+
+    try:
+        job = ChainJob.read(recipe)
+        rows = run(job)
+    except (ValueError, OSError) as error:
+        sys.exit(f"trine compress: {error}")
+    width = max(len(row["name"]) for row in rows)
+    typer.echo(f"{'':{width}}  accuracy        MB  one sentence")
+    for row in rows:
+        typer.echo(
+            f"{row['name']:{width}}  {row['accuracy']:8.1%}  {row['bytes'] / 1e6:8.2f}  "
+            f"{row['milliseconds']:9.2f} ms, {row['speedup']:.2f} times as fast"
+        )
+    typer.echo(f'the model is in {job.out}: trine.load("{job.out / "model.trine"}")')
 
 
 def main() -> None:

@@ -54,34 +54,19 @@ class DistillationJob:
     @classmethod
     def read(cls, path: Path) -> "DistillationJob":
         """Raises ValueError, naming the place, for what the file should not say or lacks."""
-        try:
-            import yaml
-        except ImportError:
-            raise ImportError("recipes are YAML: pip install pyyaml") from None
-        try:
-            said = yaml.safe_load(path.read_text())
-        except FileNotFoundError:
-            raise ValueError(f"there is no file {path}; a recipe looks like\n{EXAMPLE}") from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from None
-        said = _checked(cls, said, str(path))
-        data = _checked(Data, said["data"], f"{path}: data")
-        for name in ("train", "validation"):
-            data[name] = path.parent / data[name]
-            if not data[name].exists():
-                raise ValueError(f"{path}: data: {name}: there is no file {data[name]}")
+        said = read_yaml(path, EXAMPLE)
+        said = checked(cls, said, str(path), EXAMPLE)
+        said["data"] = read_data(said["data"], path, EXAMPLE)
         if said["student"] not in STUDENTS:
             raise ValueError(
                 f"{path}: student must be one of {', '.join(STUDENTS)}; it is {said['student']!r}"
             )
         if (path.parent / said["teacher"]).exists():
             said["teacher"] = str(path.parent / said["teacher"])
-        said["data"], said["out"] = Data(**data), path.parent / said["out"]
-        said["training"] = Training(
-            **_numbers(_checked(Training, said.get("training", {}), f"{path}: training"))
-        )
+        said["out"] = path.parent / said["out"]
+        said["training"] = Training(**read_training(said.get("training", {}), f"{path}: training"))
         said["stages"] = {
-            name: _numbers(_checked(Training, changes, f"{path}: stages: {name}"))
+            name: read_training(changes, f"{path}: stages: {name}")
             for name, changes in said.get("stages", {}).items()
         }
         settings = {"training": asdict(said["training"])}
@@ -107,7 +92,40 @@ class DistillationJob:
         return made
 
 
-def _checked(kind: type, said: Any, where: str) -> dict[str, Any]:
+def read_yaml(path: Path, example: str) -> Any:
+    """What a YAML file says. Raises ValueError where there is none."""
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError("recipes are YAML: pip install pyyaml") from None
+    try:
+        return yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}; a recipe looks like\n{example}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+
+
+def read_data(said: Any, path: Path, example: str) -> Data:
+    """The files of labelled sentences of a recipe at `path`, which must be there."""
+    data = checked(Data, said, f"{path}: data", example)
+    for name in ("train", "validation"):
+        data[name] = path.parent / data[name]
+        if not data[name].exists():
+            raise ValueError(f"{path}: data: {name}: there is no file {data[name]}")
+    return Data(**data)
+
+
+def read_training(said: Any, where: str) -> dict[str, Any]:
+    """Arguments of `Training`. YAML takes 5e-4 for text, because it has no point."""
+    words = {"optimizer", "decay", "precision", "parallel"}
+    return {
+        name: float(value) if isinstance(value, str) and name not in words else value
+        for name, value in checked(Training, said, where, "").items()
+    }
+
+
+def checked(kind: type, said: Any, where: str, example: str) -> dict[str, Any]:
     """What was said, of the fields of a dataclass."""
     if not isinstance(said, Mapping):
         raise ValueError(f"{where} must be a mapping of names to values; it is {said!r}")
@@ -118,14 +136,5 @@ def _checked(kind: type, said: Any, where: str) -> dict[str, Any]:
     for name, of_kind in known.items():
         needed = of_kind.default is MISSING and of_kind.default_factory is MISSING
         if needed and name not in said:
-            raise ValueError(f"{where} lacks {name!r}; a recipe looks like\n{EXAMPLE}")
+            raise ValueError(f"{where} lacks {name!r}; a recipe looks like\n{example}")
     return dict(said)
-
-
-def _numbers(said: dict[str, Any]) -> dict[str, Any]:
-    """YAML takes 5e-4 for text, because it has no point."""
-    words = {"optimizer", "decay", "precision", "parallel"}
-    return {
-        name: float(value) if isinstance(value, str) and name not in words else value
-        for name, value in said.items()
-    }
