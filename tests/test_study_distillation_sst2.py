@@ -49,16 +49,15 @@ def test_padding_does_not_count_in_the_lstm():
     torch.testing.assert_close(both[:1], alone)
 
 
-def test_half_of_the_transfer_set_has_no_labels(data):
-    found = Sst2.load(data, 200)
-    rows = transfer_set(found, Amounts(1, 1, phrases=80))
-    assert len(rows) == 80
-    assert (rows.labels == -100).sum() == 40
+def test_the_transfer_set_has_phrases_without_labels(data):
+    rows = transfer_set(Sst2.load(data, 200), 80)
+    assert len(rows) == 280
+    assert (rows.labels == -100).sum() == 80
     assert torch.equal(rows.lengths, rows.lengths.sort().values)
 
 
 def test_the_study_ends_in_rows_with_goals(data, monkeypatch):
-    monkeypatch.setattr(distillation, "amounts_of", lambda arguments: Amounts(2, 2, 64))
+    monkeypatch.setattr(distillation, "amounts_of", lambda arguments: Amounts(64, 64, 1, 2, 2))
     monkeypatch.setattr(distillation, "SEEDS", (0,))
     monkeypatch.setattr("sys.argv", ["sst2", "--quick", "--data", str(data)])
     distillation.main()
