@@ -89,7 +89,7 @@ def amounts_of(arguments: argparse.Namespace) -> Amounts:
         return Amounts(labelled=1000, unlabelled=1000, epochs=2, updates=30, lstm_updates=60)
     if arguments.whole:
         return Amounts(20_000, 40_000, epochs=4, updates=6000, lstm_updates=12_000)
-    return Amounts(2000, 4000, epochs=4, updates=100, lstm_updates=300)
+    return Amounts(2000, 10_000, epochs=4, updates=350, lstm_updates=1000)
 
 
 class BiLstm(nn.Module):
@@ -121,11 +121,7 @@ def new_student(name: str, teacher: nn.Module, seed: int) -> nn.Module:
     count = STUDENTS[name]
     if count is not None:
         layers = uniform_layers(count, teacher.config.num_hidden_layers)
-        student = sst2.without_word_vectors(student_from_teacher(teacher, layers))
-        for module in student.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # too few updates to learn anything by heart
-        return student
+        return sst2.without_word_vectors(student_from_teacher(teacher, layers))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return BiLstm(teacher.get_input_embeddings().weight.detach())
@@ -193,7 +189,7 @@ def training_of(name: str, amounts: Amounts, seed: int) -> Training:
     return Training(
         epochs=updates,
         steps=updates,
-        learning_rate=4e-4 if layered else 2e-3,
+        learning_rate=2e-4 if layered else 2e-3,
         decay="linear",
         precision="bf16" if layered else "fp32",
         seed=seed,
