@@ -282,18 +282,23 @@ def test_in_a_distiller(tmp_path):
 
 
 def test_in_a_loop_of_accelerate():
+    """With accumulation: what is no update does not count."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = network()
     optimizer = adam(model)
     model, prepared = accelerator.prepare(model, optimizer)
-    pruner = Pruner(model, Movement(), Weight(), PerLayer(0.5), OneShot(3), optimizer=prepared)
-    for _ in range(5):
-        prepared.zero_grad()
-        accelerator.backward(nn.functional.cross_entropy(model(X), Y))
-        prepared.step()
-        pruner.step()
+    parts = (Movement(), Weight(), PerLayer(0.5), OneShot(3))
+    pruner = Pruner(model, *parts, optimizer=prepared)
+    for batch in range(1, 11):
+        with accelerator.accumulate(model):
+            accelerator.backward(nn.functional.cross_entropy(model(X), Y))
+            prepared.step()
+            pruner.step()
+            prepared.zero_grad()
+        assert pruner.position == batch // 2
+        assert pruner.done == (batch >= 6)
     assert all((w == 0).sum() == w.numel() / 2 for w in weights(model))
     assert not any(optimizer.state[w]["exp_avg"][w == 0].any() for w in weights(model))
 

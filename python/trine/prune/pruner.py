@@ -84,7 +84,7 @@ class Pruner:
         if isinstance(scope, Threshold) and self.schedule.regrows:
             raise ValueError("RigL keeps a ratio and Threshold has none; use PerLayer or Global")
         self._kept = {k: torch.ones_like(group, dtype=torch.bool) for k, group in empty.items()}
-        self._masks: dict[tuple[str, str], Tensor] = {}  # by layer and parameter
+        self._off: dict[tuple[str, str], Tensor] = {}  # what is pruned, by layer and parameter
         self._growth: dict[str, Tensor] | None = None
         self._earlier: dict[str, Any] | None = None
         self._collected = self._finished = False
@@ -145,7 +145,7 @@ class Pruner:
         due = self.schedule.at(self.position + 1)
         if due is not None and due.regrow:
             self._growth = self._pool(self._gradients())
-        for parameter, off in self._masked():
+        for parameter, off in self._pruned():
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(off, 0)
         self._collected = True
@@ -155,13 +155,19 @@ class Pruner:
         """Call after each step of the optimiser: what is pruned stays so, and what the schedule has
         for now is done.
 
+        Where an attached optimiser has taken no step since (a gradient scaler or accelerate's
+        accumulation left it out), that was no update and the schedule does not go on.
+
         Raises ValueError as the constructor does; the masks then stay as they were.
         """
         if self._finished:
             raise ValueError("Pruner: it has finished; make another one to prune further")
-        self.position += 1
+        is_update = self.optimizer is None or self._collected
         self._collected = False
         self._apply()
+        if not is_update:
+            return
+        self.position += 1
         if self.schedule.rewind == self.position:
             self._earlier = self._snapshot()
         event = self.schedule.at(self.position)
@@ -191,7 +197,7 @@ class Pruner:
 
     def masks(self) -> dict[str, Tensor]:
         """By the names of the parameters that are pruned: which of them are kept, bool."""
-        return {f"{name}.{which}".lstrip("."): mask for (name, which), mask in self._masks.items()}
+        return {f"{name}.{which}".lstrip("."): ~off for (name, which), off in self._off.items()}
 
     def removed(self) -> dict[str, list[int]]:
         """The outputs of each layer that are off, by number, for `trine.prune.remove`; empty for
@@ -236,6 +242,7 @@ class Pruner:
             stay = self.scope.keep(groups, lambda aim: event.ratio(aim) + give_up * (1 - aim))
             groups = {k: g.masked_fill(stay[k], torch.inf) for k, g in self._grown().items()}
         kept = self.scope.keep(self.granularity.protect(groups), event.ratio)
+        kept = {key: mask.contiguous() for key, mask in kept.items()}
         if dist.is_initialized():
             for mask in kept.values():
                 dist.broadcast(mask, src=0)
@@ -286,16 +293,16 @@ class Pruner:
     def _set(self, kept: dict[str, Tensor]) -> None:
         self._kept = kept
         masks = self.granularity.masks(self.layers, kept)
-        self._masks = {of: mask.contiguous() for of, mask in masks.items() if not mask.all()}
+        self._off = {of: (~mask).contiguous() for of, mask in masks.items() if not mask.all()}
         self._apply()
 
-    def _masked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The parameters that are pruned, with what of them is off."""
-        for (name, which), mask in self._masks.items():
-            yield getattr(self.layers[name], which), ~mask
+    def _pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The parameters that are pruned, with what of them is."""
+        for (name, which), off in self._off.items():
+            yield getattr(self.layers[name], which), off
 
     def _apply(self) -> None:
-        for parameter, off in self._masked():
+        for parameter, off in self._pruned():
             parameter.masked_fill_(off, 0)
             if self.optimizer is None:
                 continue
