@@ -40,7 +40,7 @@ def test_rows_and_picture(tmp_path):
     }
     rows = lottery.rows_of(results)
     gains = [row for row in rows if row.metric == "higher accuracy, points"]
-    assert [row.value for row in gains] == [15.0, 15.0]
+    assert [row.value for row in gains] == [15.0, 15.0, 15.0]
     assert all(row.met for row in gains)
     assert [row.value for row in rows if "times" in row.metric] == [2.5, 2.5]
     lottery.draw(results, tmp_path / "tickets.png")
