@@ -8,7 +8,19 @@ import trine
 from structured_models import CASES, call, case, masked
 from structured_modules import MODULES
 from torch import Tensor, nn
-from trine.prune import Random, drop_layers, macs, prune_structured, remove, trace
+from trine.prune import (
+    Magnitude,
+    Neuron,
+    PerLayer,
+    Pruner,
+    Random,
+    drop_layers,
+    hand_over,
+    macs,
+    prune_structured,
+    remove,
+    trace,
+)
 
 ALL = sorted(CASES)
 
@@ -230,6 +242,53 @@ def test_worst_units_go_first_in_each_layer_or_in_all():
     assert removed(some) == {"0": (1, 2, 5), "2": ()}
     kept = prune_structured(model, x, 0.5, importance=scores, multiple_of=1, keep="0")
     assert removed(kept) == {"0": (), "2": (0, 1, 2)}
+
+
+def test_training_goes_on_in_the_smaller_model():
+    """As the whole model would, whose removed weights are zero and stay so."""
+    found = case("bert")
+    model, labels = found.model, torch.tensor([0, 1])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
+
+    def train(model: nn.Module, after=lambda: None) -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(**found.inputs, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] /= 2
+            after()
+
+    train(model)
+    small = prune_structured(model, found.inputs, 0.5, multiple_of=1)
+    whole, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    hand_over(optimizer, model, small)
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == (
+        small.removal_report.parameters_after
+    )
+    train(small)
+
+    def zero() -> None:
+        for name, parameter in whole.named_parameters():
+            for dim, kept in small.removal_report.positions.get(name, {}).items():
+                gone = sorted(set(range(parameter.shape[dim])) - set(kept.tolist()))
+                parameter.data.index_fill_(dim, torch.tensor(gone), 0)
+
+    optimizer = torch.optim.AdamW(whole.parameters(), 1e-2, weight_decay=0.1)
+    optimizer.load_state_dict(state)
+    zero()
+    train(whole, zero)
+    torch.testing.assert_close(call(small, found.inputs), call(whole, found.inputs))
+    with pytest.raises(ValueError, match="not the model's"):
+        hand_over(optimizer, model, small)
+
+
+def test_what_a_pruner_turned_off_is_removed():
+    found = case("bert")
+    pruner = Pruner(found.model, Magnitude(), Neuron(), PerLayer(0.5), layers="*intermediate.dense")
+    model = pruner.finish()
+    small = remove(model, found.inputs, pruner.removed())
+    assert small.bert.encoder.layer[0].intermediate.dense.out_features == 24
+    torch.testing.assert_close(call(small, found.inputs), call(model, found.inputs))
 
 
 class _Sorted(nn.Module):

@@ -32,7 +32,7 @@ from trine.prune.report import PruningReport
 from trine.prune.schedule import Cubic, Iterative, OneShot, RigL, Schedule
 from trine.prune.scope import Global, PerLayer, Scope, Threshold
 from trine.prune.sparse24 import as_sparse24, sr_ste
-from trine.prune.structured import drop_layers, macs, prune_structured, remove, trace
+from trine.prune.structured import drop_layers, hand_over, macs, prune_structured, remove, trace
 
 __all__ = [
     "NM",
@@ -71,6 +71,7 @@ __all__ = [
     "attention_values",
     "budget_ratios",
     "drop_layers",
+    "hand_over",
     "kept_magnitude",
     "latency_costs",
     "linked_channels",

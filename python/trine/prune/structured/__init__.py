@@ -2,6 +2,7 @@
 
 from trine.prune.structured.groups import Group, Groups, Slice
 from trine.prune.structured.layers import drop_layers
+from trine.prune.structured.optimizer import hand_over
 from trine.prune.structured.prune import prune_structured, remove
 from trine.prune.structured.report import GroupReport, RemovalReport, macs
 from trine.prune.structured.trace import trace
@@ -13,6 +14,7 @@ __all__ = [
     "RemovalReport",
     "Slice",
     "drop_layers",
+    "hand_over",
     "macs",
     "prune_structured",
     "remove",

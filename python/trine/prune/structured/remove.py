@@ -38,7 +38,7 @@ def without(model: nn.Module, groups: Groups, chosen: Chosen, batches: list[Any]
     if not chosen:
         return small
     shapes = {name: tuple(tensor.shape) for name, tensor in leaves_of(model)}
-    _cut(small, groups, chosen)
+    _cut_all(small, groups, chosen)
     adjust_layers(small, shapes)
     adjust_owners(small, groups, chosen)
     outputs = _run_adjusting(small, candidates(small, groups, chosen, shapes), batches)
@@ -53,17 +53,31 @@ def parts(group: Group, units: np.ndarray) -> list[tuple[str, int, np.ndarray]]:
     return [(part.parameter, part.dim, np.isin(part.unit, units)) for part in group.slices]
 
 
-def _cut(small: nn.Module, groups: Groups, chosen: Chosen) -> None:
-    tensors = dict(leaves_of(small))
-    gone: dict[tuple[str, int], np.ndarray] = {}
+def kept_positions(groups: Groups, chosen: Chosen) -> dict[str, dict[int, np.ndarray]]:
+    """Of every parameter that shrinks the positions that are left, by dimension."""
+    gone: dict[str, dict[int, np.ndarray]] = {}
     for name, units in chosen.items():
         for parameter, dim, mine in parts(groups[name], units):
-            gone[parameter, dim] = gone.get((parameter, dim), False) | mine
-    for (name, dim), mine in gone.items():
-        tensor = tensors[name]
-        kept = torch.from_numpy(np.flatnonzero(~mine)).to(tensor.device)
-        tensor.data = tensor.data.index_select(dim, kept)  # in place: whatever is tied stays so
-        tensor.grad = None
+            found = gone.setdefault(parameter, {})
+            found[dim] = found.get(dim, False) | mine
+    return {
+        parameter: {dim: np.flatnonzero(~mine) for dim, mine in found.items() if mine.any()}
+        for parameter, found in gone.items()
+    }
+
+
+def cut(tensor: Tensor, kept: Mapping[int, np.ndarray]) -> Tensor:
+    """The positions that are left of each dimension."""
+    for dim, positions in kept.items():
+        tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
+    return tensor
+
+
+def _cut_all(small: nn.Module, groups: Groups, chosen: Chosen) -> None:
+    tensors = dict(leaves_of(small))
+    for name, kept in kept_positions(groups, chosen).items():
+        tensors[name].data = cut(tensors[name].data, kept)  # in place: whatever is tied stays so
+        tensors[name].grad = None
 
 
 def _run_adjusting(
@@ -91,10 +105,14 @@ def _run_adjusting(
         if not tries[name]:
             raise ValueError(
                 f"the model without these units cannot run: {name or type(small).__name__!r} "
-                f"raises {type(failure).__name__} ({str(failure).strip().splitlines()[0]}); its "
+                f"raises {type(failure).__name__} ({_first_line(failure)}); its "
                 "code relies on sizes that pruning does not know; leave its layers out"
             ) from failure
         own.update(before[name] | tries[name].pop(0))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "without a message").splitlines()[0]
 
 
 def _compare(

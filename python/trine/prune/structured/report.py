@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trine.calibration.probe import probing, run
 from trine.prune.structured.groups import Groups
+from trine.prune.structured.remove import kept_positions
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class GroupReport:
     removed: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RemovalReport:
     """All groups, and the whole model's parameters and multiply-adds for one example call.
 
+    `positions` says of every parameter that shrank what is left of its dimensions.
     `kept` says of the layers whose outputs could not go why; `without_rule` names the operators
     that no rule covers, each with a module that calls it. MACs are those of products, convolutions
     and attention.
@@ -41,6 +43,7 @@ class RemovalReport:
     parameters_after: int
     macs_before: int
     macs_after: int
+    positions: Mapping[str, Mapping[int, np.ndarray]]
 
     def __str__(self) -> str:
         width = max((len(group.name) for group in self.groups), default=0)
@@ -74,6 +77,7 @@ def report_of(
         parameters(small),
         macs(model, batches[0]),
         macs(small, batches[0]),
+        kept_positions(groups, chosen),
     )
 
 
