@@ -291,6 +291,15 @@ def test_what_a_pruner_turned_off_is_removed():
     torch.testing.assert_close(call(small, found.inputs), call(model, found.inputs))
 
 
+def test_macs_are_those_of_products_convolutions_and_attention():
+    image = torch.randn(1, 3, 8, 8)
+    assert macs(nn.Conv2d(3, 6, 3, padding=1), image) == 64 * 6 * 3 * 9
+    assert macs(nn.Conv2d(3, 6, 3, padding=1, groups=3), image) == 64 * 6 * 9
+    found = case("llama", torch.float32)  # 2 x 6 tokens, 8 heads of 4, 4 of keys and values
+    layer = 12 * (32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48) + 2 * 8 * 6 * 6 * (4 + 4)
+    assert macs(found.model, found.inputs) == 2 * layer + 12 * 32 * 60
+
+
 class _Sorted(nn.Module):
     def __init__(self) -> None:
         super().__init__()

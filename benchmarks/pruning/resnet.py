@@ -10,6 +10,7 @@ training but none of its weights.
     python -m benchmarks.pruning.resnet --quick
 """
 
+import copy
 from functools import partial
 
 import torch
@@ -104,6 +105,7 @@ def train(model: nn.Module, teacher: nn.Module | None, split: Split, seed: int, 
 
 def halved(model: nn.Module, split: Split) -> nn.Module:
     """With the least share of channels gone that leaves half of the multiply-adds."""
+    model = copy.deepcopy(model).requires_grad_(True)  # as a teacher it is frozen
     images, labels = split.train.tensors
     images, example = enlarged(images), torch.zeros(1, 1, PIXELS, PIXELS)
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))

@@ -106,7 +106,7 @@ def _run_adjusting(
             raise ValueError(
                 f"the model without these units cannot run: {name or type(small).__name__!r} "
                 f"raises {type(failure).__name__} ({_first_line(failure)}); its "
-                "code relies on sizes that pruning does not know; leave its layers out"
+                "code relies on sizes that pruning does not know; leave its layers out (keep=)"
             ) from failure
         own.update(before[name] | tries[name].pop(0))
 
@@ -127,7 +127,7 @@ def _compare(
         raise ValueError(
             "the model without these units does not compute what it computes with them at "
             f"zero; groups: {', '.join(chosen)}. Its code relies on sizes or positions that "
-            "pruning does not know; leave these layers out"
+            "pruning does not know; leave these layers as they are (keep=)"
         )
 
 

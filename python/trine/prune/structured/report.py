@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from trine.calibration.probe import probing, run
 from trine.prune.structured.groups import Groups
@@ -88,6 +90,24 @@ def parameters(model: nn.Module) -> int:
 
 def macs(model: nn.Module, batch: Any) -> int:
     """Multiply-adds of products, convolutions and attention in one call of the model."""
-    with probing(model) as probe, FlopCounterMode(display=False) as counter:
+    counter = _Counter()
+    with probing(model) as probe, counter:
         run(probe, batch)
-    return counter.get_total_flops() // 2
+    return counter.flops // 2
+
+
+class _Counter(TorchDispatchMode):
+    """torch's formulas; its own counter follows gradients, too, and fails on some models."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        formula = flop_registry.get(operator._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        elif operator is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            (_, _, keys, width), value_width = args[1].shape, args[2].shape[-1]
+            rows = args[0].numel() // width  # of all heads; keys may have fewer
+            self.flops += 2 * rows * keys * (width + value_width)
+        return out

@@ -282,6 +282,13 @@ def _like(step: Step) -> list[Label]:
     return [step.label(step.args[0])]
 
 
+@rule("gather")
+def _gather(step: Step) -> list[Label]:
+    for x in (step.args[0], step.args[2]):
+        freeze(step.label(x), step.units, step.reason("positions are picked by number"))
+    return [fixed(step.out.shape)]
+
+
 @rule("arange", "lift_fresh", "scalar_tensor", "_local_scalar_dense")
 def _constant(step: Step) -> list[Label]:
     if isinstance(step.out, Tensor) and step.args and isinstance(step.args[0], Tensor):
