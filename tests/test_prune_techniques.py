@@ -70,8 +70,13 @@ def test_the_examples_run_and_prune(block, tmp_path, monkeypatch):
         "example": x[:2],
         "evaluate": lambda model: -(model(x) - truth).square().mean().item(),
     }
+    names["optimizer"] = torch.optim.AdamW(model.parameters())
     exec(block, names)
     model = names["model"]
+    if "prune_structured" in block:
+        assert names["small"].last.in_features == 8
+        assert sum(p.numel() for p in names["optimizer"].param_groups[0]["params"]) == 8 * 9 + 108
+        return
     if "HardConcrete" not in block:
         assert any((layer.weight == 0).any() for layer in model.body)
     if "small" in names:
