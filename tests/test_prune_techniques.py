@@ -70,7 +70,7 @@ def test_the_examples_run_and_prune(block, tmp_path, monkeypatch):
         "example": x[:2],
         "evaluate": lambda model: -(model(x) - truth).square().mean().item(),
     }
-    names["optimizer"] = torch.optim.AdamW(model.parameters())
+    names["optimizer"] = torch.optim.AdamW(names["model"].parameters())
     exec(block, names)
     model = names["model"]
     if "prune_structured" in block:

@@ -217,7 +217,7 @@ def rows_of(correct_of: dict[str, Tensor], models: dict[str, nn.Module]) -> list
 def main() -> None:
     arguments = parse_arguments(__doc__, "benchmarks.pruning.resnet")
     torch.set_num_threads(1)
-    epochs = 12 if arguments.quick else 40
+    epochs = 8 if arguments.quick else 24
     settings = {"epochs": epochs, "batch": BATCH, "temperature": TEMPERATURE, "share": SHARE}
     study = Study("pruning-resnet", arguments, 3 * len(SEEDS), settings)
     split = load()
