@@ -36,6 +36,7 @@ def reference(op: str) -> types.ModuleType:
 OPS = (
     "quantize_rows",
     "rms_norm_quantize_rows",
+    "int8_conv2d",
     "int8_linear",
     "ternary_linear",
     "sparse24_linear",
@@ -45,12 +46,14 @@ OPS = (
 (
     quantize_rows,
     rms_norm,
+    int8_conv2d,
     int8_linear,
     ternary_linear,
     sparse24_linear,
     ternary24_linear,
     softmax_kl,
 ) = map(reference, OPS)
+pack_conv2d = importlib.import_module("trine.ops.int8_conv2d.pack").pack_conv2d
 
 # ---- calls ----
 
@@ -209,6 +212,33 @@ def calls_of_int8_linear() -> Iterator[Call]:
     for m in (1, 4, 20):  # the largest products that there are
         yield call(torch.full((m, 2048), 3.0), packed, torch.ones(5))
         yield call(torch.full((m, 2048), -300.0), packed, torch.ones(5), None, (1.0, 127))
+
+
+def calls_of_int8_conv2d() -> Iterator[Call]:
+    """General, depthwise, grouped; both orders in memory; dynamic and static activations."""
+    shapes = (  # B, C, N, kernel, groups, stride, padding, dilation, H, W
+        (2, 3, 20, (3, 3), 1, (1, 1), (1, 1), (1, 1), 9, 7),
+        (1, 21, 40, (3, 2), 1, (2, 1), (1, 0), (1, 2), 8, 9),
+        (1, 37, 37, (5, 5), 37, (2, 2), (2, 2), (1, 1), 11, 10),
+        (2, 12, 24, (3, 3), 3, (1, 1), (1, 1), (2, 2), 9, 9),
+    )
+    for shape, dtype, last, static in product(shapes, DTYPES, (False, True), (False, True)):
+        b, c, n, kernel, groups, stride, padding, dilation, height, width = shape
+        weight = torch.randint(-127, 128, (n, c // groups, *kernel), dtype=torch.int8)
+        x = torch.randn(b, c, height, width).to(dtype)
+        x[-1, 0, 0, 0] *= 100
+        fixed = (torch.tensor([0.03]), torch.tensor([-7], dtype=torch.int32))
+        arguments = (pack_conv2d(weight, groups), torch.rand(n) / 64, torch.randn(n))
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        if static:
+            options |= {"input_scale": fixed[0], "input_zero_point": fixed[1]}
+        y = int8_conv2d.int8_conv2d(x, *arguments, **options)
+        if last:
+            x, y = (t.permute(0, 2, 3, 1).contiguous() for t in (x, y))
+        numbers = tuple(map(float, (*stride, *padding, *dilation, groups, last)))
+        tensors = (x, *arguments, *(fixed if static else (None, None)))
+        threads = 3 if last else 1
+        yield Call("int8_conv2d", tensors, same_bits(y), numbers, threads=threads)
 
 
 def calls_of_ternary_linear() -> Iterator[Call]:
@@ -404,6 +434,7 @@ KERNELS = {
     "softmax_kl": FLOAT,
     "sparse24_linear (float values)": FLOAT,
     "sparse24_linear (int8 values)": INTEGER,
+    "int8_conv2d": ["scalar", "dotprod"],
     "int8_linear": INTEGER,
     "ternary_linear": INTEGER,
     "ternary24_linear": INTEGER,

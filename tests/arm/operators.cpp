@@ -123,6 +123,17 @@ std::vector<Tensor> run(const Call& call) {
                                  const Optional&, const Optional&)>("int8_linear")(
         call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3), call.tensors.at(4),
         call.tensors.at(5))};
+  if (call.op == "int8_conv2d") {
+    const auto number = [&](size_t i) { return static_cast<int64_t>(call.numbers.at(i)); };
+    const auto pair = [&](size_t i) { return std::vector<int64_t>{number(i), number(i + 1)}; };
+    using Sizes = const std::vector<int64_t>&;
+    return {
+        registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&, Sizes,
+                             Sizes, Sizes, int64_t, bool, const Optional&, const Optional&)>(
+            "int8_conv2d")(call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3),
+                           pair(0), pair(2), pair(4), number(6), number(7) != 0, call.tensors.at(4),
+                           call.tensors.at(5))};
+  }
   if (call.op == "ternary_linear" || call.op == "ternary24_linear")
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
         call.op)(call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3))};

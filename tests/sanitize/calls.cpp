@@ -151,6 +151,47 @@ Call int8_linear(const Shape& shape, ScalarType type, int variant, Values values
   };
 }
 
+// Images of 7 x 5 under a kernel of 3 x 2. 0: dynamic, as many channels as there are columns; 1:
+// depthwise, channels last, no bias; 2: two groups, static with a zero point.
+Call int8_conv2d(const Shape& shape, ScalarType type, int variant, Values values) {
+  const int64_t batch = std::min<int64_t>(shape.m, 3), groups = variant == 2 ? 2 : 1;
+  const int64_t c = std::min<int64_t>(shape.k, 70), n = std::min<int64_t>(shape.n, 70);
+  const bool depthwise = variant == 1, last = variant == 1;
+  const Tensor x = floats(
+      last ? Tensor::Sizes{batch, 7, 5, c} : Tensor::Sizes{batch, groups * c, 7, 5}, type, values);
+  const int64_t outs = depthwise ? c : groups * n;
+  const int64_t blocks = trine::round_up(depthwise ? c : n, 16) / 16;
+  // One channel is no depthwise convolution, whose layout differs.
+  const bool is_plain = !depthwise || c == 1;
+  Tensor packed = int8_rows(1, 1, 1, values);
+  if (is_plain) {
+    packed = Tensor({groups, blocks, 3, 2, trine::round_up(c, 4) / 4, 16, 4}, ScalarType::Char);
+  } else {
+    packed = Tensor({blocks, 3, 2, 16}, ScalarType::Char);
+  }
+  for (int64_t i = 0; i < packed.numel(); ++i)
+    values_of<int8_t>(packed)[i] =
+        static_cast<int8_t>(values == Values::extreme ? -127 : i % 255 - 127);
+  const Tensor scale = floats({outs}, ScalarType::Float, values);
+  const Optional bias = bias_of(outs, type, variant != 1, values);
+  Optional input_scale, zero_point;
+  if (variant == 2) {
+    input_scale.emplace(Tensor::Sizes{1}, ScalarType::Float);
+    set(*input_scale, 0, 1.0f / 127);
+    zero_point.emplace(Tensor::Sizes{1}, ScalarType::Int);
+    *values_of<int32_t>(*zero_point) = values == Values::extreme ? -128 : 7;
+  }
+  const int64_t given = depthwise && c > 1 ? c : groups;
+  return [=] {
+    using Pair = const std::vector<int64_t>&;
+    return std::vector{
+        registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&, Pair,
+                             Pair, Pair, int64_t, bool, const Optional&, const Optional&)>(
+            "int8_conv2d")(x, packed, scale, bias, {2, 1}, {1, 1}, {1, 2}, given, last, input_scale,
+                           zero_point)};
+  };
+}
+
 // 0: a scale per row; 1: per tensor, strided, no bias; 2: groups of 64, where they fit; 3: as 0,
 // quantised before.
 Call ternary_linear(const Shape& shape, ScalarType type, int variant, Values values) {
@@ -284,6 +325,7 @@ const std::vector<Op> kOps{
     {"quantize_rows", 2, quantize_rows, {{0, trine::kQuantizeRowsMaxK}}},
     {"rms_norm_quantize_rows", 3, rms_norm_quantize_rows, {}},
     {"int8_linear", 4, int8_linear, {{0, trine::kInt8MaxK}, {2, trine::kInt8MaxKStatic}}},
+    {"int8_conv2d", 3, int8_conv2d, {}},
     {"ternary_linear", 4, ternary_linear, {{0, trine::kTernaryMaxK}}},
     {"sparse24_linear", 4, sparse24_linear, {{3, trine::kSparse24Int8MaxK}}},
     {"ternary24_linear", 2, ternary24_linear, {{0, trine::kTernary24MaxK}}},
