@@ -48,7 +48,8 @@ def factorize(
             `skip` matches, every layer that the method is for.
         sample_inputs: what the model is typically called with, as for `trine.compress`.
         timer: takes calls by name, returns seconds per call by name.
-        progress: called after each layer with the number that are done.
+        progress: called with the number of steps that are done, two for each layer that can be
+            changed: its decomposition, and what is made of it.
 
     Returns:
         The copy. Its attribute `report`, a `FactorizationReport`, says for each layer what became
@@ -72,16 +73,14 @@ def factorize(
         progress(len(plans))
     decided = ranks.choose(plans, None if stopwatch is None else _clock(free, plans, stopwatch))
 
-    rows, replacements = [], {}
-    for name, layer in chosen.items():
-        if name in stay:
-            rows.append(_kept(name, layer, stay[name]))
-            continue
-        row, built = _decide(name, layer, plans[name], decided[name], stopwatch)
-        rows.append(row)
-        if row.changed:
+    rows = {name: _kept(name, chosen[name], reason) for name, reason in stay.items()}
+    replacements = {}
+    for number, (name, layer) in enumerate(free.items(), 1):
+        rows[name], built = _decide(name, layer, plans[name], decided[name], stopwatch)
+        if rows[name].changed:
             replacements[layer] = built
-    return changed_copy(model, replacements, rows)
+        progress(len(plans) + number)
+    return changed_copy(model, replacements, [rows[name] for name in chosen])
 
 
 def changed_copy(

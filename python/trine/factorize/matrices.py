@@ -6,26 +6,29 @@ import torch
 from torch import Tensor
 
 
-def directions(weight: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def root_of(gram: Tensor) -> Tensor:
+    """S, float64 [K, K], with S S^T = G; also of a singular G."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    # G is a sum of squares: what is negative is so by rounding.
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def directions(weight: Tensor, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The output directions of a weight in the order of what they contribute, and how much.
 
-    For W [N, K] and rows x of input with G = X^T X, let G = S S^T and W S = U diag(s) V^T. With
+    For W [N, K] and rows x of input with X^T X = S S^T (S: `root`), let W S = U diag(s) V^T. With
     the first r columns U_r of U,
 
         W_r = U_r (U_r^T W)   minimises   ||X (W - W')^T||_F   over all W' of rank r,
 
     and the minimum is sqrt(s_{r+1}^2 + s_{r+2}^2 + ...): the theorem of Eckart and Young for W S.
     (SVD-LLM, arXiv:2403.07378, writes the same W_r with the inverse of S, which a projection does
-    not need: a singular G is no special case.) Without G, S is I and the norm ||W - W'||_F.
+    not need: a singular S is no special case.) Without it, S is I and the norm ||W - W'||_F.
 
     Returns:
         U [N, min(N, K)] and s [min(N, K)], descending; float64, computed in it.
     """
-    wide = weight.double()
-    if gram is not None:
-        values, vectors = torch.linalg.eigh(gram.double())
-        # G is a sum of squares: what is negative is so by rounding.
-        wide = wide @ (vectors * values.clamp(min=0).sqrt())
+    wide = weight.double() if root is None else weight.double() @ root
     u, s, _ = torch.linalg.svd(wide, full_matrices=False)
     return u, s
 

@@ -72,8 +72,8 @@ class Energy:
 class Parameters:
     """At most this share of the layers' parameters, spread so that little is lost in total.
 
-    Minimises the sum over all layers of the lost shares of squared norm (each layer's error counts
-    relative to its size): every layer starts with its least rank, and the step that saves most per
+    Minimises the lost share of squared norm, averaged over the layers, each counted by its number
+    of parameters: every layer starts with its least rank, and the step that saves most per
     parameter comes next, until the next does not fit. A layer may come out dense. Steps are those
     of the lower convex hull of (parameters, loss) of each layer, which makes the result the best
     one of its size.
@@ -157,14 +157,14 @@ class Speedup:
         return ranks[fast - 1] if fast else None
 
 
-Point = tuple[int, float, AnyRank | None]  # parameters, loss, rank
+Point = tuple[int, float, AnyRank | None]  # parameters, loss times those of the layer, rank
 
 
 def _points(plan: Plan) -> list[Point]:
     points = [
-        point
-        for point in zip(plan.parameters, plan.losses, plan.ranks, strict=True)
-        if point[0] < plan.dense
+        (size, loss * plan.dense, rank)
+        for size, loss, rank in zip(plan.parameters, plan.losses, plan.ranks, strict=True)
+        if size < plan.dense
     ]
     return [*points, (plan.dense, 0.0, None)]
 

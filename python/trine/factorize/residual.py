@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trine.calibration import SecondMoment, weight_matrix
-from trine.factorize.matrices import directions, factors, relative_error
+from trine.factorize.matrices import directions, factors, relative_error, root_of
 from trine.factorize.plan import AnyRank, Plan
 from trine.factorize.svd import Svd, checked_rank, dense_matrix, from_factors
 from trine.nn import Sparse24Linear
@@ -64,11 +64,13 @@ class SvdWithSparse24(Svd):
 def _build(layer: nn.Module, gram: Tensor | None, turns: int, rank: AnyRank) -> nn.Module:
     weight = weight_matrix(layer)
     checked_rank(rank, min(weight.shape))
-    norms = None if gram is None else gram.diagonal().double().clamp(min=0).sqrt()
+    root = norms = None
+    if gram is not None:
+        root, norms = root_of(gram), gram.diagonal().double().clamp(min=0).sqrt()
     wide = weight.double()
     sparse, best = torch.zeros_like(wide), (float("inf"), None)
     for _ in range(turns):
-        u, _ = directions(wide - sparse, gram)
+        u, _ = directions(wide - sparse, root)
         second, first = factors(wide - sparse, u[:, :rank])
         rest = wide - second @ first
         sparse = rest * two_of_four(rest if norms is None else rest * norms)

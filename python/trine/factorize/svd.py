@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trine.calibration import SecondMoment, weight_matrix
-from trine.factorize.matrices import directions, factors, relative_error
+from trine.factorize.matrices import directions, factors, relative_error, root_of
 from trine.factorize.plan import AnyRank, Plan
 from trine.nn.low_rank import LowRankConv2d, LowRankLinear
 from trine.nn.low_rank_embedding import LowRankEmbedding
@@ -36,7 +36,7 @@ class Svd:
 
     def plan(self, name: str, layer: nn.Module) -> Plan:
         weight, gram = weight_matrix(layer), self.gram(name, layer)
-        u, s = directions(weight, gram)
+        u, s = directions(weight, None if gram is None else root_of(gram))
         n, k = weight.shape
         squares = s.square()
         # From the smallest on, so that small ones count.
