@@ -53,6 +53,7 @@ def test_change_from_the_start():
         scores, {n: (torch.tensor(start[n]).double() - m.weight).abs() for n, m in layers.items()}
     )
     again = Change()
+    again.start(layers)
     again.load_state_dict(criterion.state_dict())
     close(again.scores(model, layers), scores)
 

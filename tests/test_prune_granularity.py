@@ -21,6 +21,7 @@ from trine.prune import (
     RigL,
     Threshold,
     Weight,
+    as_sparse24,
     drop_layers,
     remove,
 )
@@ -86,8 +87,20 @@ def test_n_of_m_on_the_way_is_of_the_worst():
                     assert (gone >= 2).all()
                 else:
                     assert (gone <= 2).all()
-        small = trine.prune.as_sparse24(pruner.finish())
+        small = as_sparse24(pruner.finish())
         assert torch.equal(small[0].dense_weight(), model[0].weight)
+
+
+def test_compress_packs_what_is_left():
+    """The recipe "sparse24" has nothing more to remove: the packed weights are the pruned ones."""
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)), torch.randn(3, 32)
+    Pruner(model, Magnitude(), NM(2, 4), PerLayer(0.5)).finish()
+    small = trine.compress(model.eval(), trine.Recipe("sparse24", prefer="size"), x)
+    for packed, pruned in zip(small, model, strict=True):
+        if isinstance(pruned, nn.Linear):
+            assert isinstance(packed, Sparse24Linear)
+            assert torch.equal(packed.dense_weight(), pruned.weight)
+    assert torch.equal(small(x), as_sparse24(model)(x))
 
 
 def test_ratios_that_a_pattern_does_not_allow():

@@ -106,9 +106,10 @@ def _all_but_lowest(scores: Tensor, ratio: float) -> Tensor:
     if remove == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     limit = flat.kthvalue(remove).values
-    ties = (flat == limit).cumsum(0)
-    spare = (flat <= limit).sum() - remove  # how many of those at the limit stay
-    return ((flat > limit) | ((flat == limit) & (ties <= spare))).reshape(scores.shape)
+    kept = flat > limit
+    spare = len(flat) - remove - int(kept.sum())  # how many of those at the limit stay
+    kept[(flat == limit).nonzero()[:spare]] = True
+    return kept.reshape(scores.shape)
 
 
 def _check_ratio(who: str, ratio: float) -> None:

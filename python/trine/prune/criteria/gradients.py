@@ -55,8 +55,10 @@ class _Mean(Criterion):
             self._sums, self._counts, self._over = {}, {}, False
         for name, layer in layers.items():
             if layer.weight.grad is not None:
-                value = self.statistic(wide(layer.weight), wide(layer.weight.grad))
-                self._sums[name] = self._sums.get(name, 0) + value
+                value = self.statistic(wide(layer.weight), wide(layer.weight.grad)).clone()
+                if name in self._sums:  # which may have been loaded to another device
+                    value += self._sums[name].to(value.device)
+                self._sums[name] = value
                 self._counts[name] = self._counts.get(name, 0) + 1
 
     def scores(self, model: nn.Module, layers: Layers) -> dict[str, Tensor]:
@@ -71,7 +73,10 @@ class _Mean(Criterion):
                     f"{type(self).__name__}: no gradient has reached layer '{name}'; give loss and "
                     "batches, or prune after some updates, with collect() after backward passes"
                 )
-        return {n: self.worth(wide(layer.weight), means[n]) for n, layer in layers.items()}
+        return {
+            name: self.worth(wide(layer.weight), means[name].to(layer.weight.device))
+            for name, layer in layers.items()
+        }
 
     def _calibrated(self, model: nn.Module, layers: Layers) -> dict[str, Tensor]:
         weights = _weights(layers, self)
@@ -180,8 +185,11 @@ class GraSP(Criterion):
         return torch.autograd.grad(along, weights, allow_unused=True, materialize_grads=True)
 
     @staticmethod
-    def _sum(parts: Iterable[Iterable[Tensor]]) -> list[Tensor]:
-        return [sum(of_layer) for of_layer in zip(*parts, strict=True)]
+    def _sum(parts: Iterator[Iterable[Tensor]]) -> list[Tensor]:
+        total = list(next(iter(parts)))
+        for part in parts:
+            total = [a + b for a, b in zip(total, part, strict=True)]
+        return total
 
 
 def gradients(

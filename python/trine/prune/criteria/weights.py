@@ -45,7 +45,7 @@ class Random(Criterion):
         return {"draws": self._draws.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._draws.set_state(state["draws"])
+        self._draws.set_state(state["draws"].cpu())
 
 
 class Change(Criterion):
@@ -68,4 +68,5 @@ class Change(Criterion):
         return {"start": self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._start = dict(state["start"])
+        for name, weight in state["start"].items():
+            self._start[name].copy_(weight)
