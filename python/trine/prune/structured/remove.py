@@ -40,7 +40,7 @@ def without(model: nn.Module, groups: Groups, chosen: Chosen, batches: list[Any]
     shapes = {name: tuple(tensor.shape) for name, tensor in leaves_of(model)}
     _cut_all(small, groups, chosen)
     adjust_layers(small, shapes)
-    adjust_owners(small, groups, chosen)
+    adjust_owners(small, groups, chosen, shapes)
     outputs = _run_adjusting(small, candidates(small, groups, chosen, shapes), batches)
     if not any(groups[name].kind == "hidden" for name in chosen):
         _compare(model, groups, chosen, batches, outputs)

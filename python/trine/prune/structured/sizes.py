@@ -54,19 +54,29 @@ def _adjust_convolution(module: nn.modules.conv._ConvNd, before: tuple[int, ...]
     module.out_channels, module.in_channels = outputs, inputs * module.groups
 
 
-def adjust_owners(model: nn.Module, groups: Groups, chosen: Mapping[str, np.ndarray]) -> None:
-    """Set the numbers of heads, and their widths, of the modules that hold layers with heads."""
-    for name, units in chosen.items():
-        group = groups[name]
-        if group.kind != "head":
-            continue
-        owners = {part.parameter.rpartition(".")[0].rpartition(".")[0] for part in group.slices}
-        for owner in owners:
-            own = vars(model.get_submodule(owner))
-            for key in (*HEAD_COUNTS, *HEAD_WIDTHS):
-                value = own.get(key)
-                if type(value) is int and value % group.size == 0:
-                    own[key] = value // group.size * (group.size - len(units))
+def adjust_owners(
+    model: nn.Module,
+    groups: Groups,
+    chosen: Mapping[str, np.ndarray],
+    before: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Set the numbers of heads, and their widths, of the modules that hold layers with heads.
+
+    They shrink as the layers' dimensions did.
+    """
+    tensors = dict(leaves_of(model))
+    shrunk: dict[str, tuple[int, int]] = {}
+    for name in chosen:
+        for part in groups[name].slices if groups[name].kind == "head" else ():
+            owner = part.parameter.rpartition(".")[0].rpartition(".")[0]
+            now = tensors[part.parameter].shape[part.dim]
+            shrunk[owner] = before[part.parameter][part.dim], now
+    for owner, (old, new) in shrunk.items():
+        own = vars(model.get_submodule(owner))
+        for key in (*HEAD_COUNTS, *HEAD_WIDTHS):
+            value = own.get(key)
+            if type(value) is int and value * new % old == 0:
+                own[key] = value * new // old
 
 
 def candidates(
