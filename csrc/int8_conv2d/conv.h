@@ -71,6 +71,7 @@ template <class T>
 void fill_from_planes(const Conv& c, const T* x, float factor, uint8_t offset, uint8_t* out) {
   constexpr int64_t kSpan = 128;  // pixels: what is quantised at a time stays in L1
   alignas(64) uint8_t planes[kConvQuad][kSpan];
+  alignas(64) uint32_t quads[kSpan];
   const int64_t of_group = c.channels / c.input_groups;
   for (int64_t begin = 0; begin < c.width; begin += kSpan) {
     const int64_t span = std::min(kSpan, c.width - begin);
@@ -82,9 +83,11 @@ void fill_from_planes(const Conv& c, const T* x, float factor, uint8_t offset, u
                    c.static_scale, c.zero_point, offset, planes[i]);
         // Channels that are padding meet weights of 0.
         for (int64_t i = count; i < kConvQuad; ++i) std::memset(planes[i], 0, span);
+        for (int64_t p = 0; p < span; ++p)
+          quads[p] =
+              planes[0][p] | planes[1][p] << 8 | planes[2][p] << 16 | uint32_t{planes[3][p]} << 24;
         uint8_t* at = out + begin * c.pixel_bytes + group * c.group_bytes + first;
-        for (int64_t p = 0; p < span; ++p, at += c.pixel_bytes)
-          for (int64_t i = 0; i < kConvQuad; ++i) at[i] = planes[i][p];
+        for (int64_t p = 0; p < span; ++p) std::memcpy(at + p * c.pixel_bytes, quads + p, 4);
       }
     }
   }
@@ -187,10 +190,16 @@ void store_any(const Conv& c, const ConvPart& part, int64_t first, int64_t chann
   }
 }
 
-inline const uint8_t* patch_of(const Conv& c, int64_t image, int64_t pixel) {
-  const int64_t oy = pixel / c.out_width, ox = pixel % c.out_width;
-  return c.images + image * c.image_bytes + oy * c.stride_h * c.row_bytes +
-         ox * c.stride_w * c.pixel_bytes;
+// Where the patches of `pixels` pixels begin; a tile that is not full has the last one again.
+template <int kPixels>
+void find_patches(const Conv& c, int64_t image, int64_t pixel, int64_t pixels, int64_t first,
+                  const uint8_t** at) {
+  int64_t oy = pixel / c.out_width, ox = pixel % c.out_width;
+  const uint8_t* base = c.images + image * c.image_bytes + first;
+  for (int64_t p = 0; p < kPixels; ++p) {
+    at[p] = base + oy * c.stride_h * c.row_bytes + ox * c.stride_w * c.pixel_bytes;
+    if (p + 1 < pixels && ++ox == c.out_width) ox = 0, ++oy;
+  }
 }
 
 // Its sums stay in registers only where it is a function of its own.
@@ -241,8 +250,7 @@ void run_blocks(const Conv& c, const ConvPart& part, int64_t block, uint8_t offs
   for (int64_t pixel = part.pixel_begin; pixel < part.pixel_end; pixel += kPixels) {
     const int64_t pixels = std::min<int64_t>(kPixels, part.pixel_end - pixel);
     const uint8_t* at[kPixels];
-    for (int64_t p = 0; p < kPixels; ++p)  // the last one again where the tile is not full
-      at[p] = patch_of(c, part.image, pixel + std::min(p, pixels - 1)) + part.group * c.group_bytes;
+    find_patches<kPixels>(c, part.image, pixel, pixels, part.group * c.group_bytes, at);
     multiply_tile<Simd, kPixels, kBlocks>(c, at, weight, sums);
     store_any(c, part, first, channels, pixel, pixels, sums, kBlocks * kConvBlock,
               c.zero_point + offset);
@@ -278,8 +286,7 @@ void run_depthwise(const Conv& c, const ConvPart& part) {
     for (int64_t pixel = part.pixel_begin; pixel < part.pixel_end; pixel += kPixels) {
       const int64_t pixels = std::min<int64_t>(kPixels, part.pixel_end - pixel);
       const uint8_t* at[kPixels];
-      for (int64_t p = 0; p < kPixels; ++p)
-        at[p] = patch_of(c, part.image, pixel + std::min(p, pixels - 1)) + first;
+      find_patches<kPixels>(c, part.image, pixel, pixels, first, at);
       multiply_depthwise<Simd, kPixels>(c, at, c.weight + block * c.block_bytes(), sums);
       store_any(c, part, first, channels, pixel, pixels, sums, kConvBlock, c.zero_point);
     }
