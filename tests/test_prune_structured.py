@@ -318,6 +318,17 @@ class _Literal(nn.Module):
         return self.head(self.conv(x).view(-1, 72))
 
 
+class _Looked(nn.Module):
+    """Its units are made by a table and read by a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(10, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.table(x)).sum(-1)
+
+
 class _Position(nn.Module):
     """Reads numbered features of a layer by arithmetic that no operator shows."""
 
@@ -395,6 +406,8 @@ def test_errors_say_what_to_do():
     says("others need more of", drop_layers, found.model, found.inputs, "encoder.block.0")
     both = [f"decoder.block.{i}" for i in range(2)]
     says("nothing would be left of", drop_layers, found.model, found.inputs, both)
+    words = torch.randint(10, (2, 3))
+    says("no weight .* are worth", prune_structured, _Looked(), words, 0.5, kinds="hidden")
     image = torch.randn(2, 1, 5, 5)
     says("'head' raises", prune_structured, _Literal(), image, 0.5, multiple_of=2)
     model[0].weight.data[1, 2] = float("nan")

@@ -21,6 +21,12 @@ def unit_scores(
 ) -> dict[str, np.ndarray]:
     """For each unit of these groups the mean score of the weights that go with it."""
     slices = {name: _scored(model, groups[name]) for name in names}
+    for name, found in slices.items():
+        if not found:
+            raise ValueError(
+                f"no weight of a linear or convolutional layer tells what the units of {name!r} "
+                "are worth; leave it out (keep=)"
+            )
     wanted = {layer for found in slices.values() for layer, _, _ in found}
     layers = {name: module for name, module in model.named_modules() if name in wanted}
     score = importance.scores if isinstance(importance, Criterion) else importance

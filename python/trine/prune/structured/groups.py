@@ -145,11 +145,12 @@ def make_groups(
             labels[p.parameter].size // len(p.unit) * int((p.unit >= 0).sum()) for p in slices
         )
         groups.append(Group(name, kind, len(roots), width, weights // len(roots), layers, slices))
-    reasons = {
-        makers[name, dim]: frozen[int(roots[0])]
-        for name, dim, roots in places
-        if (name, dim) in makers and int(roots[0]) in frozen
-    }
+    reasons = {}
+    for name, dim, roots in places:
+        kept = [frozen[root] for root in roots.tolist() if root in frozen]
+        if kept and (name, dim) in makers:
+            part = "" if len(kept) == len(roots) else "in part: "
+            reasons[makers[name, dim]] = part + kept[0]
     return Groups(groups, reasons, without_rule)
 
 

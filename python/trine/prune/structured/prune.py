@@ -48,8 +48,8 @@ def prune_structured(
             see other statistics: the copy is the model with those features left out of the norms,
             too, which is not the same as setting them to zero.
         scope: "layer" takes the ratio from every group, "global" the worst units of all groups.
-        multiple_of: what is left of the outputs of a layer that lost some is a multiple of it (in
-            heads: as near as whole heads allow), rounded so that the fewer units go.
+        multiple_of: what is left of the outputs of a layer that lost some is a multiple of it;
+            rounded so that fewer units go, which are whole heads, too.
         keep: patterns (fnmatch) of layer names, whose groups stay as they are.
 
     Returns:
