@@ -353,6 +353,12 @@ def main() -> None:
         "movement leave zeros in dense layers, which save nothing. Heads and neurons: "
         f"{shares}. The published figures have all labels, larger models and far longer training."
     )
+    if amounts.updates < 1000:
+        notes += (
+            f" {amounts.updates} updates are far too few for what is trained, most of all for "
+            "movement, whose scores begin at 0 and choose at random until then: the goals are for "
+            "--whole."
+        )
     study.finish(rows_of(results, facts), notes=notes)
 
 
