@@ -240,6 +240,8 @@ def test_what_was_recorded_is_done_again_to_what_the_factory_returns(tmp_path, d
         assert torch.equal(again(x), model(x))
         assert type(again.convolution) is nn.Conv2d
         assert again.act is again.again
+        trine.save(again, tmp_path / "again.trine")
+        assert (tmp_path / "again.trine").read_bytes() == path.read_bytes()
         with pytest.raises(ValueError, match="pass like=a function that returns the float model"):
             trine.load(path)
 

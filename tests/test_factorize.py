@@ -288,10 +288,15 @@ def test_a_model_of_transformers_is_factorised_quantised_saved_and_loaded(tmp_pa
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
     model, tokens = transformers.BertModel(config).eval(), torch.arange(8)[None]
-    small = factorize(model, Rank(6), layers="encoder.*")
-    assert small.report.changed == 12
-    small = trine.compress(small, trine.Recipe("int8"), tokens, timer=says(2))
+    factored = factorize(model, Rank(6), layers="encoder.*")
+    assert factored.report.changed == 12
+    small = trine.compress(factored, trine.Recipe("int8"), tokens, timer=says(2))
     assert isinstance(small.encoder.layer[1].intermediate.dense.first, Int8Linear)
+    for each in (factored, small):
+        trine.save(each, tmp_path / "a.trine")
+        for changed in (each, trine.load(tmp_path / "a.trine")):
+            with pytest.raises(ValueError, match="could not read what save_pretrained would write"):
+                changed.save_pretrained(tmp_path / "folder")
     trine.save(small, tmp_path / "a.trine")
     again = trine.load(tmp_path / "a.trine")
     assert isinstance(again.encoder.layer[0].output.dense, LowRankLinear)

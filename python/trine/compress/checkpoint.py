@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trine.compress.edits import apply, skeleton
+from trine.compress.edits import apply, restore, skeleton
 from trine.compress.layers import (
     close_fast_paths,
     is_linear,
@@ -155,6 +155,7 @@ def _assemble(
     model = _replace(model, replacements)
     _fill(model, manifest, values)
     close_fast_paths(model)
+    restore(model, manifest.edits)
     prepare_save_pretrained(model)
     if manifest.report is not None:
         model.report = manifest.report

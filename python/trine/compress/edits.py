@@ -70,6 +70,12 @@ def recorded(model: nn.Module) -> list[Edit] | None:
     return getattr(model, "_trine_edits", [])
 
 
+def restore(model: nn.Module, edits: list[Edit]) -> None:
+    """Note in a loaded model what was recorded in the one that was saved."""
+    if edits:
+        model._trine_edits = edits
+
+
 def difference(base: nn.Module, model: nn.Module) -> list[Edit] | None:
     """The edits that make `base` a model of the same structure; None where there are none such.
 

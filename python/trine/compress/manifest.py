@@ -85,6 +85,8 @@ class Manifest:
             )
         try:
             report = data["report"]
+            if not isinstance(data.get("edits", []), list):
+                raise ValueError("its edits are no list")
             if not set(data["aliases"].values()) <= data["tensors"].keys():
                 raise ValueError("an alias is one of no tensor")
             return cls(
