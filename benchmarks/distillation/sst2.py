@@ -4,8 +4,8 @@ The teacher has 6 layers. Students: 3 of its layers (DistilBERT-style) and 2 (Ti
 BiLSTM on its word vectors. Each alone, from labels; with soft targets (KD); the layered ones with
 KD and the teacher's hidden states and attention maps (TinyBERT), and with KD and the relations of
 its last layer (MiniLM). All of one student begin with the same weights and have as many updates of
-as many phrases; but what comes from the teacher needs no labels, so the distilled also see phrases
-without label: as in practice, where text is plenty and labels are few.
+as many phrases. What comes from the teacher needs no labels, so the distilled also see phrases
+without: as in practice, where there is a teacher, much text, and few labels.
 
     python -m benchmarks.distillation.sst2 --data DIR
     python -m benchmarks.distillation.sst2 --data DIR --quick
@@ -74,22 +74,21 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Amounts:
-    """labelled, unlabelled: phrases to learn from. epochs: of the teacher, on the labelled ones.
-    updates, lstm_updates: of a layered student and of the BiLSTM."""
+    """labelled, unlabelled: phrases that students learn from. updates, lstm_updates: of a layered
+    student and of the BiLSTM."""
 
     labelled: int
     unlabelled: int
-    epochs: int
     updates: int
     lstm_updates: int
 
 
 def amounts_of(arguments: argparse.Namespace) -> Amounts:
     if arguments.quick:
-        return Amounts(labelled=1000, unlabelled=1000, epochs=2, updates=30, lstm_updates=60)
-    if arguments.whole:
-        return Amounts(20_000, 40_000, epochs=4, updates=6000, lstm_updates=12_000)
-    return Amounts(2000, 10_000, epochs=4, updates=350, lstm_updates=1000)
+        return Amounts(labelled=500, unlabelled=1500, updates=30, lstm_updates=60)
+    if arguments.whole:  # of the teacher's phrases; no others are left
+        return Amounts(labelled=10**9, unlabelled=0, updates=6000, lstm_updates=12_000)
+    return Amounts(labelled=1000, unlabelled=5000, updates=100, lstm_updates=300)
 
 
 class BiLstm(nn.Module):
@@ -189,7 +188,7 @@ def training_of(name: str, amounts: Amounts, seed: int) -> Training:
     return Training(
         epochs=updates,
         steps=updates,
-        learning_rate=2e-4 if layered else 2e-3,
+        learning_rate=3e-4 if layered else 2e-3,
         decay="linear",
         precision="bf16" if layered else "fp32",
         seed=seed,
@@ -201,10 +200,17 @@ def ways_of(name: str) -> list[str]:
     return list(WAYS) if STUDENTS[name] is not None else ["alone", "KD"]
 
 
-def transfer_set(data: Sst2, unlabelled: int) -> Phrases:
+def transfer_set(data: Sst2, amounts: Amounts) -> Phrases:
     """With labels and without, by length: in this order answers are cached without padding."""
-    rows = data.labelled + data.unlabelled.rows(slice(unlabelled))
+    known = data.labelled.rows(slice(amounts.labelled))
+    rows = known + data.unlabelled.rows(slice(amounts.unlabelled))
     return rows.rows(rows.lengths.argsort(stable=True))
+
+
+def right(model: nn.Module, rows: Phrases) -> Tensor:
+    """In the precision of training."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return sst2.right(model, rows)
 
 
 def cached(teacher: nn.Module, rows: Phrases, folder) -> CachedTeacher:
@@ -218,13 +224,14 @@ def run_seed(
     study: Study, data: Sst2, seed: int, training: Training, amounts: Amounts
 ) -> dict[str, Tensor]:
     """Which test sentences each student gets right, by "student, way"; and the teacher."""
-    teacher = data.teacher(replace(training, seed=seed))
-    results = {
-        "teacher": study.part(
-            f"teacher, seed {seed}", lambda: {"right": sst2.right(teacher, data.test)}
-        )["right"]
-    }
-    rows = transfer_set(data, amounts.unlabelled)
+    training = replace(training, seed=seed)
+    found = study.part(
+        f"teacher, seed {seed}", lambda: {"right": right(data.teacher(training), data.test)}
+    )
+    results = {"teacher": found["right"]}
+    teacher = data.teacher(training)
+    rows = transfer_set(data, amounts)
+    known = rows.rows(rows.labels >= 0)
     folder = study.folder / f"answers-{seed}"
     study.part(f"answers, seed {seed}", lambda: {"rows": len(cached(teacher, rows, folder))})
     answers = CachedTeacher(folder)
@@ -232,9 +239,9 @@ def run_seed(
     def trained(name: str, way: str) -> dict[str, Tensor]:
         student = new_student(name, teacher, seed)
         lesson = lesson_of(way, student, teacher, answers)
-        seen = data.labelled if way == "alone" else rows
+        seen = known if way == "alone" else rows
         teach(student, way, lesson, seen, training_of(name, amounts, seed))
-        return {"right": sst2.right(student, data.test)}
+        return {"right": right(student, data.test)}
 
     for name in STUDENTS:
         for way in ways_of(name):
@@ -300,26 +307,25 @@ def main() -> None:
     arguments = parse_arguments(
         __doc__, "benchmarks.distillation.sst2", data=sst2.DATA, subset=True
     )
-    amounts = amounts_of(arguments)
-    fine_tuning = replace(sst2.scale_of(arguments, SEEDS[0]).teacher, epochs=amounts.epochs)
-    data = Sst2.load(arguments.data, amounts.labelled)
-    settings = {"amounts": asdict(amounts), "teacher": asdict(fine_tuning), "batch": BATCH}
+    scale, amounts = sst2.scale_of(arguments, SEEDS[0]), amounts_of(arguments)
+    data = Sst2.load(arguments.data, scale.labelled)
+    settings = {"amounts": asdict(amounts), "teacher": asdict(scale), "batch": BATCH}
     settings |= {"weights": WEIGHTS, "temperature": TEMPERATURE}
     settings |= {name: asdict(training_of(name, amounts, 0)) for name in STUDENTS}
     parts = len(SEEDS) * (2 + sum(len(ways_of(name)) for name in STUDENTS))
     study = Study("distillation-sst2", arguments, parts, settings)
-    found = [run_seed(study, data, seed, fine_tuning, amounts) for seed in SEEDS]
+    found = [run_seed(study, data, seed, scale.teacher, amounts) for seed in SEEDS]
     results = {name: torch.stack([of[name] for of in found]) for name in found[0]}
-    teacher = data.teacher(fine_tuning)
+    teacher = data.teacher(scale.teacher)
     models = {"teacher": teacher}
     models |= {name: new_student(name, teacher, SEEDS[0]).eval() for name in STUDENTS}
     notes = (
-        f"{amounts.labelled} phrases of {len(data.labelled) + len(data.unlabelled)} have labels: "
-        "the teacher and the students alone learn from those; the distilled students from "
-        f"{amounts.unlabelled} more, without labels, in as many updates: {amounts.updates} of "
-        f"{BATCH} phrases for the layered students, which begin with layers of the fine-tuned "
-        f"teacher, {amounts.lstm_updates} for the BiLSTM. The papers use all labels, larger models "
-        "and far longer training."
+        f"The teacher has learned from {len(data.labelled)} labelled phrases. Students have "
+        f"{min(amounts.labelled, len(data.labelled))} of those with their labels, the distilled "
+        f"also {amounts.unlabelled} others without; all the same number of updates of {BATCH} "
+        f"phrases: {amounts.updates} of the layered students, which begin with layers of the "
+        f"fine-tuned teacher, {amounts.lstm_updates} of the BiLSTM. The papers use all labels, "
+        "larger models and far longer training."
     )
     study.finish(rows_of(results, models, data.test), notes=notes)
 
