@@ -325,7 +325,9 @@ def main() -> None:
         f"also {amounts.unlabelled} others without; all the same number of updates of {BATCH} "
         f"phrases: {amounts.updates} of the layered students, which begin with layers of the "
         f"fine-tuned teacher, {amounts.lstm_updates} of the BiLSTM. The papers use all labels, "
-        "larger models and far longer training."
+        "larger models and far longer training. Intervals that hold 0 tell no gain from none. "
+        "In single trials where the students had as many labels as the teacher, 2000 or 8000, "
+        "soft targets added nothing to layers of the fine-tuned teacher in 100 to 350 updates."
     )
     study.finish(rows_of(results, models, data.test), notes=notes)
 
