@@ -13,22 +13,22 @@ SHARED_MUTANTS = (
     Mutant(
         "weight rows behind the last read",
         FEW_ROWS,
-        "if (chunk < chunks && n < linear.n)",
-        "if (chunk < chunks)",
+        "if (chunk < chunks && n < linear.n &&",
+        "if (chunk < chunks &&",
         "outside of the weight",
     ),
     Mutant(
         "chunks behind the last read",
         FEW_ROWS,
-        "if (chunk < chunks && n < linear.n)",
-        "if (n < linear.n)",
+        "if (chunk < chunks && n < linear.n &&",
+        "if (n < linear.n &&",
         "outside of the weight",
     ),
     Mutant(
         "activation rows behind the last read",
         FEW_ROWS,
-        "if (chunk < chunks && m < linear.m)",
-        "if (chunk < chunks)",
+        "if (chunk < chunks && m < linear.m &&",
+        "if (chunk < chunks &&",
         "outside of q",
     ),
     Mutant(

@@ -18,6 +18,7 @@ from trine.ops.int8_linear import reference as int8
 from trine.ops.quantize_rows import reference as rows
 from trine.ops.rms_norm_quantize_rows import reference as rms_norm
 from trine.ops.sparse24_linear import reference as sparse24
+from trine.ops.ternary24_linear import reference as ternary24
 from trine.ops.ternary_linear import reference as ternary
 
 # (M, N, K). Few rows: one, two, four and eight tiles of activations, and more weight rows in a
@@ -78,6 +79,8 @@ def calls() -> Iterator[Call]:
         scale_shape = (1,) if i % 4 == 0 else None
         inputs = ternary.example_inputs(m, n, k, dtype, bias, scale_shape)
         yield Call("ternary_linear", ternary.ternary_linear, inputs)
+        inputs = ternary24.example_inputs(m, n, k, dtype, bias, scale_shape)
+        yield Call("ternary24_linear", ternary24.ternary24_linear, inputs)
     for m, n, k in (FEW_ROWS[2], MANY_ROWS[0]):
         options = {"input_scale": torch.tensor(0.03)}
         for zero_point in (None, -128, 7):

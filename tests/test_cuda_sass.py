@@ -165,6 +165,22 @@ GATES = {
         Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
         Gate("grouped_kernel", (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.128"), 64, 1),
     ),
+    "ternary24_linear/cuda": (
+        # Two blocks fit an SM; beyond 16 rows of x, one.
+        *(
+            Gate(
+                f"few_rows_kernel.*{tiles}",
+                (r"IMMA\.16832\.S8\.S8", r"LDG\.E\.NA\.128", r"LDS "),
+                registers,
+                variants,
+            )
+            for tiles, registers, variants in (
+                ("ELi(1ELi[12]|2ELi1)ELi", 128, 5),
+                ("ELi1ELi4ELi", 176, 1),
+            )
+        ),
+        Gate("unpack_kernel", (r"STG\.E\.128", "LDS"), 40, 1),
+    ),
     "ternary_linear/cuda_sm90a": (
         Gate(
             "wgmma_kernel",
@@ -361,3 +377,21 @@ def test_softmax_kl_reads_rows_once():
         assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == exchanges + 1, name
     (plain,) = (text for name, text in code.items() if "ILb0ELb0E" in name)
     assert 2 * 16 <= len(re.findall(r"MUFU\.EX2", plain)) <= 2 * 24 + 6
+
+
+@pytest.mark.parametrize("target", ["80", "90a"])
+def test_ternary24_few_rows_keep_memory_busy(target):
+    """A lane has all of its loads on their way before it uses one. A group takes one look-up, and
+    of shifts and masks two; beside them is what is outside of the loop."""
+    code = by_kernel(compiled("ternary24_linear/cuda", target), "--dump-sass", r"Function : (\S+)")
+    few = {name: text for name, text in code.items() if "few_rows" in name}
+    assert len(few) == 6
+    for name, text in few.items():
+        tiles, parts = (2, 2) if "ELi2ELi1E" in name else (1, 4 if "ELi1ELi4E" in name else 1)
+        loads = [at.start() for at in re.finditer(r"LDG\.E\.NA\.128", text)]
+        first_use = re.search("IMMA", text)
+        assert first_use is not None
+        assert len(loads) == sum(at < first_use.start() for at in loads) == 6 * tiles, name
+        groups = 2 * tiles * 64 // parts
+        assert len(re.findall(r"\bLDS ", text)) >= groups, name
+        assert len(re.findall(r"\b(?:LOP3|SHF)\b", text)) <= 2 * groups + 80, name

@@ -10,7 +10,7 @@ from benchmarks.case import Comparison
 from benchmarks.gpu import losses, rows
 from benchmarks.gpu.layers import Layer
 
-LINEAR = ("ternary_linear", "int8_linear", "sparse24_linear")
+LINEAR = ("ternary_linear", "ternary24_linear", "int8_linear", "sparse24_linear")
 OPS = (*rows.IN_PYTORCH, *LINEAR, *losses.OPS)
 
 Shape = tuple[int, int]

@@ -9,12 +9,17 @@ namespace trine {
 namespace {
 
 struct Int8Chunk {
+  static constexpr int kPieces = 1, kMostBatchTiles = 8;
+  static constexpr int parts(int, int) { return 1; }
+  static constexpr int most_weight_tiles(int batch_tiles) {
+    return batch_tiles <= 2 ? 4 : kMostTiles / batch_tiles;
+  }
   static constexpr int kUnits = 1, kMostSets = 1;
   static constexpr int32_t kOffset = 0;
   static constexpr int least_blocks(int batch_tiles) { return batch_tiles <= 4 ? 2 : 1; }
   template <int kSets>
-  static __device__ __forceinline__ uint32_t fragment(const uint4& chunk, int, int f) {
-    return word_of(chunk, f);
+  static __device__ __forceinline__ uint32_t fragment(const uint4 (&chunk)[1], int, int f) {
+    return word_of(chunk[0], f);
   }
 };
 

@@ -1,6 +1,5 @@
+#include "ternary24_linear/torch.h"
 #include "common/dispatch.h"
-#include "common/torch_linear.h"
-#include "ternary24_linear/ternary24_linear.h"
 
 namespace trine {
 namespace {
@@ -22,25 +21,10 @@ constexpr Ternary24LinearKernel kKernels[] = {
 };
 [[maybe_unused]] const bool announced = announce(kOp, kKernels);
 
-// The number of rows of a packed weight that fits x of `k` columns.
-int64_t check_weight(int64_t k, const Tensor& packed_weight, const Tensor& weight_scale) {
-  check_dtype(packed_weight, ScalarType::Byte, "uint8", kOp, "packed_weight");
-  check_dtype(weight_scale, ScalarType::Float, "float32", kOp, "weight_scale");
-  check(packed_weight.dim() == 2, kOp,
-        ": packed_weight must be [N, 16 * ceil(6 * ceil(K / 4) / 128)]");
-  const int64_t n = packed_weight.size(0), bytes = ternary24_row_bytes(k);
-  check(packed_weight.size(1) == bytes, kOp, ": x has K = ", k,
-        " columns, which needs a packed_weight of ", bytes, " columns; it has ",
-        packed_weight.size(1));
-  check(weight_scale.dim() <= 1 && (weight_scale.numel() == 1 || weight_scale.numel() == n), kOp,
-        ": weight_scale must hold one value or [", n, "] (one per row of packed_weight)");
-  return n;
-}
-
 Tensor ternary24_linear_cpu(const Tensor& x, const Tensor& packed_weight,
                             const Tensor& weight_scale, const std::optional<Tensor>& bias) {
   const Matrix rows = as_matrix(x, kOp, "x", kTernary24MaxK);
-  const int64_t n = check_weight(rows.k, packed_weight, weight_scale);
+  const int64_t n = check_ternary24_weight(kOp, rows.k, packed_weight, weight_scale);
   const Tensor weight = as_contiguous(packed_weight);
   const Tensor scale = as_contiguous(weight_scale);
   const auto bias_values = read_bias(bias, n, kOp);

@@ -15,13 +15,18 @@ constexpr uint32_t kCodeOfEachByte = 0x03030303u;
 // a chunk instead of 28. A warp has an eighth of all k, so that sums of 4 * code * q stay below
 // 2^29 for any k that the op takes.
 struct TernaryChunk {
+  static constexpr int kPieces = 1, kMostBatchTiles = 8;
+  static constexpr int parts(int, int) { return 1; }
+  static constexpr int most_weight_tiles(int batch_tiles) {
+    return batch_tiles <= 2 ? 4 : kMostTiles / batch_tiles;
+  }
   static constexpr int kUnits = 4;  // a word each
   static constexpr int kMostSets = 2;
   static constexpr int32_t kOffset = 1;
   static constexpr int least_blocks(int batch_tiles) { return batch_tiles <= 2 ? 1 : 0; }
   template <int kSets>
-  static __device__ __forceinline__ uint32_t fragment(const uint4& chunk, int unit, int f) {
-    return word_of(chunk, unit) >> 2 * (f - f % kSets) & kCodeOfEachByte << 2 * (f % kSets);
+  static __device__ __forceinline__ uint32_t fragment(const uint4 (&chunk)[1], int unit, int f) {
+    return word_of(chunk[0], unit) >> 2 * (f - f % kSets) & kCodeOfEachByte << 2 * (f % kSets);
   }
 };
 

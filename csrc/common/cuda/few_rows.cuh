@@ -6,8 +6,8 @@
 // in any order that A and B share, so each lane takes 16 consecutive bytes of a weight row straight
 // into its registers, and the activations that belong to them: no shared memory, no shuffles.
 //
-//   lane 4r + q of a warp: weight rows r and r + 8 of a tile, chunk 4i + q of them (16 bytes);
-//   the 16, or for ternary 64, activations of that chunk, of rows r of each batch tile.
+//   lane 4r + q of a warp: weight rows r and r + 8 of a tile, chunk 4i + q of them (16 bytes or, of
+//   2:4 ternary, 48); the 16, 64 or 256 activations of that chunk, of rows r of each batch tile.
 //
 // The warps of a block share the chunks among them, and add up their sums at the end.
 //
@@ -29,12 +29,17 @@
 // row for 16 bytes of an INT8 weight, 64 for a ternary one, divided by the block's weight rows. Of
 // blocks that share an SM, one finds in the L1 what another has read.
 //
-// A Weight says what a chunk holds:
-//   kUnits         units of 16 codes in 16 bytes
+// A Weight, of which every thread makes one, says what a chunk holds:
+//   kPieces        loads of 16 bytes; more than one: the last chunk of a row may be cut short
+//   kUnits         units of 16 codes in a chunk
+//   parts(weight_tiles, batch_tiles)   in which a chunk is taken, one after the other, where all at
+//                  once would take too many registers. fragment() is asked for units of the first
+//                  part alone; next_part<parts>(pieces) moves the next one there
+//   kMostBatchTiles, most_weight_tiles(batch_tiles)   of a block, for want of registers
 //   kOffset        what codes carry above the weights
 //   kMostSets      1, or 2: fragments may come in two sets, for sums of their own
 //   least_blocks(batch_tiles)   of eight warps that an SM holds without spilling, or 0
-//   fragment<kSets>(chunk, unit, f)   codes 4f .. 4f + 3 of a unit, as bytes, times 4^(f % kSets)
+//   fragment<kSets>(pieces, unit, f)   codes 4f .. 4f + 3 of a unit, as bytes, times 4^(f % kSets)
 #pragma once
 
 #include <type_traits>
@@ -89,29 +94,37 @@ template <class Weight, int kBatchTiles, int kWarps>
 inline constexpr int kLeastBlocks =
     (Weight::least_blocks(kBatchTiles) * kFewRowsWarps + kWarps - 1) / kWarps;
 
+template <class Weight, int kWeightTiles, int kBatchTiles>
+inline constexpr int kPartsOfChunk = Weight::parts(kWeightTiles, kBatchTiles);
+
 template <class Weight, int kWeightTiles, int kBatchTiles, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarpThreads, kLeastBlocks<Weight, kBatchTiles, kWarps>)
     few_rows_kernel(DeviceLinear linear) {
   // Two rows of each tile. From 32 activation rows on, their own loads are as many as the weight's.
-  constexpr int kDepth = kLoadsInFlight / (2 * kWeightTiles) / (kBatchTiles >= 4 ? 2 : 1);
+  constexpr int kPieces = Weight::kPieces, kLoads = 2 * kWeightTiles * kPieces;
+  constexpr int kWished = kLoadsInFlight / kLoads / (kBatchTiles >= 4 ? 2 : 1);
+  constexpr int kDepth = kWished == 0 ? 1 : kWished;
+  constexpr int kParts = kPartsOfChunk<Weight, kWeightTiles, kBatchTiles>;
   constexpr int kTiles = kWeightTiles * kBatchTiles;
   // Beyond 8 activation rows, a second set would take registers from the second block of an SM.
   constexpr int kSets = kBatchTiles == 1 ? Weight::kMostSets : 1;
-  static_assert(kTiles <= kMostTiles && kDepth >= 1);
-  constexpr int kChunkBytes = 16, kUnitBytes = 16, kLanesOfRow = 4;
+  static_assert(kTiles <= kMostTiles);
+  constexpr int kPieceBytes = 16, kUnitBytes = 16, kLanesOfRow = 4;
+  constexpr int kChunkBytes = kPieces * kPieceBytes;
+  const Weight format;
   TRINE_SHARED_ARRAY(int4, partial, kWarps * kTiles * kWarpThreads);
 
   const int warp = int(threadIdx.x) / kWarpThreads, lane = int(threadIdx.x) % kWarpThreads;
   const int row = lane / kLanesOfRow, quarter = lane % kLanesOfRow;
-  const int64_t weight_blocks =
-      (linear.n + kWeightTiles * kTileWeights - 1) / (kWeightTiles * kTileWeights);
-  const int64_t n0 = blockIdx.x % weight_blocks * (kWeightTiles * kTileWeights);
-  const int64_t m0 = blockIdx.x / weight_blocks * (kBatchTiles * kTileBatch);
-  const int64_t chunks = linear.weight_stride / kChunkBytes;
+  // Blocks with the same weight rows come together: one finds in the L2 what another has read.
+  const int64_t row_blocks = (linear.m + kBatchTiles * kTileBatch - 1) / (kBatchTiles * kTileBatch);
+  const int64_t n0 = blockIdx.x / row_blocks * (kWeightTiles * kTileWeights);
+  const int64_t m0 = blockIdx.x % row_blocks * (kBatchTiles * kTileBatch);
+  const int64_t chunks = (linear.weight_stride + kChunkBytes - 1) / kChunkBytes;
 
   int32_t sums[kSets][kWeightTiles][kBatchTiles][4] = {};
   for (int64_t first = warp * kLanesOfRow; first < chunks; first += kDepth * kWarps * kLanesOfRow) {
-    uint4 weight[kDepth][kWeightTiles][2] = {};
+    uint4 weight[kDepth][kWeightTiles][2][kPieces] = {};
 #pragma unroll
     for (int d = 0; d < kDepth; ++d)
 #pragma unroll
@@ -120,41 +133,60 @@ __global__ void __launch_bounds__(kWarps* kWarpThreads, kLeastBlocks<Weight, kBa
         for (int half = 0; half < 2; ++half) {
           const int64_t chunk = first + d * kWarps * kLanesOfRow + quarter;
           const int64_t n = n0 + t * kTileWeights + half * 8 + row;
-          if (chunk < chunks && n < linear.n)
-            weight[d][t][half] =
-                load_global_once(linear.weight + n * linear.weight_stride + chunk * kChunkBytes);
+#pragma unroll
+          for (int piece = 0; piece < kPieces; ++piece) {
+            const int64_t at = chunk * kChunkBytes + piece * kPieceBytes;
+            if (chunk < chunks && n < linear.n && (kPieces == 1 || at < linear.weight_stride))
+              weight[d][t][half][piece] =
+                  load_global_once(linear.weight + n * linear.weight_stride + at);
+          }
         }
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const int64_t chunk = first + d * kWarps * kLanesOfRow + quarter;
+      // Of a loop that is known to run once ptxas would put off the loads of the last pieces until
+      // the first have arrived.
+      int parts = kParts;
+      if constexpr (kPieces > 1) asm volatile("" : "+r"(parts));
+#pragma unroll 1
+      for (int part = 0; part < parts; ++part) {
 #pragma unroll
-      for (int unit = 0; unit < Weight::kUnits; ++unit) {
-        uint4 x[kBatchTiles] = {};
+        for (int unit = 0; unit < Weight::kUnits / kParts; ++unit) {
+          uint4 x[kBatchTiles] = {};
 #pragma unroll
-        for (int b = 0; b < kBatchTiles; ++b) {
-          const int64_t m = m0 + b * kTileBatch + row;
-          if (chunk < chunks && m < linear.m)
-            load_global<kUnitBytes>(&x[b], linear.q + m * linear.q_stride +
-                                               (chunk * Weight::kUnits + unit) * kUnitBytes);
-        }
+          for (int b = 0; b < kBatchTiles; ++b) {
+            const int64_t m = m0 + b * kTileBatch + row;
+            const int64_t at =
+                ((chunk * kParts + part) * (Weight::kUnits / kParts) + unit) * kUnitBytes;
+            if (chunk < chunks && m < linear.m && (kPieces == 1 || at < linear.q_stride))
+              load_global<kUnitBytes>(&x[b], linear.q + m * linear.q_stride + at);
+          }
 #pragma unroll
-        for (int product = 0; product < 2; ++product) {
-          // Two fragments of one set.
-          constexpr int kFirst = kSets == 1 ? 2 : 1;
-          const int f0 = product * kFirst, f1 = f0 + kSets;
+          for (int product = 0; product < 2; ++product) {
+            // Two fragments of one set.
+            constexpr int kFirst = kSets == 1 ? 2 : 1;
+            const int f0 = product * kFirst, f1 = f0 + kSets;
 #pragma unroll
-          for (int t = 0; t < kWeightTiles; ++t) {
-            const uint4(&rows)[2] = weight[d][t];
-            const uint32_t a[4] = {Weight::template fragment<kSets>(rows[0], unit, f0),
-                                   Weight::template fragment<kSets>(rows[1], unit, f0),
-                                   Weight::template fragment<kSets>(rows[0], unit, f1),
-                                   Weight::template fragment<kSets>(rows[1], unit, f1)};
+            for (int t = 0; t < kWeightTiles; ++t) {
+              const uint4(&rows)[2][kPieces] = weight[d][t];
+              const uint32_t a[4] = {format.template fragment<kSets>(rows[0], unit, f0),
+                                     format.template fragment<kSets>(rows[1], unit, f0),
+                                     format.template fragment<kSets>(rows[0], unit, f1),
+                                     format.template fragment<kSets>(rows[1], unit, f1)};
 #pragma unroll
-            for (int b = 0; b < kBatchTiles; ++b) {
-              const uint32_t columns[2] = {word_of(x[b], f0), word_of(x[b], f1)};
-              multiply(S8{}, sums[f0 % kSets][t][b], a, columns);
+              for (int b = 0; b < kBatchTiles; ++b) {
+                const uint32_t columns[2] = {word_of(x[b], f0), word_of(x[b], f1)};
+                multiply(S8{}, sums[f0 % kSets][t][b], a, columns);
+              }
             }
           }
+        }
+        if constexpr (kParts > 1) {
+#pragma unroll
+          for (int t = 0; t < kWeightTiles; ++t)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              Weight::template next_part<kParts>(weight[d][t][half]);
         }
       }
     }
@@ -200,18 +232,23 @@ void few_rows_linear(const char* op, const DeviceLinear& linear, cudaStream_t st
   };
   const bool alone = pieces(linear.n, kTileWeights) <= all;
   constexpr int kMost = kMostFewRowsWarps;
+  const auto of = [&]<int kBatchTiles>() {
+    constexpr int kWeightTiles = Weight::most_weight_tiles(kBatchTiles);
+    if (kWeightTiles > 1 && fills(kWeightTiles))
+      run.template operator()<kWeightTiles, kBatchTiles>();
+    else if (kBatchTiles <= 2 && alone)
+      run.template operator()<1, kBatchTiles, kBatchTiles <= 2 ? kMost : kFewRowsWarps>();
+    else
+      run.template operator()<1, kBatchTiles>();
+  };
   if (linear.m <= 8)
-    fills(4) ? run.template operator()<4, 1>()
-    : alone  ? run.template operator()<1, 1, kMost>()
-             : run.template operator()<1, 1>();
+    of.template operator()<1>();
   else if (linear.m <= 16)
-    fills(4) ? run.template operator()<4, 2>()
-    : alone  ? run.template operator()<1, 2, kMost>()
-             : run.template operator()<1, 2>();
-  else if (linear.m <= 32)
-    fills(2) ? run.template operator()<2, 4>() : run.template operator()<1, 4>();
+    of.template operator()<2>();
+  else if (linear.m <= 32 || Weight::kMostBatchTiles == 4)
+    of.template operator()<4>();
   else
-    run.template operator()<1, 8>();
+    of.template operator()<Weight::kMostBatchTiles>();
 }
 
 }  // namespace trine
