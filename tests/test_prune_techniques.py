@@ -1,41 +1,24 @@
 """The techniques in the README of trine.prune: names that exist, checks that exist, examples that
 run."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 import trine.prune
+from technique_tables import readme_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trine.prune import criteria, granularity, schedule, scope
 
-README = Path(trine.prune.__file__).with_name("README.md")
-TESTS = {
-    name
-    for path in Path(__file__).parent.glob("test_*.py")
-    for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE)
-}
-ROWS = [
-    [cell.strip() for cell in line.strip("|").split("|")]
-    for line in README.read_text().splitlines()
-    if line.startswith("| ") and not line.startswith("| technique")
-]
+README = readme_of(trine.prune)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
-def test_a_technique_has_public_names_and_a_float64_check(row):
-    _, names, check, _ = row
-    public, checks = re.findall(r"`(\w+)`", names), re.findall(r"`(\w+)`", check)
-    assert public
-    assert set(public) <= set(trine.prune.__all__)
-    assert checks
-    assert set(checks) <= TESTS
+@pytest.mark.parametrize("technique", README.techniques, ids=lambda t: t.title)
+def test_a_technique_has_public_names_and_a_float64_check(technique):
+    technique.check(trine.prune)
 
 
 def test_every_part_is_in_the_table():
-    named = set(re.findall(r"`(\w+)`", " ".join(row[1] for row in ROWS)))
+    named = README.names
     bases = {"Criterion", "Event", "Granularity", "Schedule", "Scope", "Weight"}
     for room in (criteria, granularity, schedule, scope):
         assert set(room.__all__) - bases <= named
@@ -53,10 +36,7 @@ class Network(nn.Module):
         return self.last(x)
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-
-
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", README.examples)
 def test_the_examples_run_and_prune(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x = torch.randn(160, 8)

@@ -1,38 +1,18 @@
 """The techniques in the README of trine.quantize: names that exist, checks that exist."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 import trine.quantize
+from technique_tables import readme_of
 from torch import nn
 from trine.quantize import observers
 
-README = Path(trine.quantize.__file__).with_name("README.md")
-TESTS = {
-    name
-    for path in Path(__file__).parent.glob("test_*.py")
-    for name in re.findall(r"^ *def (test_\w+)\(", path.read_text(), re.MULTILINE)
-}
-ROWS = [
-    [cell.strip() for cell in line.strip("|").split("|")]
-    for line in README.read_text().splitlines()
-    if line.startswith("| ") and not line.startswith("| technique")
-]
+README = readme_of(trine.quantize)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
-def test_a_technique_has_public_names_and_a_float64_check(row):
-    _, names, check, _ = row
-    public, checks = re.findall(r"`(\w+)`", names), re.findall(r"`(\w+)`", check)
-    assert public
-    assert all(n in trine.quantize.__all__ or hasattr(observers, n) for n in public)
-    assert checks
-    assert set(checks) <= TESTS
-
-
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+@pytest.mark.parametrize("technique", README.techniques, ids=lambda t: t.title)
+def test_a_technique_has_public_names_and_a_float64_check(technique):
+    technique.check(trine.quantize, observers)
 
 
 class Network(nn.Module):
@@ -44,7 +24,7 @@ class Network(nn.Module):
         return self.head(self.body(self.norm(x)).relu())
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", README.examples)
 def test_the_examples_run(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x = torch.randn(48, 6)

@@ -12,6 +12,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Entropy",
+    "Histogram",
+    "MeanMagnitude",
+    "MeanSquaredError",
+    "MinMax",
+    "MovingAverage",
+    "Observer",
+    "Percentile",
+    "grid",
+]
+
 # Of the histograms. 2048 bins are eight to a level of the grid; a range that grows doubles them in
 # width, so that never fewer than 1024 are in use.
 BINS = 2048
