@@ -197,6 +197,7 @@ def test_every_module_that_can_be_rebuilt_is_rebuilt_as_it_was():
         nn.Unflatten(1, (2, 3)),
         trine.nn.ClusteredEmbedding(5, 6, 3, 2, 1),
         trine.nn.ClusteredLinear(6, 4, 2, 3, False),
+        trine.nn.Int8Conv2d(4, 6, (3, 1), (2, 1), 1, (2, 1), 2, False, static_input=True),
         trine.nn.LowRankEmbedding(5, 4, 2, 1),
         trine.nn.LowRankLinear(4, 6, 2, False, residual=True),
     ]

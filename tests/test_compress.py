@@ -71,7 +71,7 @@ def test_a_wrong_recipe_is_refused(arguments, message):
 
 
 def test_a_description_with_other_keys_is_refused():
-    with pytest.raises(ValueError, match="expected a mapping with keys linear and prefer"):
+    with pytest.raises(ValueError, match="expected a mapping with keys linear, conv and prefer"):
         Recipe.from_dict({"linear": "int8", "bits": 4})
 
 

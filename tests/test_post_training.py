@@ -9,7 +9,7 @@ import trine
 from linear_inputs import assert_same_bits
 from torch import nn
 from trine import Recipe
-from trine.nn import Int8Linear, PackedLinear, TernaryLinear
+from trine.nn import Int8Conv2d, Int8Linear, PackedLinear, TernaryLinear
 from trine.quantize import gptq, int8_absmax, observers, post_training, smooth, ternary_absmean
 from trine.quantize.rounding import nearest
 
@@ -153,6 +153,34 @@ class TestPostTraining:
         assert all(isinstance(layer, PackedLinear) for layer in small)
         assert (small(x) - model(x)).norm() < 0.03 * model(x).norm()
 
+    @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+    def test_convolutions(self, rounding):
+        model = nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2, bias=False)),
+            *(nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8 * 4, 5)),
+        )
+        x = correlated(96, 3 * 36).reshape(96, 3, 6, 6)
+        recipe = Recipe("int8", conv={"0": "int8", "*": "int8-static"})
+        small = post_training(model, recipe, x, rounding=rounding, correct_bias=True)
+        assert [type(m).__name__ for m in small] == [
+            *("Int8Conv2d", "ReLU", "Int8Conv2d", "Int8Conv2d", "Flatten", "Int8Linear")
+        ]
+        assert (small(x) - model(x)).norm() < 0.05 * model(x).norm()
+        # Of the first layer, whose input is x itself: the mean output is kept.
+        float_mean, mean = (m[0](x).mean((0, 2, 3)) for m in (model, small))
+        torch.testing.assert_close(mean, float_mean, rtol=2e-2, atol=2e-2)
+        if rounding == "gptq":
+            columns = nn.functional.unfold(x, 3, padding=1).mT.flatten(0, 1)
+            weight = model[0].weight.detach().flatten(1)
+            codes, scale = gptq("int8", weight, columns.T @ columns)
+            expected = (codes * scale[:, None]).reshape(8, 3, 3, 3)
+            torch.testing.assert_close(small[0].weight, expected)
+            errors = [
+                ((w.flatten(1) - weight) @ columns.T).norm()
+                for w in (expected, Int8Conv2d.from_conv(model[0]).weight)
+            ]
+            assert errors[0] < errors[1]
+
     def test_progress_and_random_state(self):
         seen: list[int] = []
         state = torch.get_rng_state()
@@ -168,7 +196,7 @@ class TestPostTraining:
         for match, how in (
             ("rounding is 'up'", {"rounding": "up"}),
             ("layer '0' is to be 'sparse24'", {"recipe": Recipe("sparse24")}),
-            ("leave no linear layer", {"recipe": Recipe("float")}),
+            ("leave no linear layer or conv", {"recipe": Recipe("float")}),
             ("takes a trine.Recipe; got str", {"recipe": "int8"}),
             ("there is no data", {"data": []}),
             ("NaN or infinity", {"data": x * torch.nan}),
@@ -178,7 +206,7 @@ class TestPostTraining:
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name])
         model[2].weight.data[0, 0] = torch.nan
-        with pytest.raises(ValueError, match=r"layer '2': .*NaN"):
+        with pytest.raises(ValueError, match=r"layer '2' holds NaN"):
             post_training(model, Recipe("int8"), x)
 
 

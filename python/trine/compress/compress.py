@@ -26,7 +26,7 @@ from trine.compress.report import (
 )
 from trine.evaluate.latency import alternate
 from trine.nn import PackedLinear, pack_linear
-from trine.quantize import QatLinear
+from trine.quantize.qat_layer import QatLayer
 
 # On CPUs that path was measured to gain nothing but where it skips padding (nested tensors).
 _NOT_MEASURED = "torch's fused encoder path, which this closes, was not measured"
@@ -107,7 +107,12 @@ def _check(model: nn.Module, recipe: Recipe) -> None:
     require_place_for_report(model, "compress")
     if hasattr(model, "_orig_mod"):
         raise ValueError("compress the model first and call torch.compile on the result")
-    if any(isinstance(module, QatLinear) for module in model.modules()):
+    if recipe.conv != "float":
+        raise ValueError(
+            "compress measures linear layers and leaves convolutions alone; for recipe.conv take "
+            "trine.quantize.post_training or prepare_qat"
+        )
+    if any(isinstance(module, QatLayer) for module in model.modules()):
         raise ValueError("the model was trained under quantisation; trine.convert packs it")
     if not linear_layers(model):
         raise ValueError("compress: the model holds no linear layer (nn.Linear or Conv1D)")

@@ -4,20 +4,21 @@ from torch import nn
 
 from trine.compress.layers import require_module
 from trine.compress.packed_copy import packed_copy
-from trine.quantize.qat import QatLinear
+from trine.quantize.qat_layer import QatLayer
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """A copy of `model` in which every `QatLinear` is the packed layer that it stands for.
+    """A copy of `model` in which every layer in training under quantisation is the packed one.
 
-    Nothing else changes, and `model` is not touched. In evaluation mode both give the same bits.
+    (`QatLinear` or `QatConv2d`, each the layer that it stands for.) Nothing else changes, and
+    `model` is not touched. In evaluation mode both give the same bits.
 
     Raises:
         ValueError: the model holds no QatLinear, a weight holds NaN or infinity, or the model
             cannot be copied.
     """
     require_module(model, "convert")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QatLinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QatLayer)}
     if not layers:
         raise ValueError(
             "convert: the model holds no QatLinear; make one with trine.quantize.prepare_qat, or "
@@ -27,7 +28,7 @@ def convert(model: nn.Module) -> nn.Module:
     return packed_copy(model, packed)
 
 
-def _pack(name: str, layer: QatLinear) -> nn.Module:
+def _pack(name: str, layer: QatLayer) -> nn.Module:
     try:
         return layer.pack()
     except ValueError as error:

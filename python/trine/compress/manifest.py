@@ -23,7 +23,7 @@ from trine.compress.edits import Edit, recorded
 from trine.compress.rebuild import describe
 from trine.compress.report import CompressionReport
 from trine.nn import PackedLinear, layer_kinds
-from trine.quantize import QatLinear
+from trine.quantize.qat_layer import QatLayer
 
 FORMAT = "trine"
 FORMAT_VERSION = 1
@@ -140,7 +140,7 @@ def tensor_kind(tensor: Tensor) -> dict[str, Any]:
 def check_savable(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping) -> None:
     """Raises ValueError for what a checkpoint cannot hold."""
     for name, module in model.named_modules():
-        if isinstance(module, QatLinear):
+        if isinstance(module, QatLayer):
             raise ValueError(
                 f"save: layer {name!r} is still in training under quantisation; save "
                 "trine.convert(model), or torch.save the training state"

@@ -11,12 +11,13 @@ from typing import Any
 PACKED = ("int8", "ternary", "ternary-twn", "sparse24", "sparse24-int8", "ternary24")
 TRAINED = ("int8-static", "int8-lsq", "ternary-ttq")
 CHOICES = (*PACKED, *TRAINED, "float")
+OF_CONVOLUTIONS = ("int8", "int8-static", "float")
 PREFERENCES = ("speed", "size")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which compressed kind each linear layer is meant to get.
+    """Which compressed kind each linear layer and each 2-d convolution is meant to get.
 
     linear: one choice for every layer, or a mapping from patterns of layer names to choices, as in
         ``{"lm_head": "float", "*.mlp.*": "sparse24", "*": "int8"}``. Choices are "int8", "ternary",
@@ -24,6 +25,8 @@ class Recipe:
         alone, "int8-static", "int8-lsq" and "ternary-ttq" (see `trine.quantize.QatLinear`).
         Patterns are those of fnmatch, case-sensitive, tried in order: the first that matches the
         layer's whole name decides. A layer that none matches stays float.
+    conv: the same for nn.Conv2d: "int8", "int8-static" or "float". `compress` leaves convolutions
+        alone; `prepare_qat` and `post_training` take them.
     prefer: "speed" swaps a layer only where the compressed one is measured faster; "size" wherever
         it is smaller.
 
@@ -32,52 +35,65 @@ class Recipe:
 
     linear: str | Mapping[str, str] = "int8"
     prefer: str = "speed"
+    conv: str | Mapping[str, str] = "float"
 
     def __post_init__(self) -> None:
         if self.prefer not in PREFERENCES:
             raise ValueError(f"Recipe: prefer is {self.prefer!r}; it must be one of {PREFERENCES}")
-        if isinstance(self.linear, str):
-            _check_choice(self.linear, "linear")
-            return
-        if not isinstance(self.linear, Mapping):
-            raise ValueError(
-                f"Recipe: linear is {self.linear!r}; it must be one of {CHOICES} "
-                "or a mapping from patterns of layer names to those"
-            )
-        for pattern, choice in self.linear.items():
-            if not isinstance(pattern, str) or not pattern:
-                raise ValueError(
-                    f"Recipe: {pattern!r} is no pattern; a pattern is a non-empty string such as "
-                    "'*.mlp.*'"
-                )
-            _check_choice(choice, f"linear[{pattern!r}]")
-        # A private copy: the caller's mapping may change, a recipe does not.
-        object.__setattr__(self, "linear", dict(self.linear))
+        for kind, allowed in (("linear", CHOICES), ("conv", OF_CONVOLUTIONS)):
+            _check_choices(getattr(self, kind), kind, allowed)
+            if isinstance(getattr(self, kind), Mapping):
+                # A private copy: the caller's mapping may change, a recipe does not.
+                object.__setattr__(self, kind, dict(getattr(self, kind)))
 
     def choice(self, name: str) -> str:
-        """The choice for the layer of that name, "float" where no pattern matches."""
-        if isinstance(self.linear, str):
-            return self.linear
-        for pattern, choice in self.linear.items():
-            if fnmatchcase(name, pattern):
-                return choice
-        return "float"
+        """The choice for the linear layer of that name, "float" where no pattern matches."""
+        return _choice_for(name, self.linear)
+
+    def conv_choice(self, name: str) -> str:
+        """The choice for the convolution of that name, "float" where no pattern matches."""
+        return _choice_for(name, self.conv)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the order of the patterns is part of it."""
-        linear = self.linear if isinstance(self.linear, str) else dict(self.linear)
-        return {"linear": linear, "prefer": self.prefer}
+        kinds = {"linear": self.linear, "conv": self.conv}
+        plain = {key: v if isinstance(v, str) else dict(v) for key, v in kinds.items()}
+        return {**plain, "prefer": self.prefer}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The recipe that `to_dict` described; ValueError for anything else."""
-        if not isinstance(data, Mapping) or set(data) - {"linear", "prefer"}:
+        if not isinstance(data, Mapping) or set(data) - {"linear", "conv", "prefer"}:
             raise ValueError(
-                f"Recipe: expected a mapping with keys linear and prefer, got {data!r}"
+                f"Recipe: expected a mapping with keys linear, conv and prefer, got {data!r}"
             )
         return cls(**data)
 
 
-def _check_choice(choice: object, where: str) -> None:
-    if choice not in CHOICES:
-        raise ValueError(f"Recipe: {where} is {choice!r}; it must be one of {CHOICES}")
+def _choice_for(name: str, choices: str | Mapping[str, str]) -> str:
+    if isinstance(choices, str):
+        return choices
+    return next((c for pattern, c in choices.items() if fnmatchcase(name, pattern)), "float")
+
+
+def _check_choices(given: object, kind: str, allowed: tuple[str, ...]) -> None:
+    if isinstance(given, str):
+        _check_choice(given, kind, allowed)
+        return
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"Recipe: {kind} is {given!r}; it must be one of {allowed} "
+            "or a mapping from patterns of layer names to those"
+        )
+    for pattern, choice in given.items():
+        if not isinstance(pattern, str) or not pattern:
+            raise ValueError(
+                f"Recipe: {pattern!r} is no pattern; a pattern is a non-empty string such as "
+                "'*.mlp.*'"
+            )
+        _check_choice(choice, f"{kind}[{pattern!r}]", allowed)
+
+
+def _check_choice(choice: object, where: str, allowed: tuple[str, ...]) -> None:
+    if choice not in allowed:
+        raise ValueError(f"Recipe: {where} is {choice!r}; it must be one of {allowed}")

@@ -80,7 +80,7 @@ class Int8Conv2d(PackedModule):
 
         Raises ValueError for another class, dtype or padding, and for NaN or infinite weights.
         """
-        if type(conv) is not nn.Conv2d and not isinstance(conv, nn.Conv2d):
+        if not isinstance(conv, nn.Conv2d):
             raise ValueError(f"from_conv takes torch.nn.Conv2d; got {type(conv).__name__}")
         weight = conv.weight.detach()
         if weight.dtype not in FLOAT_DTYPES:
@@ -90,9 +90,26 @@ class Int8Conv2d(PackedModule):
             )
         if not weight.isfinite().all():
             raise ValueError("from_conv: the weight holds NaN or infinity; it cannot be quantised")
-        if input_scale is None and input_zero_point is not None:
-            raise ValueError("from_conv: input_zero_point needs input_scale beside it")
         codes, scale = int8_absmax(weight.flatten(1))
+        static = {"input_scale": input_scale, "input_zero_point": input_zero_point}
+        return cls.from_codes(conv, codes.reshape(weight.shape), scale, **static)
+
+    @classmethod
+    def from_codes(
+        cls,
+        conv: nn.Conv2d,
+        codes: Tensor,
+        weight_scale: Tensor,
+        *,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> "Int8Conv2d":
+        """Pack codes int8 [out, in / groups, kh, kw], -127 to 127, and their scales [out].
+
+        Shape, bias and dtype are those of `conv`; the rest as for `from_conv`.
+        """
+        if input_scale is None and input_zero_point is not None:
+            raise ValueError("Int8Conv2d: input_zero_point needs input_scale beside it")
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -104,15 +121,15 @@ class Int8Conv2d(PackedModule):
             conv.bias is not None,
             static_input=input_scale is not None,
             device="meta",
-            dtype=weight.dtype,
+            dtype=conv.weight.dtype,
         )
-        layer.packed_weight = pack_conv2d(codes.reshape(weight.shape), conv.groups)
-        layer.weight_scale = scale
+        layer.packed_weight = pack_conv2d(codes, conv.groups)
+        layer.weight_scale = weight_scale.detach().to(codes.device, torch.float32, copy=True)
         layer.bias = None if conv.bias is None else conv.bias.detach().clone()
         if input_scale is not None:
             zero = torch.zeros(1) if input_zero_point is None else input_zero_point
-            layer.input_scale = input_scale.detach().to(weight.device, torch.float32).reshape(1)
-            layer.input_zero_point = zero.detach().to(weight.device, torch.int32).reshape(1)
+            layer.input_scale = input_scale.detach().to(codes.device, torch.float32).reshape(1)
+            layer.input_zero_point = zero.detach().to(codes.device, torch.int32).reshape(1)
         return layer
 
     def _weight_shape(self) -> tuple[int, int, int, int]:

@@ -4,6 +4,7 @@ from trine.quantize import observers
 from trine.quantize.post_training import post_training
 from trine.quantize.prepare import prepare_qat
 from trine.quantize.qat import QatLinear
+from trine.quantize.qat_conv import QatConv2d
 from trine.quantize.rounding import gptq
 from trine.quantize.schedule import QatSchedule
 from trine.quantize.smooth import smooth
@@ -11,6 +12,7 @@ from trine.quantize.ste_bias import SteBias, draw_ste_bias, ste_bias
 from trine.quantize.weights import int8_absmax, ternary_absmean, ternary_twn, two_of_four
 
 __all__ = [
+    "QatConv2d",
     "QatLinear",
     "QatSchedule",
     "SteBias",

@@ -13,7 +13,6 @@ from trine.quantize.rounding import GRIDS, gptq, nearest
 
 if TYPE_CHECKING:
     from trine.compress.recipe import Recipe
-    from trine.nn import PackedLinear
 
 ROUNDINGS = ("nearest", "gptq")
 
@@ -31,7 +30,7 @@ def post_training(
     batches: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> nn.Module:
-    """A copy of `model` with packed linear layers, quantised by what calibration data shows.
+    """A copy of `model` with packed layers, quantised by what calibration data shows.
 
         small = post_training(model, Recipe("int8"), loader, rounding="gptq", batches=32)
 
@@ -42,7 +41,8 @@ def post_training(
         model: any module; it is not touched.
         recipe: its `linear` chooses for each layer: "int8" (activations with a scale for each row,
             found at run time), "int8-static" (one scale and zero point, of the range that
-            `observer` finds here), "ternary" or "ternary-twn"; "float" leaves a layer alone.
+            `observer` finds here), "ternary" or "ternary-twn"; "float" leaves a layer alone. Its
+            `conv` chooses for each nn.Conv2d: "int8" (a scale for each image) or "int8-static".
         data: batches to calibrate with, as for `trine.calibrate`.
         rounding: of the weights; "nearest", or "gptq" (see `trine.quantize.gptq`).
         observer: of "int8-static": makes an observer of `trine.quantize.observers` for each layer.
@@ -64,11 +64,10 @@ def post_training(
             `trine.calibrate` does.
     """
     # Imported here because these build on this package.
-    from trine.calibration import Several, calibrate, from_matrix, in_turn, weight_matrix
+    from trine.calibration import Several, calibrate, in_turn
     from trine.calibration.statistics import ColumnMean, SecondMoment
     from trine.compress.layers import copy_model
     from trine.compress.packed_copy import packed_copy
-    from trine.nn.packed import dense_parts
 
     if rounding not in ROUNDINGS:
         raise ValueError(f"post_training: rounding is {rounding!r}; it must be one of {ROUNDINGS}")
@@ -76,10 +75,11 @@ def post_training(
     work = copy_model(model, {}).eval()
     layers = {name: work.get_submodule(name) for name in chosen}
     for name, layer in layers.items():
-        try:
-            dense_parts(layer)
-        except ValueError as error:
-            raise ValueError(f"post_training: layer {name!r}: {error}") from error
+        if not layer.weight.isfinite().all():
+            raise ValueError(
+                f"post_training: the weight of layer {name!r} holds NaN or infinity; it cannot be "
+                "quantised"
+            )
 
     def statistics() -> Several:
         wanted: dict[str, Any] = {}
@@ -100,32 +100,16 @@ def post_training(
 
     packed: dict[nn.Module, nn.Module] = {}
     for name, layer, found in turns:
-        choice, weight = chosen[name], weight_matrix(layer)
-        codes, scale = (
-            gptq(choice, weight, found.moment.gram, damping=damping)
-            if rounding == "gptq"
-            else nearest(choice, weight)
-        )
-        values = codes * scale.reshape(-1, 1)
-        bias = layer.bias
+        codes, scale = _round(chosen[name], layer, rounding, found, damping)
         if correct_bias:
-            lost = (weight.double() - values.double()) @ found.mean.mean
-            bias = (lost if bias is None else bias.detach().double() + lost).to(weight.dtype)
-        static = {}
-        if choice == "int8-static":
-            low, high = found.observer.range()
-            static = dict(
-                zip(
-                    ("input_scale", "input_zero_point"),
-                    grid(low, high, symmetric=symmetric),
-                    strict=True,
-                )
-            )
-        packed[layer] = _packed(choice, codes, scale, bias, weight.dtype, static)
+            _correct_bias(layer, codes, scale, found.mean.mean)
+        static: dict[str, Tensor] = {}
+        if chosen[name] == "int8-static":
+            ends = grid(*found.observer.range(), symmetric=symmetric)
+            static = dict(zip(("input_scale", "input_zero_point"), ends, strict=True))
+        packed[layer] = _packed(chosen[name], layer, codes, scale, static)
         with torch.no_grad():  # what the layers after it see
-            layer.weight.copy_(from_matrix(layer, values.to(weight.dtype)))
-            if correct_bias:
-                layer.bias = nn.Parameter(bias, requires_grad=False)
+            layer.weight.copy_(_dense(layer, codes, scale))
     small = packed_copy(work, packed)
     small.skipped = skipped
     return small
@@ -133,17 +117,21 @@ def post_training(
 
 def _chosen_layers(model: nn.Module, recipe: Recipe) -> tuple[dict[str, str], dict[str, str]]:
     """The choice for each layer that is to be quantised, and why others are not."""
-    from trine.compress.layers import linear_layers, obstacles, require_module
+    from trine.compress.layers import linear_layers, obstacles_of, require_module
     from trine.compress.recipe import Recipe
+    from trine.nn.int8_conv import padding_in_pixels
 
     require_module(model, "post_training")
     if not isinstance(recipe, Recipe):
         raise ValueError(f"post_training takes a trine.Recipe; got {type(recipe).__name__}")
+    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    layers = linear_layers(model) | convolutions
+    choices = {name: recipe.choice(name) for name in linear_layers(model)}
+    choices |= {name: recipe.conv_choice(name) for name in convolutions}
     chosen: dict[str, str] = {}
     skipped: dict[str, str] = {}
-    blocked = obstacles(model)
-    for name in linear_layers(model):
-        choice = recipe.choice(name)
+    blocked = obstacles_of(model, layers)
+    for name, choice in choices.items():
         if choice == "float":
             continue
         if choice not in GRIDS:
@@ -151,29 +139,70 @@ def _chosen_layers(model: nn.Module, recipe: Recipe) -> tuple[dict[str, str], di
                 f"post_training: layer {name!r} is to be {choice!r}; it must be one of "
                 f"{', '.join(GRIDS)} or 'float' (trine.prune and trine.compress make 2:4 layers)"
             )
-        if name in blocked:
-            skipped[name] = blocked[name]
-        else:
+        try:
+            if name in blocked:
+                raise ValueError(blocked[name])
+            if name in convolutions:
+                padding_in_pixels(convolutions[name])
             chosen[name] = choice
+        except ValueError as reason:
+            skipped[name] = str(reason)
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
-            "post_training: the recipe and the model leave no linear layer to quantise"
-            + (f" ({reasons})" if reasons else "")
+            "post_training: the recipe and the model leave no linear layer or convolution to "
+            "quantise" + (f" ({reasons})" if reasons else "")
         )
     return chosen, skipped
 
 
-def _packed(
-    choice: str,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    static: dict[str, Tensor],
-) -> PackedLinear:
-    from trine.nn import Int8Linear, TernaryLinear
+def _round(
+    choice: str, layer: nn.Module, rounding: str, found: Any, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 and scale of a layer, as rows: [N, K] and [N] or [1]."""
+    from trine.calibration import weight_matrix
 
+    weight = weight_matrix(layer)
+    if rounding == "nearest":
+        return nearest(choice, weight.flatten(0, -2))
+    if weight.dim() == 2:
+        return gptq(choice, weight, found.moment.gram, damping=damping)
+    # A convolution of several groups: each is a product of its own.
+    parts = [
+        gptq(choice, of_group, gram, damping=damping)
+        for of_group, gram in zip(weight, found.moment.gram, strict=True)
+    ]
+    codes, scales = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def _dense(layer: nn.Module, codes: Tensor, scale: Tensor) -> Tensor:
+    """What the codes stand for, in the shape and dtype of the layer's weight."""
+    from trine.calibration import from_matrix
+
+    values = (codes * scale.reshape(-1, 1)).to(layer.weight.dtype)
+    return from_matrix(layer, values)
+
+
+def _correct_bias(layer: nn.Module, codes: Tensor, scale: Tensor, mean: Tensor) -> None:
+    """Add what rounding takes from the mean output to the bias, which a layer without one gets."""
+    from trine.calibration import weight_matrix
+
+    weight = weight_matrix(layer)
+    rounded = (codes * scale.reshape(-1, 1)).reshape(weight.shape)
+    lost = ((weight.double() - rounded.double()) @ mean[..., None]).flatten()
+    bias = lost if layer.bias is None else layer.bias.detach().double() + lost
+    layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+
+
+def _packed(
+    choice: str, layer: nn.Module, codes: Tensor, scale: Tensor, static: dict[str, Tensor]
+) -> nn.Module:
+    from trine.nn import Int8Conv2d, Int8Linear, TernaryLinear
+
+    bias, dtype = layer.bias, layer.weight.dtype
+    if isinstance(layer, nn.Conv2d):
+        return Int8Conv2d.from_codes(layer, codes.reshape(layer.weight.shape), scale, **static)
     if choice.startswith("int8"):
         return Int8Linear.from_codes(codes, scale, bias, dtype=dtype, **static)
     return TernaryLinear.from_codes(codes, scale, bias, dtype=dtype)

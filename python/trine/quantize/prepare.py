@@ -9,7 +9,8 @@ from torch import nn
 
 from trine.quantize.observers import MeanMagnitude, MinMax
 from trine.quantize.qat import QatLinear
-from trine.quantize.schemes import SCHEMES
+from trine.quantize.qat_conv import QatConv2d
+from trine.quantize.qat_layer import QatLayer
 
 if TYPE_CHECKING:
     from trine.compress.recipe import Recipe
@@ -18,16 +19,17 @@ if TYPE_CHECKING:
 def prepare_qat(
     model: nn.Module, recipe: Recipe, sample_inputs: Any = None, *, pruned_decay: float = 0.0
 ) -> nn.Module:
-    """A copy of `model` whose linear layers anticipate being packed as `recipe` says.
+    """A copy of `model` whose layers anticipate being packed as `recipe` says.
 
-    The chosen nn.Linear layers become `QatLinear` layers with the same parameters under the same
-    names. Train the copy as usual, then call `trine.convert`. Layers that cannot be replaced (their
-    weight is shared, computed, or read by another module) and transformers' Conv1D stay float; the
-    copy's attribute `qat_skipped` names them with the reason.
+    The chosen nn.Linear layers become `QatLinear` layers, the chosen nn.Conv2d layers `QatConv2d`,
+    with the same parameters under the same names. Train the copy as usual, then call
+    `trine.convert`. Layers that cannot be replaced (their weight is shared, computed, or read by
+    another module; their padding has no kernel) and transformers' Conv1D stay float; the copy's
+    attribute `qat_skipped` names them with the reason.
 
     Args:
         model: any module; it is not touched.
-        recipe: its `linear` chooses for each layer by name; `prefer` has no meaning here.
+        recipe: its `linear` and `conv` choose for each layer by name; `prefer` has no meaning here.
         sample_inputs: data as for `trine.calibrate`, needed where a layer is to be "int8-static" or
             "int8-lsq": it says where the scale of their activations begins.
         pruned_decay: of the layers that become 2:4, see `QatLinear`; `trine.prune.sr_ste` uses it.
@@ -42,6 +44,7 @@ def prepare_qat(
         copy_model,
         linear_layers,
         obstacles,
+        obstacles_of,
         require_module,
     )
     from trine.compress.recipe import Recipe
@@ -49,8 +52,7 @@ def prepare_qat(
     require_module(model, "prepare_qat")
     if not isinstance(recipe, Recipe):
         raise ValueError(f"prepare_qat takes a trine.Recipe; got {type(recipe).__name__}")
-    replacements: dict[nn.Module, QatLinear] = {}
-    static: dict[str, QatLinear] = {}
+    replacements: dict[nn.Module, QatLayer] = {}
     skipped: dict[str, str] = {}
     blocked = obstacles(model)
     for name, layer in linear_layers(model).items():
@@ -64,15 +66,27 @@ def prepare_qat(
         else:
             decay = pruned_decay if "24" in choice else 0.0
             replacements[layer] = _qat_linear(layer, choice, decay)
-            if SCHEMES[choice].static_input:
-                static[name] = replacements[layer]
+    convolutions = {n: m for n, m in model.named_modules() if type(m) is nn.Conv2d}
+    blocked = obstacles_of(model, convolutions)
+    for name, layer in convolutions.items():
+        choice = recipe.conv_choice(name)
+        if choice == "float":
+            continue
+        try:
+            if name in blocked:
+                raise ValueError(blocked[name])
+            replacements[layer] = _qat_conv(layer, choice)
+        except ValueError as reason:
+            skipped[name] = str(reason)
     if not replacements:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
-            "prepare_qat: the recipe and the model leave no nn.Linear to train under quantisation"
-            + (f" ({reasons})" if reasons else "")
+            "prepare_qat: the recipe and the model leave no nn.Linear or nn.Conv2d to train under "
+            "quantisation" + (f" ({reasons})" if reasons else "")
         )
-    _begin_input_scales(model, static, sample_inputs)
+    names = {module: name for name, module in model.named_modules()}
+    fixed = {names[layer]: qat for layer, qat in replacements.items() if qat.has_one_input_scale}
+    _begin_input_scales(model, fixed, sample_inputs)
     prepared = copy_model(model, replacements)
     close_fast_paths(prepared, QatLinear)
     prepared.qat_skipped = skipped
@@ -95,7 +109,27 @@ def _qat_linear(linear: nn.Linear, choice: str, pruned_decay: float) -> QatLinea
     return layer.train(linear.training)
 
 
-def _begin_input_scales(model: nn.Module, layers: dict[str, QatLinear], sample_inputs: Any) -> None:
+def _qat_conv(conv: nn.Conv2d, choice: str) -> QatConv2d:
+    layer = QatConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.bias is not None,
+        conv.padding_mode,
+        conv.weight.device,
+        conv.weight.dtype,
+        choice=choice,
+    )
+    layer.weight = copy.deepcopy(conv.weight)
+    layer.bias = copy.deepcopy(conv.bias)
+    return layer.train(conv.training)
+
+
+def _begin_input_scales(model: nn.Module, layers: dict[str, QatLayer], sample_inputs: Any) -> None:
     """Set the ranges and steps of the activations of `layers` to what the model's samples show."""
     if not layers:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,12 @@ from trine import nn as packed_nn  # a package that imports this one: used in ca
 from trine.ops._checks import check_rows
 from trine.ops._linear import in_autocast_dtype, needs_grad, without_autocast
 from trine.quantize.input_range import InputRange, static_rows
+from trine.quantize.qat_layer import QatLayer
 from trine.quantize.schemes import INT8_MAX, SCHEMES, Scheme, first_step, step_gradient
 from trine.quantize.weights import int8_rows, two_of_four
 
 
-class QatLinear(nn.Linear):
+class QatLinear(QatLayer, nn.Linear):
     """nn.Linear with a dense master weight that is used as if it were packed.
 
     In training mode the forward pass is the arithmetic of the kernel, in floats; in evaluation mode
@@ -71,7 +71,6 @@ class QatLinear(nn.Linear):
         self.input_range = InputRange(device) if self.scheme.input_range else None
         unset = torch.empty(1, device=device) if self.scheme.input_step else None
         self.input_scale = None if unset is None else nn.Parameter(unset)
-        self._packed: tuple[list[Tensor], packed_nn.PackedLinear] | None = None
         self.begin()
 
     @property
@@ -88,9 +87,7 @@ class QatLinear(nn.Linear):
 
     @torch.no_grad()
     def begin_input(self, low: Tensor, high: Tensor, mean_magnitude: Tensor) -> None:
-        """Set the range of the activations to [low, high], or their step as fits their E|x|."""
-        if self.input_range is not None:
-            self.input_range.begin(low, high)
+        super().begin_input(low, high, mean_magnitude)
         if self.input_scale is not None:
             self.input_scale.copy_(first_step(mean_magnitude).reshape(1))
 
@@ -109,7 +106,7 @@ class QatLinear(nn.Linear):
             )
         if self.training and self.input_range is not None:
             self.input_range.watch(x)
-        packed = None if self.training else self._packed_weight()
+        packed = None if self.training else self._packed_layer()
         parameters = (self.weight, self.bias, self.input_scale, *self.learned)
         if packed is not None and not needs_grad(x, *parameters):
             return packed.with_bias(x, self.bias)
@@ -122,45 +119,13 @@ class QatLinear(nn.Linear):
         )
 
     def _input_grid(self) -> tuple[Tensor | None, Tensor | None]:
-        """The scale of the activations and their zero point, where there is one for all."""
-        return (self.input_scale, None) if self.input_range is None else self.input_range.grid()
+        return super()._input_grid() if self.input_scale is None else (self.input_scale, None)
 
-    def pack(self) -> packed_nn.PackedLinear:
-        """The packed layer that this one stands for; raises ValueError for NaN weights."""
-        scale, zero_point = self._input_grid()
-        if scale is None:
-            return self.scheme.pack(self).train(self.training)
-        if not scale.detach().gt(0).all():
-            raise ValueError(
-                f"the scale of the activations is {scale.item()}; it must be positive: set it with "
-                "prepare_qat(model, recipe, sample_inputs), or lower its learning rate"
-            )
-        packed = self.scheme.pack(self, input_scale=scale, input_zero_point=zero_point)
-        return packed.train(self.training)
+    def _learned(self) -> list[Tensor]:
+        return self.learned
 
-    @torch.compiler.disable  # compiled code could not see that the weight has changed
-    def _packed_weight(self) -> packed_nn.PackedLinear:
-        """The packed layer of the current state, made anew where the state has changed.
-
-        The values themselves are compared, not version counters: averaging and loading often write
-        through `weight.data`, which no counter shows. Reading them costs less than using them.
-        """
-        state = [self.weight, *self.learned, *self._input_grid()]
-        state = [tensor.detach() for tensor in state if tensor is not None]
-        if self._packed is not None:
-            packed_from, packed = self._packed
-            if all(map(_same, packed_from, state)):
-                return packed
-        self._packed = ([t.clone() for t in state], self.pack())
-        return self._packed[1]
-
-    def train(self, mode: bool = True) -> QatLinear:
-        if mode:
-            self._packed = None  # its memory is for the training now
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # copies pack for themselves
+    def _pack(self, **static_input: Tensor | None) -> packed_nn.PackedLinear:
+        return self.scheme.pack(self, **static_input)
 
     def extra_repr(self) -> str:
         decay = f", pruned_decay={self.pruned_decay}" if self.pruned_decay else ""
@@ -181,10 +146,6 @@ class _DecayOfPruned(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (weight,) = ctx.saved_tensors
         return grad + ctx.decay * weight.masked_fill(two_of_four(weight), 0), None
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 class _ThroughQuantization(torch.autograd.Function):
@@ -255,7 +216,7 @@ class _ThroughQuantization(torch.autograd.Function):
                     for values, scale in terms
                 )
                 if ctx.is_static:
-                    grad_x, grad_step = _through_grid(grad_x, inputs, input_scale, zero_point)
+                    grad_x, grad_step = through_grid(grad_x, inputs, input_scale, zero_point)
                 grad_x = grad_x.to(ctx.x_dtype).reshape(ctx.x_shape)
             if needs_weight or any(needs_learned):
                 scaled = grad if row_scale is None else grad * row_scale[:, None]
@@ -267,7 +228,7 @@ class _ThroughQuantization(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_step, None, None, None, *of_learned
 
 
-def _through_grid(
+def through_grid(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the step, from that of the quantised x [M, K].
