@@ -3,7 +3,7 @@
 import pytest
 import torch
 import trine
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from trine.quantize.observers import (
@@ -48,6 +48,8 @@ def test_grid_by_hand():
 
 
 @settings(max_examples=50, deadline=None)
+@example(low=0.0, high=1e-45, symmetric=False)
+@example(low=-1e-37, high=1e-38, symmetric=True)
 @given(low=st.floats(-1e6, 1e6), high=st.floats(-1e6, 1e6), symmetric=st.booleans())
 def test_the_grid_holds_zero_and_the_ends(low, high, symmetric):
     low, high = sorted((low, high))

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trine.ops.quantize_rows.reference import SMALLEST_ABSMAX
+
 __all__ = [
     "Entropy",
     "Histogram",
@@ -35,8 +37,8 @@ def grid(low: Tensor, high: Tensor, *, symmetric: bool = False) -> tuple[Tensor,
 
     asymmetric: S = (high - low) / 255, Z = round(-low / S) - 128, q = round(r / S) + Z.
     symmetric: S = max(|low|, |high|) / 127, Z = 0.
-    (low and high are moved to 0 where they lie on one side of it; a range of nothing but 0 gets
-    scale 1.)
+    (low and high are moved to 0 where they lie on one side of it; a range that is narrower than
+    2^-120, where `quantize_rows` sees nothing but 0, too, gets scale 1.)
 
     Args:
         low, high: one value each.
@@ -48,7 +50,7 @@ def grid(low: Tensor, high: Tensor, *, symmetric: bool = False) -> tuple[Tensor,
     high = high.detach().float().reshape(1).clamp(min=0)
     width = 2 * torch.maximum(-low, high) if symmetric else high - low
     steps = LEVELS - 2 if symmetric else LEVELS - 1
-    scale = torch.where(width > 0, width / steps, 1.0)
+    scale = torch.where(width >= SMALLEST_ABSMAX, width / steps, 1.0)
     if symmetric:
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     zero_point = (-low / scale).round() - LEVELS // 2
