@@ -5,6 +5,11 @@
 // of activations and kPixels * kBlocks dot products. With 6 x 4 vectors (AVX-512) that is 10 loads
 // to 24 products, so the products are the bound; the weights of a tile, some 100 KB, come from L2.
 //
+// How far from it (Zen 4, AVX-512 VNNI, one thread, quantising and scaling included; the products
+// alone peak at some 440 GOP/s): 3 x 3 kernels of 64 to 256 channels take 280 to 310, 1 x 1 kernels
+// 120 to 180, three channels under 7 x 7 180. There an image is read and a result written for few
+// products. Depthwise convolutions are nothing but that: 7 GOP/s, half as fast as in fp32.
+//
 // Simd:
 //   kOffset: what is added to the bytes of an image, 128 where products want them unsigned
 //   Sum, Weight, Quad: a block's sums, its weights for a quad, four activations for all of it
