@@ -155,20 +155,19 @@ Call int8_linear(const Shape& shape, ScalarType type, int variant, Values values
 // depthwise, channels last, no bias; 2: two groups, static with a zero point.
 Call int8_conv2d(const Shape& shape, ScalarType type, int variant, Values values) {
   const int64_t batch = std::min<int64_t>(shape.m, 3), groups = variant == 2 ? 2 : 1;
-  const int64_t c = std::min<int64_t>(shape.k, 70), n = std::min<int64_t>(shape.n, 70);
+  const int64_t c = std::clamp<int64_t>(shape.k, 1, 70), n = std::clamp<int64_t>(shape.n, 1, 70);
   const bool depthwise = variant == 1, last = variant == 1;
   const Tensor x = floats(
       last ? Tensor::Sizes{batch, 7, 5, c} : Tensor::Sizes{batch, groups * c, 7, 5}, type, values);
-  const int64_t outs = depthwise ? c : groups * n;
-  const int64_t blocks = trine::round_up(depthwise ? c : n, 16) / 16;
-  // One channel is no depthwise convolution, whose layout differs.
-  const bool is_plain = !depthwise || c == 1;
-  Tensor packed = int8_rows(1, 1, 1, values);
-  if (is_plain) {
-    packed = Tensor({groups, blocks, 3, 2, trine::round_up(c, 4) / 4, 16, 4}, ScalarType::Char);
-  } else {
-    packed = Tensor({blocks, 3, 2, 16}, ScalarType::Char);
-  }
+  const int64_t channels = depthwise ? c : groups * c, outs = depthwise ? c : groups * n;
+  const int64_t given = depthwise ? c : groups;
+  // The layout follows from the numbers alone, also where two groups have one channel each.
+  const bool by_channel = given > 1 && given == channels && given == outs;
+  const int64_t blocks = trine::round_up(by_channel ? outs : outs / given, 16) / 16;
+  const int64_t quads = trine::round_up(channels / given, 4) / 4;
+  Tensor packed(by_channel ? Tensor::Sizes{blocks, 3, 2, 16}
+                           : Tensor::Sizes{given, blocks, 3, 2, quads, 16, 4},
+                ScalarType::Char);
   for (int64_t i = 0; i < packed.numel(); ++i)
     values_of<int8_t>(packed)[i] =
         static_cast<int8_t>(values == Values::extreme ? -127 : i % 255 - 127);
@@ -181,7 +180,6 @@ Call int8_conv2d(const Shape& shape, ScalarType type, int variant, Values values
     zero_point.emplace(Tensor::Sizes{1}, ScalarType::Int);
     *values_of<int32_t>(*zero_point) = values == Values::extreme ? -128 : 7;
   }
-  const int64_t given = depthwise && c > 1 ? c : groups;
   return [=] {
     using Pair = const std::vector<int64_t>&;
     return std::vector{
