@@ -90,12 +90,19 @@ class Study:
         parts: how many there will be.
         settings: plain numbers and texts that decide the result. Parts are only taken up again
             under the same ones.
+        seeds: how many its figures are of.
     """
 
     def __init__(
-        self, name: str, arguments: argparse.Namespace, parts: int, settings: Mapping[str, Any]
+        self,
+        name: str,
+        arguments: argparse.Namespace,
+        parts: int,
+        settings: Mapping[str, Any],
+        *,
+        seeds: int = len(SEEDS),
     ) -> None:
-        self.name, self.parts, self.done = name, parts, 0
+        self.name, self.parts, self.done, self.seeds = name, parts, 0, seeds
         self.quick = arguments.quick
         self.settings = {**settings, "threads": torch.get_num_threads()}
         self.console = Console(stderr=True)
@@ -150,7 +157,7 @@ class Study:
         """
         facts = machine_facts(f"python -m benchmarks.{self.name.replace('-', '.', 1)}")
         head = {"study": self.name, "machine": facts, "quick": self.quick, "notes": notes}
-        head |= {"seeds": len(SEEDS), "seconds": round(self.seconds), "settings": self.settings}
+        head |= {"seeds": self.seeds, "seconds": round(self.seconds), "settings": self.settings}
         lines = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
         text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
         path = FOLDER / f"{self.name}.json"

@@ -135,7 +135,8 @@ def main(given: list[str] | None = None) -> None:
     arguments = parse_arguments(__doc__, "benchmarks.quantization.bitnet", given)
     layers = LAYERS_QUICK if arguments.quick else LAYERS
     classes = {"autobitlinear": "AutoBitLinear", "bitlinear": "BitLinear"}
-    study = Study("quantization-bitnet", arguments, len(classes), {"layers": layers})
+    about = {"layers": layers}
+    study = Study("quantization-bitnet", arguments, len(classes), about, seeds=1)
     rows = []
     for linear_class, name in classes.items():
         found = study.part(name, lambda linear_class=linear_class: compare(linear_class, layers))

@@ -48,9 +48,7 @@ class Int8Linear(PackedLinear):
         self._add_buffer("packed_weight", (out_features, packed_k), torch.int8, device)
         self._add_buffer("weight_scale", (out_features,), torch.float32, device)
         self._add_buffer("bias", (out_features,) if bias else None, self._dtype, device)
-        static_shape = (1,) if static_input else None
-        self._add_buffer("input_scale", static_shape, torch.float32, device)
-        self._add_buffer("input_zero_point", static_shape, torch.int32, device)
+        self._add_input_grid(static_input, device)
 
     @classmethod
     def from_linear(
@@ -114,10 +112,7 @@ class Int8Linear(PackedLinear):
         layer.weight_scale = weight_scale.detach().to(codes.device, torch.float32, copy=True)
         if bias is not None:
             layer.bias = bias.detach().to(codes.device, layer._dtype, copy=True)
-        if static:
-            zero = torch.zeros(1) if input_zero_point is None else input_zero_point
-            layer.input_scale = input_scale.detach().to(codes.device, torch.float32).reshape(1)
-            layer.input_zero_point = zero.detach().to(codes.device, torch.int32).reshape(1)
+        layer._set_input_grid(input_scale, input_zero_point, codes.device)
         return layer
 
     def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:

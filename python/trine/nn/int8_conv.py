@@ -59,9 +59,7 @@ class Int8Conv2d(PackedModule):
         self._add_buffer("packed_weight", packed, torch.int8, device)
         self._add_buffer("weight_scale", (out_channels,), torch.float32, device)
         self._add_buffer("bias", (out_channels,) if bias else None, self._dtype, device)
-        static_shape = (1,) if static_input else None
-        self._add_buffer("input_scale", static_shape, torch.float32, device)
-        self._add_buffer("input_zero_point", static_shape, torch.int32, device)
+        self._add_input_grid(static_input, device)
 
     @classmethod
     def from_conv(
@@ -126,10 +124,7 @@ class Int8Conv2d(PackedModule):
         layer.packed_weight = pack_conv2d(codes, conv.groups)
         layer.weight_scale = weight_scale.detach().to(codes.device, torch.float32, copy=True)
         layer.bias = None if conv.bias is None else conv.bias.detach().clone()
-        if input_scale is not None:
-            zero = torch.zeros(1) if input_zero_point is None else input_zero_point
-            layer.input_scale = input_scale.detach().to(codes.device, torch.float32).reshape(1)
-            layer.input_zero_point = zero.detach().to(codes.device, torch.int32).reshape(1)
+        layer._set_input_grid(input_scale, input_zero_point, codes.device)
         return layer
 
     def _weight_shape(self) -> tuple[int, int, int, int]:

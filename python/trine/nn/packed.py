@@ -41,6 +41,22 @@ class PackedModule(nn.Module):
         buffer = None if shape is None else torch.full(shape, unset, dtype=dtype, device=device)
         self.register_buffer(name, buffer)
 
+    def _add_input_grid(self, is_static: bool, device: torch.device | str | None) -> None:
+        """The buffers of activations that have one scale and zero point, or None."""
+        shape = (1,) if is_static else None
+        self._add_buffer("input_scale", shape, torch.float32, device)
+        self._add_buffer("input_zero_point", shape, torch.int32, device)
+
+    def _set_input_grid(
+        self, scale: Tensor | None, zero_point: Tensor | None, device: torch.device
+    ) -> None:
+        """Fill those buffers; the zero point is 0 where it is None."""
+        if scale is None:
+            return
+        zero = torch.zeros(1) if zero_point is None else zero_point
+        self.input_scale = scale.detach().to(device, torch.float32).reshape(1)
+        self.input_zero_point = zero.detach().to(device, torch.int32).reshape(1)
+
     @property
     def dtype(self) -> torch.dtype:
         """The layer's float dtype: that of `weight` and of the bias."""
