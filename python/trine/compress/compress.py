@@ -13,6 +13,7 @@ from trine.compress.layers import (
     linear_layers,
     obstacles,
     require_module,
+    signature,
 )
 from trine.compress.measure import Measurements, Timer
 from trine.compress.observe import Call, as_batches, observe
@@ -26,6 +27,7 @@ from trine.compress.report import (
 )
 from trine.evaluate.latency import alternate
 from trine.nn import PackedLinear, pack_linear
+from trine.quantize.groups import misfit
 from trine.quantize.qat_layer import QatLayer
 
 # On CPUs that path was measured to gain nothing but where it skips padding (nested tensors).
@@ -44,9 +46,9 @@ def compress(
     keeps names, hooks, dtypes, tied weights and whatever else was not swapped.
 
     Always left alone: a layer that the recipe leaves float, that no sample reached, whose weight
-    or bias is shared with another module, that has parametrizations, a forward or further tensors
-    of its own, that nn.MultiheadAttention reads directly, or whose weight is neither float32,
-    bfloat16 nor float16.
+    or bias is shared with another module, whose input features the recipe's group size does not
+    divide, that has parametrizations, a forward or further tensors of its own, that
+    nn.MultiheadAttention reads directly, or whose weight is neither float32, bfloat16 nor float16.
 
     Args:
         model: any module that holds linear layers.
@@ -120,12 +122,13 @@ def _check(model: nn.Module, recipe: Recipe) -> None:
 
 def _left_alone(model: nn.Module, recipe: Recipe) -> dict[str, str]:
     """The layers that are not even measured, by name, each with the reason."""
+    layers = linear_layers(model)
     asked = {
-        name: "the recipe leaves it float"
-        for name in linear_layers(model)
-        if recipe.choice(name) == "float"
+        name: "the recipe leaves it float" for name in layers if recipe.choice(name) == "float"
     }
-    return obstacles(model) | asked
+    unfit = {name: misfit(recipe.choice(name), signature(m)[0]) for name, m in layers.items()}
+    misfits = {name: reason for name, reason in unfit.items() if reason}
+    return misfits | obstacles(model) | asked
 
 
 def _inside_fused_encoders(model: nn.Module) -> set[nn.Module]:

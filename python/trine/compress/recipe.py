@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from trine.quantize.groups import split_group
+
 # What `compress` and `prepare_qat` can make of a layer, and what only training can.
 PACKED = ("int8", "ternary", "ternary-twn", "sparse24", "sparse24-int8", "ternary24")
 TRAINED = ("int8-static", "int8-lsq", "ternary-ttq")
@@ -23,6 +25,8 @@ class Recipe:
         ``{"lm_head": "float", "*.mlp.*": "sparse24", "*": "int8"}``. Choices are "int8", "ternary",
         "ternary-twn", "sparse24", "sparse24-int8", "ternary24", "float" and, for `prepare_qat`
         alone, "int8-static", "int8-lsq" and "ternary-ttq" (see `trine.quantize.QatLinear`).
+        "ternary" and "ternary-twn" may end in a group size, a multiple of 64, as in
+        "ternary-g128": so many columns of a row share one scale, not the whole weight.
         Patterns are those of fnmatch, case-sensitive, tried in order: the first that matches the
         layer's whole name decides. A layer that none matches stays float.
     conv: the same for nn.Conv2d: "int8", "int8-static" or "float". `compress` leaves convolutions
@@ -30,7 +34,7 @@ class Recipe:
     prefer: "speed" swaps a layer only where the compressed one is measured faster; "size" wherever
         it is smaller.
 
-    Raises ValueError for an unknown choice, pattern or preference.
+    Raises ValueError for an unknown choice, pattern or preference, and a wrong group size.
     """
 
     linear: str | Mapping[str, str] = "int8"
@@ -95,5 +99,9 @@ def _check_choices(given: object, kind: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_choice(choice: object, where: str, allowed: tuple[str, ...]) -> None:
-    if choice not in allowed:
+    try:
+        base = split_group(choice)[0] if isinstance(choice, str) else choice
+    except ValueError as error:
+        raise ValueError(f"Recipe: {where} is {error}") from None
+    if base not in allowed:
         raise ValueError(f"Recipe: {where} is {choice!r}; it must be one of {allowed}")

@@ -14,6 +14,7 @@ from trine.nn.sparse24 import Sparse24Linear
 from trine.nn.ternary import TernaryLinear
 from trine.nn.ternary24 import Ternary24Linear
 from trine.nn.two_scales import TwoScaleTernaryLinear
+from trine.quantize.groups import split_group
 
 __all__ = [
     "ClusteredEmbedding",
@@ -62,14 +63,16 @@ def pack_linear(linear: nn.Module, choice: str) -> PackedLinear:
 
     Args:
         linear: torch.nn.Linear or transformers' Conv1D, float32, bfloat16 or float16.
-        choice: "int8", "ternary", "ternary-twn", "sparse24", "sparse24-int8" or "ternary24".
+        choice: "int8", "ternary", "ternary-twn", "sparse24", "sparse24-int8" or "ternary24"; the
+            ternary ones also with a group size, as in "ternary-g128".
 
     Raises ValueError for an unknown choice, and what `from_linear` raises.
     """
-    if choice not in _CHOICES:
+    base, group = split_group(choice)
+    if base not in _CHOICES:
         raise ValueError(
             f"pack_linear: {choice!r} is not one of {', '.join(_CHOICES)}, the choices for a layer "
             "that was trained in float"
         )
-    layer, options = _CHOICES[choice]
-    return layer.from_linear(linear, **options)
+    layer, options = _CHOICES[base]
+    return layer.from_linear(linear, **options, **({} if group is None else {"group": group}))

@@ -9,7 +9,7 @@ from trine.nn.codes import CodesLinear
 from trine.nn.packed import dense_parts
 from trine.ops import pack_ternary, ternary_linear, unpack_ternary
 from trine.ops.ternary_linear.pack import CHUNK
-from trine.quantize.weights import ternary_absmean, ternary_twn
+from trine.quantize.weights import dense, ternary_absmean, ternary_twn
 
 
 class TernaryLinear(CodesLinear):
@@ -52,33 +52,34 @@ class TernaryLinear(CodesLinear):
         self._add_buffer("bias", (out_features,) if bias else None, self._dtype, device)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, *, rule: str = "absmean") -> "TernaryLinear":
-        """Pack a dense layer, with one scale for the tensor.
+    def from_linear(
+        cls, linear: nn.Module, *, rule: str = "absmean", group: int | None = None
+    ) -> "TernaryLinear":
+        """Pack a dense layer, with one scale for the tensor or for each group.
 
         Args:
             linear: torch.nn.Linear or transformers' Conv1D, float32, bfloat16 or float16. A layer
                 that was not trained for it loses most of its accuracy.
             rule: "absmean" (BitNet b1.58, `trine.quantize.ternary_absmean`) or "threshold" (TWN,
                 `trine.quantize.ternary_twn`).
+            group: the group size, a multiple of 64 that divides K; None: one scale for the tensor.
 
-        Raises ValueError for another class, dtype or rule, and for NaN or infinite weights.
+        Raises ValueError for another class, dtype, rule or group, and for NaN or infinite weights.
         """
         rules = {"absmean": ternary_absmean, "threshold": ternary_twn}
         if rule not in rules:
             raise ValueError(f"TernaryLinear: rule is {rule!r}; it must be one of {list(rules)}")
         weight, bias = dense_parts(linear)
-        return cls.from_codes(*rules[rule](weight), bias, dtype=weight.dtype)
+        if group is not None:
+            _scale_shape(group, *weight.shape)  # raises where it is no group size
+        return cls.from_codes(*rules[rule](weight, group), bias, dtype=weight.dtype)
 
     def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers = self._buffers
         return ternary_linear(x, buffers["packed_weight"], buffers["weight_scale"], bias)
 
     def _dense_weight(self) -> Tensor:
-        codes = unpack_ternary(self.packed_weight, self.in_features)
-        if self.weight_scale.dim() < 2:
-            return codes * self.weight_scale[:, None]
-        by_group = codes.unflatten(1, (self.weight_scale.shape[1], -1))
-        return (by_group * self.weight_scale[:, :, None]).flatten(1)
+        return dense(unpack_ternary(self.packed_weight, self.in_features), self.weight_scale)
 
     def _options(self) -> dict[str, Any]:
         return {"granularity": self.granularity}

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trine.quantize.groups import misfit, split_group
 from trine.quantize.observers import MinMax, Observer, grid
 from trine.quantize.rounding import GRIDS, gptq, nearest
+from trine.quantize.weights import dense
 
 if TYPE_CHECKING:
     from trine.compress.recipe import Recipe
@@ -41,8 +43,9 @@ def post_training(
         model: any module; it is not touched.
         recipe: its `linear` chooses for each layer: "int8" (activations with a scale for each row,
             found at run time), "int8-static" (one scale and zero point, of the range that
-            `observer` finds here), "ternary" or "ternary-twn"; "float" leaves a layer alone. Its
-            `conv` chooses for each nn.Conv2d: "int8" (a scale for each image) or "int8-static".
+            `observer` finds here), "ternary" or "ternary-twn" (these also with a group size, as in
+            "ternary-g128"); "float" leaves a layer alone. Its `conv` chooses for each nn.Conv2d:
+            "int8" (a scale for each image) or "int8-static".
         data: batches to calibrate with, as for `trine.calibrate`.
         rounding: of the weights; "nearest", or "gptq" (see `trine.quantize.gptq`).
         observer: of "int8-static": makes an observer of `trine.quantize.observers` for each layer.
@@ -60,8 +63,8 @@ def post_training(
         chooses were left alone (their weight is shared, computed, or read by another module).
 
     Raises:
-        ValueError: no layer to quantise, another choice or rounding, a weight that holds NaN, or as
-            `trine.calibrate` does.
+        ValueError: no layer to quantise, another choice or rounding, a group size that does not
+            divide a layer's input features, a weight that holds NaN, or as `trine.calibrate` does.
     """
     # Imported here because these build on this package.
     from trine.calibration import Several, calibrate, in_turn
@@ -117,7 +120,7 @@ def post_training(
 
 def _chosen_layers(model: nn.Module, recipe: Recipe) -> tuple[dict[str, str], dict[str, str]]:
     """The choice for each layer that is to be quantised, and why others are not."""
-    from trine.compress.layers import linear_layers, obstacles_of, require_module
+    from trine.compress.layers import linear_layers, obstacles_of, require_module, signature
     from trine.compress.recipe import Recipe
     from trine.nn.int8_conv import padding_in_pixels
 
@@ -125,20 +128,22 @@ def _chosen_layers(model: nn.Module, recipe: Recipe) -> tuple[dict[str, str], di
     if not isinstance(recipe, Recipe):
         raise ValueError(f"post_training takes a trine.Recipe; got {type(recipe).__name__}")
     convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    layers = linear_layers(model) | convolutions
-    choices = {name: recipe.choice(name) for name in linear_layers(model)}
+    linear = linear_layers(model)
+    choices = {name: recipe.choice(name) for name in linear}
     choices |= {name: recipe.conv_choice(name) for name in convolutions}
     chosen: dict[str, str] = {}
     skipped: dict[str, str] = {}
-    blocked = obstacles_of(model, layers)
+    blocked = obstacles_of(model, linear | convolutions)
     for name, choice in choices.items():
         if choice == "float":
             continue
-        if choice not in GRIDS:
+        if split_group(choice)[0] not in GRIDS:
             raise ValueError(
                 f"post_training: layer {name!r} is to be {choice!r}; it must be one of "
                 f"{', '.join(GRIDS)} or 'float' (trine.prune and trine.compress make 2:4 layers)"
             )
+        if name in linear and (reason := misfit(choice, signature(linear[name])[0])):
+            raise ValueError(f"post_training: layer {name!r} is to be {choice!r}, but {reason}")
         try:
             if name in blocked:
                 raise ValueError(blocked[name])
@@ -159,7 +164,7 @@ def _chosen_layers(model: nn.Module, recipe: Recipe) -> tuple[dict[str, str], di
 def _round(
     choice: str, layer: nn.Module, rounding: str, found: Any, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """Codes int8 and scale of a layer, as rows: [N, K] and [N] or [1]."""
+    """Codes int8 and scale of a layer, as rows: [N, K] and [N], [1] or [N, groups]."""
     from trine.calibration import weight_matrix
 
     weight = weight_matrix(layer)
@@ -180,8 +185,7 @@ def _dense(layer: nn.Module, codes: Tensor, scale: Tensor) -> Tensor:
     """What the codes stand for, in the shape and dtype of the layer's weight."""
     from trine.calibration import from_matrix
 
-    values = (codes * scale.reshape(-1, 1)).to(layer.weight.dtype)
-    return from_matrix(layer, values)
+    return from_matrix(layer, dense(codes, scale).to(layer.weight.dtype))
 
 
 def _correct_bias(layer: nn.Module, codes: Tensor, scale: Tensor, mean: Tensor) -> None:
@@ -189,7 +193,7 @@ def _correct_bias(layer: nn.Module, codes: Tensor, scale: Tensor, mean: Tensor) 
     from trine.calibration import weight_matrix
 
     weight = weight_matrix(layer)
-    rounded = (codes * scale.reshape(-1, 1)).reshape(weight.shape)
+    rounded = dense(codes, scale).reshape(weight.shape)
     lost = ((weight.double() - rounded.double()) @ mean[..., None]).flatten()
     bias = lost if layer.bias is None else layer.bias.detach().double() + lost
     layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from trine.quantize.groups import misfit, split_group
 from trine.quantize.observers import MeanMagnitude, MinMax
 from trine.quantize.qat import QatLinear
 from trine.quantize.qat_conv import QatConv2d
@@ -35,8 +36,9 @@ def prepare_qat(
         pruned_decay: of the layers that become 2:4, see `QatLinear`; `trine.prune.sr_ste` uses it.
 
     Raises:
-        ValueError: no layer is left to train under quantisation, the model cannot be copied,
-            sample inputs are missing, or as `trine.calibrate` does.
+        ValueError: no layer is left to train under quantisation, a group size does not divide a
+            layer's input features, the model cannot be copied, sample inputs are missing, or as
+            `trine.calibrate` does.
     """
     # Imported here because trine.compress builds on this package.
     from trine.compress.layers import (
@@ -64,7 +66,9 @@ def prepare_qat(
         elif not isinstance(layer, nn.Linear):
             skipped[name] = f"{type(layer).__name__} has no form for training under quantisation"
         else:
-            decay = pruned_decay if "24" in choice else 0.0
+            if reason := misfit(choice, layer.in_features):
+                raise ValueError(f"prepare_qat: layer {name!r} is to be {choice!r}, but {reason}")
+            decay = pruned_decay if "24" in split_group(choice)[0] else 0.0
             replacements[layer] = _qat_linear(layer, choice, decay)
     convolutions = {n: m for n, m in model.named_modules() if type(m) is nn.Conv2d}
     blocked = obstacles_of(model, convolutions)

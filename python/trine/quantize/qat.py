@@ -10,9 +10,19 @@ from torch import Tensor, nn
 from trine import nn as packed_nn  # a package that imports this one: used in calls only
 from trine.ops._checks import check_rows
 from trine.ops._linear import in_autocast_dtype, needs_grad, without_autocast
+from trine.quantize.groups import misfit, split_group
 from trine.quantize.input_range import InputRange, static_rows
 from trine.quantize.qat_layer import QatLayer
-from trine.quantize.schemes import INT8_MAX, SCHEMES, Scheme, first_step, step_gradient
+from trine.quantize.schemes import (
+    INT8_MAX,
+    SCHEMES,
+    Scheme,
+    first_step,
+    product,
+    scheme_of,
+    step_gradient,
+    through_product,
+)
 from trine.quantize.weights import int8_rows, two_of_four
 
 
@@ -31,7 +41,7 @@ class QatLinear(QatLayer, nn.Linear):
         choice: how it will be packed.
             "int8", "ternary" (absmean), "ternary-twn" (threshold), "sparse24", "sparse24-int8",
             "ternary24": by a rule, activations int8 with a scale for each row (floats in
-            "sparse24").
+            "sparse24"). "ternary" and "ternary-twn" may end in a group size, as in "ternary-g128".
             "ternary-ttq": a learned scale for each sign, `sign_scale` [2].
             "int8-static": activations int8 with one scale and zero point, by `input_range`, the
             range seen so far (see `QatSchedule`).
@@ -43,7 +53,8 @@ class QatLinear(QatLayer, nn.Linear):
     Where activations have one scale it is to be set before training: `prepare_qat` does, from
     sample inputs. Until then the layer gives NaN.
 
-    Raises ValueError for another choice, and for a decay that is negative or of another choice.
+    Raises ValueError for another choice, a group size that does not divide in_features, and for a
+    decay that is negative or of another choice.
     """
 
     def __init__(
@@ -57,11 +68,14 @@ class QatLinear(QatLayer, nn.Linear):
         choice: str = "int8",
         pruned_decay: float = 0.0,
     ) -> None:
-        if choice not in SCHEMES:
+        base, _ = split_group(choice)
+        if base not in SCHEMES:
             raise ValueError(
                 f"QatLinear: choice is {choice!r}; it must be one of {', '.join(SCHEMES)}"
             )
-        if pruned_decay < 0 or (pruned_decay and "24" not in choice):
+        if reason := misfit(choice, in_features):
+            raise ValueError(f"QatLinear: choice is {choice!r}, but {reason}")
+        if pruned_decay < 0 or (pruned_decay and "24" not in base):
             raise ValueError(
                 f"QatLinear: pruned_decay is {pruned_decay} with choice {choice!r}; it is at least "
                 "0, and a choice that prunes nothing has no use for it"
@@ -75,7 +89,7 @@ class QatLinear(QatLayer, nn.Linear):
 
     @property
     def scheme(self) -> Scheme:
-        return SCHEMES[self.choice]
+        return scheme_of(self.choice)
 
     def begin(self) -> None:
         """Set what is learned to where the current weight says; what activations need, to NaN."""
@@ -163,7 +177,7 @@ class _ThroughQuantization(torch.autograd.Function):
         packed: packed_nn.PackedLinear | None,
         *learned: Tensor,
     ) -> Tensor:
-        scheme = SCHEMES[choice]
+        scheme = scheme_of(choice)
         terms = scheme.terms(weight, dict(zip(scheme.names, learned, strict=True)))
         # Not reshape(-1, K): K may be 0.
         inputs, row_scale = x.reshape(x.shape[:-1].numel(), x.shape[-1]), None
@@ -185,21 +199,18 @@ class _ThroughQuantization(torch.autograd.Function):
         # The order of the kernels, each step rounded to fp32 once; int8 products are exact. Of
         # several products the last one gets the bias, and the others are added to it.
         y = None
-        for values, weight_scale in reversed(terms):
+        for term in reversed(terms):
             with without_autocast(x):
-                product = rows.float() @ values.float().T
-            if weight_scale is not None:
-                product = product * row_scale[:, None] * weight_scale
-            if y is not None:
-                y = product + y
-            else:
-                y = product if bias is None else product + bias.float()
+                part = product(rows, row_scale, term)
+            if y is None and bias is not None:
+                part = part + bias.float()
+            y = part if y is None else part + y
         return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # the saved values have no history
     def backward(ctx, grad_y: Tensor):
-        scheme = SCHEMES[ctx.choice]
+        scheme = scheme_of(ctx.choice)
         weight, rows, row_scale, inputs, input_scale, zero_point, *rest = ctx.saved_tensors
         learned = dict(zip(scheme.names, rest, strict=False))
         terms = list(zip(*[iter(rest[len(learned) :])] * 2, strict=True))
@@ -211,10 +222,7 @@ class _ThroughQuantization(torch.autograd.Function):
         of_learned: list[Tensor | None] = [None] * len(learned)
         with without_autocast(grad):
             if needs_x or needs_step:
-                grad_x = sum(
-                    (grad if scale is None else grad * scale) @ values.float()
-                    for values, scale in terms
-                )
+                grad_x = sum(through_product(grad, term) for term in terms)
                 if ctx.is_static:
                     grad_x, grad_step = through_grid(grad_x, inputs, input_scale, zero_point)
                 grad_x = grad_x.to(ctx.x_dtype).reshape(ctx.x_shape)

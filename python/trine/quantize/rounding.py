@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trine.quantize.weights import WEIGHT_RULES
+from trine.quantize.groups import split_group
+from trine.quantize.weights import dense, weight_rule
 
-# Choices of a recipe whose codes lie on a grid: the largest code.
+# Choices of a recipe whose codes lie on a grid (ternary ones also in groups): the largest code.
 GRIDS = {"int8": 127, "int8-static": 127, "ternary": 1, "ternary-twn": 1}
 
 
 def nearest(choice: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [N, K] and scale float32 [N] or [1] of `weight` [N, K], by the choice's rule."""
-    return WEIGHT_RULES[_rule(choice)](weight)
+    """Codes int8 [N, K] of `weight` [N, K] by the choice's rule, and scale float32.
+
+    The scale is [N], [1] or, where the choice has a group size, [N, K / group].
+    """
+    return weight_rule("int8" if choice == "int8-static" else choice)(weight)
 
 
 def gptq(
@@ -23,7 +27,8 @@ def gptq(
 
     GPTQ (Frantar et al. 2023, arXiv:2210.17323) on the grid that the rule lays over `weight`:
     columns are rounded to it in turn, those of the largest mean square first (its "act order"), see
-    `trine.calibration.solve_columns`. Minimises ||X (W - W_q)^T||, not ||W - W_q||.
+    `trine.calibration.solve_columns`. Minimises ||X (W - W_q)^T||, not ||W - W_q||. With groups
+    the scales are those of the weight as it was, too (its "static groups").
 
     Args:
         weight: [N, K].
@@ -35,34 +40,32 @@ def gptq(
     from trine.calibration import solve_columns  # it builds on this package
 
     _, scale = nearest(choice, weight)
-    grid = _Grid(scale.to(weight.device), GRIDS[choice])
+    wide = weight.float()
     order = gram.diagonal().argsort(descending=True, stable=True)
-    ordered = weight.float()[:, order]
-    values = solve_columns(ordered, gram[order][:, order], grid, damping=damping)
+    steps = dense(torch.ones_like(wide), scale.to(weight.device))[:, order]
+    grid = _Grid(steps, GRIDS[split_group(choice)[0]])
+    values = solve_columns(wide[:, order], gram[order][:, order], grid, damping=damping)
     codes = torch.empty_like(values)
-    codes[:, order] = grid.codes(values.T).T
+    codes[:, order] = grid.codes(values, steps)
     return codes.to(torch.int8), scale
 
 
-def _rule(choice: str) -> str:
-    return "int8" if choice == "int8-static" else choice
-
-
 class _Grid:
-    """The levels scale * (-largest .. largest), as a `ColumnRule`: scale [N] or [1]."""
+    """The levels step * (-largest .. largest), as a `ColumnRule`: a step [N, K] for each weight."""
 
     group = None
 
-    def __init__(self, scale: Tensor, largest: int) -> None:
-        self.scale, self.largest = scale, largest
+    def __init__(self, steps: Tensor, largest: int) -> None:
+        self.steps, self.largest = steps, largest
 
     def start(self, first: int, weight: Tensor, diagonal: Tensor) -> None:
-        """Nothing: the scale stays that of the weight as it was."""
+        """Nothing: the steps stay those of the weight as it was."""
 
-    def codes(self, weight: Tensor) -> Tensor:
-        """Of values [..., N]; of a row of zeros, whose scale is 0, all are 0."""
-        steps = torch.where(self.scale > 0, weight / self.scale, 0.0)
+    def codes(self, weight: Tensor, step: Tensor) -> Tensor:
+        """Of a row of zeros, whose step is 0, all are 0."""
+        steps = torch.where(step > 0, weight / step, 0.0)
         return steps.round().clamp(-self.largest, self.largest)
 
     def column(self, j: int, weight: Tensor) -> Tensor:
-        return self.codes(weight.float()) * self.scale
+        step = self.steps[:, j]
+        return self.codes(weight.float(), step) * step

@@ -1,7 +1,7 @@
 """How a weight is quantised in training: its levels, their scales, and what the gradient does.
 
 A scheme sees the master weight and the parameters that it learns beside it, and says for which sum
-of products the weight stands: values [N, K] and scales, with y = sum of (x @ values.T) * scale.
+of products the weight stands: values [N, K] and scales, with y = sum of x @ dense(values, scale).T.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from trine import nn as packed_nn  # a package that imports this one: used in calls only
-from trine.quantize.weights import WEIGHT_RULES
+from trine.quantize.groups import split_group
+from trine.quantize.weights import WEIGHT_RULES, dense, weight_rule
 
-# A product of the sum: values [N, K] and their scale ([N] or [1]; None where values are floats).
+# A product of the sum: values [N, K] and their scale ([N], [1] or [N, groups]; None where values
+# are floats).
 Term = tuple[Tensor, Tensor | None]
 Learned = Mapping[str, Tensor]
 
@@ -47,7 +49,7 @@ class Scheme:
         return {}
 
     def terms(self, weight: Tensor, learned: Learned) -> list[Term]:
-        return [WEIGHT_RULES[self.choice](weight)]
+        return [weight_rule(self.choice)(weight)]
 
     def gradients(
         self, grad: Tensor, weight: Tensor, learned: Learned
@@ -194,3 +196,38 @@ SCHEMES: dict[str, Scheme] = {choice: Scheme(choice) for choice in WEIGHT_RULES}
     "int8-lsq": LearnedSteps("int8", input_step=True),
     "ternary-ttq": TrainedTernary("ternary"),
 }
+
+
+def scheme_of(choice: str) -> Scheme:
+    """The scheme of a choice that may end in a group size.
+
+    Raises KeyError for another choice, and as `split_group` does.
+    """
+    base, group = split_group(choice)
+    return SCHEMES[base] if group is None else Scheme(choice)
+
+
+def product(rows: Tensor, row_scale: Tensor | None, term: Term) -> Tensor:
+    """rows [M, K] @ dense(*term).T, float32 [M, N], in the order in which the kernels round.
+
+    Products of integers are exact. Groups are added up in ascending order.
+    """
+    values, scale = term
+    if scale is None:
+        return rows.float() @ values.float().T
+    if scale.dim() < 2:
+        return (rows.float() @ values.float().T) * row_scale[:, None] * scale
+    size, total = values.shape[1] // scale.shape[1], None
+    for group in range(scale.shape[1]):
+        columns = slice(group * size, (group + 1) * size)
+        part = (rows[:, columns].float() @ values[:, columns].float().T) * scale[:, group]
+        total = part if total is None else total + part
+    return total * row_scale[:, None]
+
+
+def through_product(grad: Tensor, term: Term) -> Tensor:
+    """The gradient of the rows [M, K] in `product`, from that of its result float32 [M, N]."""
+    values, scale = term
+    if scale is not None and scale.dim() < 2:
+        return (grad * scale) @ values.float()
+    return grad @ dense(values, scale)

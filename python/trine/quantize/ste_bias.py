@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trine.quantize.weights import WEIGHT_RULES
+from trine.quantize.groups import split_group
+from trine.quantize.weights import WEIGHT_RULES, dense, weight_rule
 
 # The finite difference moves every weight by this share of the noise's spread: its error goes with
 # the square, its variance with one over it.
@@ -154,15 +155,14 @@ def _along(
 
 
 def _of_choice(choice: str) -> Callable[[Tensor], Tensor]:
-    if choice not in WEIGHT_RULES:
+    if split_group(choice)[0] not in WEIGHT_RULES:
         raise ValueError(
             f"ste_bias: {choice!r} is not one of {', '.join(WEIGHT_RULES)}; give a function"
         )
+    rule = weight_rule(choice)
 
     def quantise(weight: Tensor) -> Tensor:
-        values, scale = WEIGHT_RULES[choice](weight)
-        dense = values.float() if scale is None else values * scale.reshape(-1, 1)
-        return dense.to(weight.dtype)
+        return dense(*rule(weight)).to(weight.dtype)
 
     return quantise
 

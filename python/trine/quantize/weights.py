@@ -5,12 +5,14 @@ packing see the same codes.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trine.ops import quantize_rows
 from trine.ops.quantize_rows import reference
+from trine.quantize.groups import split_group
 
 
 def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,36 +34,56 @@ def int8_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
     return int8_rows(weight)
 
 
-def ternary_absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise `weight` [N, K] to {-1, 0, 1} by its mean magnitude.
+def ternary_absmean(weight: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise `weight` [N, K] to {-1, 0, 1} by its mean magnitude, or by that of each group.
 
     The rule of BitNet b1.58 (arXiv:2402.17764): scale = mean |w|, codes = clamp(rint(w / scale),
     -1, 1). The mean is summed in float64, so that the number of threads does not show in it. A
     weight of zeros gets codes 0 and scale 0.
 
-    Returns codes int8 [N, K] and scale float32 [1].
+    Args:
+        group: so many consecutive columns of a row have a scale of their own; it divides K.
+
+    Returns codes int8 [N, K] and scale float32 [1], with groups [N, K / group].
     """
-    wide = weight.float()
-    scale = wide.abs().mean(dtype=torch.float64).float() if wide.numel() else wide.new_zeros(())
-    codes = torch.where(scale > 0, wide / scale, 0.0).round().clamp(-1, 1).to(torch.int8)
-    return codes, scale.reshape(1)
+    blocks = _blocks(weight, group)
+    scale = _mean(blocks.abs()).float()
+    steps = torch.where(scale > 0, blocks / scale, 0.0)
+    codes = steps.round().clamp(-1, 1).to(torch.int8)
+    return codes.reshape(weight.shape), scale.squeeze(-1)
 
 
-def ternary_twn(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise `weight` [N, K] to {-1, 0, 1} by a threshold.
+def ternary_twn(weight: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise `weight` [N, K] to {-1, 0, 1} by a threshold, or by one for each group.
 
     The rule of TWN (Li et al. 2016, arXiv:1605.04711): codes = sign(w) where |w| > 0.7 * mean |w|,
     else 0; scale = mean |w| of those, the best one for these codes. Sums are taken in float64. A
     weight of zeros gets codes 0 and scale 0.
 
-    Returns codes int8 [N, K] and scale float32 [1].
+    Args:
+        group: so many consecutive columns of a row have a scale of their own; it divides K.
+
+    Returns codes int8 [N, K] and scale float32 [1], with groups [N, K / group].
     """
-    magnitude = weight.float().abs()
-    threshold = 0.7 * magnitude.mean(dtype=torch.float64) if weight.numel() else 0.0
-    kept = magnitude > threshold
-    total = torch.where(kept, magnitude, 0.0).sum(dtype=torch.float64)
-    scale = (total / kept.sum().clamp(min=1)).float()
-    return (weight.float().sign() * kept).to(torch.int8), scale.reshape(1)
+    blocks = _blocks(weight, group)
+    magnitude = blocks.abs()
+    kept = magnitude > 0.7 * _mean(magnitude)
+    total = torch.where(kept, magnitude, 0.0).sum(-1, dtype=torch.float64)
+    scale = (total / kept.sum(-1).clamp(min=1)).float()
+    return (blocks.sign() * kept).to(torch.int8).reshape(weight.shape), scale
+
+
+def _blocks(weight: Tensor, group: int | None) -> Tensor:
+    """What shares one scale in the last dimension: float32 [1, N * K] or [N, K / group, group]."""
+    if group is None:
+        return weight.float().reshape(1, -1)
+    n, k = weight.shape
+    return weight.float().reshape(n, k // group, group)
+
+
+def _mean(blocks: Tensor) -> Tensor:
+    """Over the last dimension, which stays; float64; 0 of nothing."""
+    return blocks.sum(-1, keepdim=True, dtype=torch.float64) / max(1, blocks.shape[-1])
 
 
 def two_of_four(weight: Tensor) -> Tensor:
@@ -109,9 +131,11 @@ def ternary24_absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale.reshape(1)
 
 
+WeightRule = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
 # What becomes of a weight [N, K] under each choice of a recipe: its values [N, K], and their scale
 # ([N] or [1]; None where the values are floats). Where there is a scale, activations are int8 rows.
-WEIGHT_RULES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
+WEIGHT_RULES: dict[str, WeightRule] = {
     "int8": int8_absmax,
     "ternary": ternary_absmean,
     "ternary-twn": ternary_twn,
@@ -119,3 +143,23 @@ WEIGHT_RULES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
     "sparse24-int8": sparse24_int8,
     "ternary24": ternary24_absmean,
 }
+
+
+def weight_rule(choice: str) -> WeightRule:
+    """The rule of a choice that may end in a group size; the scale then is [N, K / group].
+
+    Raises KeyError for another choice, and as `split_group` does.
+    """
+    base, group = split_group(choice)
+    rule = WEIGHT_RULES[base]
+    return rule if group is None else partial(rule, group=group)
+
+
+def dense(values: Tensor, scale: Tensor | None) -> Tensor:
+    """The float32 weight [N, K] that values and scale [1], [N] or [N, groups] stand for."""
+    if scale is None:
+        return values.float()
+    if scale.dim() < 2:
+        return values * scale[:, None]
+    by_group = values.unflatten(1, (scale.shape[1], -1))
+    return (by_group * scale[:, :, None]).flatten(1)
