@@ -15,12 +15,15 @@ import torch
 import trine
 from devices import all_moved, smallest_tiles
 from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguous
+from test_int8_conv2d import inputs as conv_inputs
 from test_softmax_kl import operator_arguments
 from test_softmax_kl_divergences import assert_close
 from test_softmax_kl_options import NAMES, log_probabilities
 from test_sparse24_linear import VALUES_DTYPES, assert_is_result
 from torch import Tensor
 from trine.ops import _triton_kernels
+from trine.ops.int8_conv2d import reference as conv
+from trine.ops.int8_conv2d.triton import int8_conv2d
 from trine.ops.int8_linear import reference as int8
 from trine.ops.int8_linear.triton import int8_linear, int8_linear_rows
 from trine.ops.quantize_rows import reference as rows
@@ -38,6 +41,15 @@ from trine.ops.ternary_linear import reference as ternary
 from trine.ops.ternary_linear.triton import ternary_linear, ternary_linear_rows
 
 SHAPES = ((1, 1, 1), (1, 17, 100), (3, 16, 16), (17, 33, 65), (5, 3, 200), (0, 4, 32), (2, 3, 0))
+
+# (B, C, N, kernel, groups, stride, padding, dilation, H, W): tiles with the pixels of two images,
+# patches of more than one step, and steps of several taps.
+CONVOLUTIONS = (
+    (2, 3, 18, (3, 3), 1, (1, 1), (1, 1), (1, 1), 4, 3),
+    (1, 9, 5, (2, 3), 1, (2, 1), (0, 2), (1, 2), 5, 5),
+    (1, 6, 4, (1, 2), 2, (1, 2), (1, 0), (1, 1), 3, 4),
+    (2, 18, 18, (3, 2), 18, (2, 1), (1, 1), (1, 2), 4, 4),  # depthwise
+)
 
 
 def check(run, reference, device: str, *arguments, **named) -> None:
@@ -91,6 +103,35 @@ def try_ternary24(device: str) -> None:
     _, *weight = ternary24.example_inputs(1, 7, 130, scale_shape=(1,))
     for x in (difficult_rows(130, torch.float32), *non_contiguous(torch.randn(4, 130))):
         check_call(x, *weight)
+
+
+def try_int8_conv2d(device: str) -> None:
+    def check_call(x, *weight, input_scale=None, input_zero_point=None, **options) -> None:
+        named = {"input_scale": input_scale, "input_zero_point": input_zero_point}
+        last = not x.is_contiguous()
+
+        def run(x, *weight, **static):
+            x = x.permute(0, 2, 3, 1) if last else x
+            y = int8_conv2d(x, *weight, *map(list, sizes), options["groups"], last, **static)
+            return y.permute(0, 3, 1, 2) if last else y
+
+        sizes = (options["stride"], options["padding"], options["dilation"])
+        check(
+            run, lambda *a, **n: conv.int8_conv2d(*a, **n, **options), device, x, *weight, **named
+        )
+
+    for i, shape in enumerate(CONVOLUTIONS):
+        for j in range(2):
+            dtype, static, last = DTYPES[(i + j) % 3], j == 1, (i + j) % 2 == 0
+            arguments, options = conv_inputs(shape, dtype, i % 2 == 0, static, last)
+            check_call(*arguments, **options)
+    for static in (False, True):
+        arguments, options = conv_inputs((5, *CONVOLUTIONS[2][1:]), static=static)
+        x = arguments[0]
+        x[1], x[2, 0, 0, 0], x[3, 1, 2, 3] = 0, torch.nan, torch.inf
+        x[4] *= 1e30
+        check_call(*arguments, **options)
+    check_call(arguments[0][:0], *arguments[1:], **options)
 
 
 def softmax_kl_results(device: str, upstream: Tensor, student, teacher, **options):
@@ -183,6 +224,7 @@ def main(device: str) -> None:
     torch.manual_seed(0)
     try_sparse24(device)
     try_ternary24(device)
+    try_int8_conv2d(device)
     try_softmax_kl(device)
     for dtype in DTYPES:
         for k in (1, 37, 130):

@@ -52,6 +52,42 @@ def int8_ptx(capability: int) -> str:
     return ptx(int8_linear_kernel, pointers, constants, capability)
 
 
+def conv_ptx(capability: int) -> str:
+    from trine.ops.int8_conv2d.triton import int8_conv2d_kernel
+
+    return _conv_ptx(int8_conv2d_kernel, {"BLOCK_K": 64}, capability)
+
+
+def depthwise_ptx(capability: int) -> str:
+    from trine.ops.int8_conv2d.triton import depthwise_kernel
+
+    return _conv_ptx(depthwise_kernel, {}, capability)
+
+
+def _conv_ptx(kernel, block_k: dict[str, int], capability: int) -> str:
+    pointers = {"q": "*i8", "weight": "*i8", "y": "*bf16", "column_minus": "*i32"}
+    pointers |= dict.fromkeys(("x_scale", "weight_scale", "bias"), "*fp32")
+    constants = {"HAS_MINUS": True, "HAS_BIAS": True, "BLOCK_M": 64, "BLOCK_N": 64}
+    return ptx(kernel, pointers, constants | block_k, capability)
+
+
+def images_ptx(static: bool, capability: int) -> str:
+    from trine.ops.int8_conv2d.triton_images import quantize_images_kernel
+
+    pointers = {"x": "*bf16", "most": "*i32", "q": "*i8", "scale": "*fp32"}
+    pointers |= {"input_scale": "*fp32", "zero_point": "*i32"}
+    constants = {"STATIC": static, "HAS_ZERO_POINT": static, "PARTS": 64, "SIZE": 1024}
+    return ptx(quantize_images_kernel, pointers, constants, capability)
+
+
+def static_images_ptx(capability: int) -> str:
+    return images_ptx(True, capability)
+
+
+def dynamic_images_ptx(capability: int) -> str:
+    return images_ptx(False, capability)
+
+
 def ternary_ptx(capability: int) -> str:
     from trine.ops.ternary_linear.triton import ternary_linear_kernel
 
@@ -110,21 +146,25 @@ def static_ptx(capability: int) -> str:
     return ptx(quantize_rows_static_kernel, pointers, {"BLOCK": 1024}, capability)
 
 
+PRODUCTS = (int8_ptx, conv_ptx, ternary_ptx, ternary24_ptx, sparse24_int8_ptx)
+QUANTIZERS = (quantize_ptx, norm_ptx, static_ptx, static_images_ptx, dynamic_images_ptx)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     "compile_kernel",
-    [int8_ptx, ternary_ptx, ternary24_ptx, sparse24_int8_ptx, quantize_ptx, norm_ptx, static_ptx],
+    [*PRODUCTS, *QUANTIZERS, depthwise_ptx],
 )
 def test_compiled_kernels_round_as_the_others(compile_kernel, capability):
     """What the interpreter cannot show: no approximate division, no product fused with a sum."""
     code = compile_kernel(capability)
     assert not re.search(r"\bdiv\.(full|approx)", code)
     assert not re.search(r"\bfma\.", code)
-    if compile_kernel in (quantize_ptx, norm_ptx, static_ptx):
+    if compile_kernel in QUANTIZERS:
         assert "div.rn.f32" in code
         assert ("sqrt.rn.f32" in code) == (compile_kernel is norm_ptx)
         assert "sqrt.approx" not in code
-    else:
+    elif compile_kernel in PRODUCTS:
         assert re.search(r"\b(mma\.sync|wgmma\.mma_async)\S*\.s32\.s8\.s8", code)
 
 

@@ -78,6 +78,15 @@ def quantize_rows_kernel(x, q, scale, total, K, WIDTH, row_stride, BLOCK: tl.con
 
 
 @triton.jit
+def quantized_static(value, scale, zero_point):
+    """The int32 in [-128, 127] that a finite value becomes, given these floats."""
+    # Clamped to whole numbers before it is rounded: what is far beyond them could not be.
+    steps = tl.div_rn(value, scale + tl.zeros_like(value))
+    clamped = tl.minimum(tl.maximum(steps, -128.0 - zero_point), 127.0 - zero_point)
+    return round_to_int(clamped) + zero_point.to(tl.int32)
+
+
+@triton.jit
 def quantize_rows_static_kernel(
     x, q, scale, input_scale, zero_point, K, WIDTH, row_stride, BLOCK: tl.constexpr
 ):
@@ -95,10 +104,7 @@ def quantize_rows_static_kernel(
     for begin in range(0, WIDTH, BLOCK):
         at = begin + offsets
         value = tl.load(x + row * row_stride + at, mask=at < K, other=0.0).to(tl.float32)
-        # Clamped to whole numbers before it is rounded: what is far beyond them could not be.
-        scaled = tl.div_rn(tl.where(finite, value, 0.0), fixed + tl.zeros_like(value))
-        clamped = tl.minimum(tl.maximum(scaled, -128.0 - zero), 127.0 - zero)
-        rounded = round_to_int(clamped) + zero.to(tl.int32)
+        rounded = quantized_static(tl.where(finite, value, 0.0), fixed, zero)
         rounded = tl.where(finite & (at < K), rounded, 0)
         tl.store(q + row * WIDTH + at, rounded.to(tl.int8), mask=at < WIDTH)
     tl.store(scale + row, tl.where(finite, fixed, float("nan")))
