@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from trine.compress.layers import require_module
+from trine.compress.edits import record, skeleton
+from trine.compress.layers import copy_model, require_module
 from trine.compress.packed_copy import packed_copy
 from trine.quantize.qat_layer import QatLayer
 
@@ -10,12 +11,13 @@ from trine.quantize.qat_layer import QatLayer
 def convert(model: nn.Module) -> nn.Module:
     """A copy of `model` in which every layer in training under quantisation is the packed one.
 
-    (`QatLinear` or `QatConv2d`, each the layer that it stands for.) Nothing else changes, and
-    `model` is not touched. In evaluation mode both give the same bits.
+    (`QatLinear` or `QatConv2d`, each the layer that it stands for, with the bias of the batch norm
+    that it has taken up.) Nothing else changes, and `model` is not touched. In evaluation mode both
+    give the same bits.
 
     Raises:
-        ValueError: the model holds no QatLinear, a weight holds NaN or infinity, or the model
-            cannot be copied.
+        ValueError: the model holds no QatLinear, a weight holds NaN or infinity, the model cannot
+            be copied, or a batch norm that a layer has taken up was trained without `QatSchedule`.
     """
     require_module(model, "convert")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QatLayer)}
@@ -25,11 +27,22 @@ def convert(model: nn.Module) -> nn.Module:
             "use trine.compress on a model that was trained in float"
         )
     packed = {layer: _pack(name, layer) for name, layer in layers.items()}
-    return packed_copy(model, packed)
+    small = packed_copy(model, packed)
+    record(_in_floats(model), small)
+    return small
+
+
+def _in_floats(model: nn.Module) -> nn.Module:
+    """The structure that was trained, without values: a float layer for each one in training."""
+    twin = skeleton(model)
+    layers = {m: m.float_layer() for m in twin.modules() if isinstance(m, QatLayer)}
+    return copy_model(twin, layers)
 
 
 def _pack(name: str, layer: QatLayer) -> nn.Module:
     try:
+        if layer.norm is not None:
+            layer.norm.require_moved()
         return layer.pack()
     except ValueError as error:
         raise ValueError(f"convert: layer '{name}': {error}") from error

@@ -1,6 +1,7 @@
 """Quantisation of weights, and training that anticipates it."""
 
 from trine.quantize import observers
+from trine.quantize.fold import fold_batch_norm
 from trine.quantize.post_training import post_training
 from trine.quantize.prepare import prepare_qat
 from trine.quantize.qat import QatLinear
@@ -17,6 +18,7 @@ __all__ = [
     "QatSchedule",
     "SteBias",
     "draw_ste_bias",
+    "fold_batch_norm",
     "gptq",
     "int8_absmax",
     "observers",

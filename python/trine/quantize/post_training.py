@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from trine.quantize.fold import fold_batch_norm, norms_to_fold
 from trine.quantize.groups import misfit, split_group
 from trine.quantize.observers import MinMax, Observer, grid
 from trine.quantize.rounding import GRIDS, gptq, nearest
@@ -37,7 +40,8 @@ def post_training(
         small = post_training(model, Recipe("int8"), loader, rounding="gptq", batches=32)
 
     Every layer that the recipe chooses is packed, also where that is not faster: `trine.compress`
-    is for that, and needs no data but shapes.
+    is for that, and needs no data but shapes. Batch norms are folded first, where they can be (see
+    `fold_batch_norm`).
 
     Args:
         model: any module; it is not touched.
@@ -69,12 +73,19 @@ def post_training(
     # Imported here because these build on this package.
     from trine.calibration import Several, calibrate, in_turn
     from trine.calibration.statistics import ColumnMean, SecondMoment
+    from trine.compress.edits import record
     from trine.compress.layers import copy_model
     from trine.compress.packed_copy import packed_copy
 
     if rounding not in ROUNDINGS:
         raise ValueError(f"post_training: rounding is {rounding!r}; it must be one of {ROUNDINGS}")
     chosen, skipped = _chosen_layers(model, recipe)
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        if isinstance(data, Iterator):
+            data = list(islice(data, batches))  # it is read twice
+        pairs = norms_to_fold(model, data, None)
+        if pairs := {name: norm for name, norm in pairs.items() if name in chosen}:
+            model = fold_batch_norm(model, batch_norms=pairs)
     work = copy_model(model, {}).eval()
     layers = {name: work.get_submodule(name) for name in chosen}
     for name, layer in layers.items():
@@ -114,6 +125,7 @@ def post_training(
         with torch.no_grad():  # what the layers after it see
             layer.weight.copy_(_dense(layer, codes, scale))
     small = packed_copy(work, packed)
+    record(model, small)
     small.skipped = skipped
     return small
 

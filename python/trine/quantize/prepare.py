@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from trine.quantize.batch_norm import FoldedNorm
+from trine.quantize.fold import fold_batch_norm, norms_to_fold
 from trine.quantize.groups import misfit, split_group
 from trine.quantize.observers import MeanMagnitude, MinMax
 from trine.quantize.qat import QatLinear
@@ -18,7 +21,12 @@ if TYPE_CHECKING:
 
 
 def prepare_qat(
-    model: nn.Module, recipe: Recipe, sample_inputs: Any = None, *, pruned_decay: float = 0.0
+    model: nn.Module,
+    recipe: Recipe,
+    sample_inputs: Any = None,
+    *,
+    batch_norms: Mapping[str, str] | None = None,
+    pruned_decay: float = 0.0,
 ) -> nn.Module:
     """A copy of `model` whose layers anticipate being packed as `recipe` says.
 
@@ -28,19 +36,28 @@ def prepare_qat(
     another module; their padding has no kernel) and transformers' Conv1D stay float; the copy's
     attribute `qat_skipped` names them with the reason.
 
+    A batch norm that alone reads a chosen layer is folded into its weights, which are quantised as
+    folded (see `FoldedNorm`), and an nn.Identity takes its place; the copy's attribute
+    `qat_folded` says which. Then, as where activations have one scale, `QatSchedule.step` is to be
+    called after each update.
+
     Args:
         model: any module; it is not touched.
         recipe: its `linear` and `conv` choose for each layer by name; `prefer` has no meaning here.
         sample_inputs: data as for `trine.calibrate`, needed where a layer is to be "int8-static" or
-            "int8-lsq": it says where the scale of their activations begins.
+            "int8-lsq": it says where the scale of their activations begins. Its first batch shows
+            which batch norms can be folded; without it none is, but those of `batch_norms`.
+        batch_norms: names of layers, each with that of the batch norm after it, to be folded in
+            place of those that `sample_inputs` show; {} for none.
         pruned_decay: of the layers that become 2:4, see `QatLinear`; `trine.prune.sr_ste` uses it.
 
     Raises:
         ValueError: no layer is left to train under quantisation, a group size does not divide a
-            layer's input features, the model cannot be copied, sample inputs are missing, or as
-            `trine.calibrate` does.
+            layer's input features, names in `batch_norms` of no such pair, the model cannot be
+            copied, sample inputs are missing, or as `trine.calibrate` does.
     """
     # Imported here because trine.compress builds on this package.
+    from trine.compress.edits import recorded, restore, skeleton
     from trine.compress.layers import (
         close_fast_paths,
         copy_model,
@@ -88,12 +105,27 @@ def prepare_qat(
             "prepare_qat: the recipe and the model leave no nn.Linear or nn.Conv2d to train under "
             "quantisation" + (f" ({reasons})" if reasons else "")
         )
+    if isinstance(sample_inputs, Iterator):
+        sample_inputs = list(sample_inputs)  # they are read twice
     names = {module: name for name, module in model.named_modules()}
-    fixed = {names[layer]: qat for layer, qat in replacements.items() if qat.has_one_input_scale}
+    chosen = {names[layer]: qat for layer, qat in replacements.items()}
+    found = norms_to_fold(model, sample_inputs, batch_norms)
+    folded = {name: norm for name, norm in found.items() if name in chosen}
+    if batch_norms is not None and (odd := batch_norms.keys() - chosen.keys()):
+        raise ValueError(
+            f"prepare_qat: {min(odd)!r} of batch_norms is no layer to train under quantisation"
+        )
+    for name, norm in folded.items():
+        chosen[name].take_up(FoldedNorm(model.get_submodule(norm)))
+    fixed = {name: qat for name, qat in chosen.items() if qat.has_one_input_scale}
     _begin_input_scales(model, fixed, sample_inputs)
-    prepared = copy_model(model, replacements)
+    gone = {model.get_submodule(norm): nn.Identity() for norm in folded.values()}
+    prepared = copy_model(model, replacements | gone)
     close_fast_paths(prepared, QatLinear)
-    prepared.qat_skipped = skipped
+    prepared.qat_skipped, prepared.qat_folded = skipped, folded
+    if folded:
+        twin = fold_batch_norm(skeleton(model), batch_norms=folded)
+        restore(prepared, recorded(twin))
     return prepared
 
 

@@ -6,10 +6,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from trine import nn as packed_nn  # a package that imports this one: used in calls only
 from trine.ops._checks import check_rows
 from trine.ops._linear import in_autocast_dtype, needs_grad, without_autocast
+from trine.quantize.batch_norm import FoldedNorm
 from trine.quantize.groups import misfit, split_group
 from trine.quantize.input_range import InputRange, static_rows
 from trine.quantize.qat_layer import QatLayer
@@ -81,7 +83,7 @@ class QatLinear(QatLayer, nn.Linear):
                 "0, and a choice that prunes nothing has no use for it"
             )
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.choice, self.pruned_decay = choice, pruned_decay
+        self.choice, self.pruned_decay, self.norm = choice, pruned_decay, None
         self.input_range = InputRange(device) if self.scheme.input_range else None
         unset = torch.empty(1, device=device) if self.scheme.input_step else None
         self.input_scale = None if unset is None else nn.Parameter(unset)
@@ -93,11 +95,15 @@ class QatLinear(QatLayer, nn.Linear):
 
     def begin(self) -> None:
         """Set what is learned to where the current weight says; what activations need, to NaN."""
-        for name, start in self.scheme.learned(self.weight).items():
+        for name, start in self.scheme.learned(self.used(self.weight)[0]).items():
             self.register_parameter(name, nn.Parameter(start))
         if self.scheme.static_input:
             unknown = self.weight.new_full((1,), torch.nan, dtype=torch.float32)
             self.begin_input(unknown, unknown, unknown)
+
+    def take_up(self, norm: FoldedNorm) -> None:
+        super().take_up(norm)
+        self.begin()
 
     @torch.no_grad()
     def begin_input(self, low: Tensor, high: Tensor, mean_magnitude: Tensor) -> None:
@@ -118,25 +124,39 @@ class QatLinear(QatLayer, nn.Linear):
                 f"QatLinear: the input has shape {list(x.shape)}, "
                 f"expected [..., {self.in_features}]"
             )
+        if self.norm is not None and x.dim() != 2:
+            raise ValueError(
+                f"QatLinear: the input has shape {list(x.shape)}, expected [batch, "
+                f"{self.in_features}], since the layer has taken up a batch norm"
+            )
         if self.training and self.input_range is not None:
             self.input_range.watch(x)
         packed = None if self.training else self._packed_layer()
-        parameters = (self.weight, self.bias, self.input_scale, *self.learned)
-        if packed is not None and not needs_grad(x, *parameters):
-            return packed.with_bias(x, self.bias)
+        if packed is not None and not needs_grad(x, *self.parameters()):
+            return packed.with_bias(x, self.used_bias)
         weight = self.weight
         if self.pruned_decay:
             weight = _DecayOfPruned.apply(weight, self.pruned_decay)
+        weight, bias = self.used(weight)
+        bias = None if self.follows_batches else bias
         scale, zero_point = self._input_grid()
-        return _ThroughQuantization.apply(
-            x, weight, self.bias, scale, zero_point, self.choice, packed, *self.learned
+        y = _ThroughQuantization.apply(
+            x, weight, bias, scale, zero_point, self.choice, packed, *self.learned
         )
+        if not self.follows_batches:
+            return y
+        return self.norm.of_batch(y, functional.linear(x, self.weight.to(x.dtype)), self.bias)
 
     def _input_grid(self) -> tuple[Tensor | None, Tensor | None]:
         return super()._input_grid() if self.input_scale is None else (self.input_scale, None)
 
     def _learned(self) -> list[Tensor]:
         return self.learned
+
+    def float_layer(self) -> nn.Linear:
+        has_bias = self.used_bias is not None
+        like = {"device": "meta", "dtype": self.weight.dtype}
+        return nn.Linear(self.in_features, self.out_features, has_bias, **like)
 
     def _pack(self, **static_input: Tensor | None) -> packed_nn.PackedLinear:
         return self.scheme.pack(self, **static_input)

@@ -38,7 +38,7 @@ class QatConv2d(QatLayer, nn.Conv2d):
         if choice not in CHOICES:
             raise ValueError(f"QatConv2d: choice is {choice!r}; it must be one of {CHOICES}")
         super().__init__(*args, **kwargs)
-        self.choice = choice
+        self.choice, self.norm = choice, None
         self.pixels = packed_nn.int8_conv.padding_in_pixels(self)
         self.input_range = None
         if choice == "int8-static":
@@ -57,14 +57,32 @@ class QatConv2d(QatLayer, nn.Conv2d):
         if self.training and self.input_range is not None:
             self.input_range.watch(x)
         packed = None if self.training else self._packed_layer()
-        if packed is not None and not needs_grad(x, self.weight, self.bias):
-            return packed.with_bias(x, self.bias)
+        if packed is not None and not needs_grad(x, *self.parameters()):
+            return packed.with_bias(x, self.used_bias)
         options = (self.stride, self.pixels, self.dilation, self.groups)
         images = x if x.dim() == 4 else x[None]
-        y = _ThroughConvolution.apply(
-            images, self.weight, self.bias, *self._input_grid(), options, packed
-        )
+        weight, bias = self.used(self.weight)
+        bias = None if self.follows_batches else bias
+        y = _ThroughConvolution.apply(images, weight, bias, *self._input_grid(), options, packed)
+        if self.follows_batches:
+            products = functional.conv2d(images, self.weight.to(images.dtype), None, *options)
+            y = self.norm.of_batch(y, products, self.bias)
         return y if x.dim() == 4 else y[0]
+
+    def float_layer(self) -> nn.Conv2d:
+        return nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.used_bias is not None,
+            self.padding_mode,
+            "meta",
+            self.weight.dtype,
+        )
 
     def _pack(self, **static_input: Tensor | None) -> nn.Module:
         return packed_nn.Int8Conv2d.from_conv(self, **static_input)
