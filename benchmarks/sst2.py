@@ -19,10 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from trine.demo.sentences import Encoder, load_encoder
+from trine.demo.sentences import Encoder, load_encoder, pooled
 from trine.distill import Distiller, Fixed, Training
 from trine.distill.fingerprints import teacher_hash
-from trine.distill.objectives import Labels
+from trine.distill.objectives import (
+    AttentionMaps,
+    HiddenStates,
+    Labels,
+    Objective,
+    uniform_layers,
+)
 from trine.evaluate import alternate, correct
 
 DATA = "sst2/train.tsv"  # for parse_arguments
@@ -180,6 +186,13 @@ class Sst2:
         known, others = train.rows(order[:labelled]), train.rows(order[labelled:])
         return Sst2(encoder, known, others.without_labels(), dev, test)
 
+    def calibration(self, phrases: int, batch: int = 32) -> list[dict[str, Tensor]]:
+        """Batches of so many labelled phrases, without labels; the same ones every time."""
+        some = torch.randperm(len(self.labelled), generator=torch.Generator().manual_seed(1))
+        rows = self.labelled.rows(some[:phrases])
+        names = ("input_ids", "attention_mask")
+        return [{name: of[name] for name in names} for _, of in rows.in_order(batch)]
+
     def teacher(self, training: Training) -> nn.Module:
         """The encoder fine-tuned on the labelled rows, from out/sst2 where it has been before.
 
@@ -211,13 +224,49 @@ def fine_tune(model: nn.Module, rows: Phrases, training: Training, batch: int = 
     return distiller.fit(rows.loader(batch)).eval()
 
 
-@torch.inference_mode()
+def inner_objectives(student: nn.Module, teacher: nn.Module) -> list[Objective]:
+    """Hidden states and attention maps, as TinyBERT has them: each layer of the student learns from
+    one of the teacher, evenly spread. Both models give them out from now on."""
+    for model in (student, teacher):
+        model.config.output_hidden_states = model.config.output_attentions = True
+    layers = uniform_layers(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    states = [(f"hidden_states.{m + 1}", f"hidden_states.{g + 1}") for m, g in enumerate(layers)]
+    maps = [(f"attentions.{m}", f"attentions.{g}") for m, g in enumerate(layers)]
+    return [HiddenStates(states), AttentionMaps(maps)]
+
+
+def logits_only(model: nn.Module) -> nn.Module:
+    """The same model, which gives out no inner states (see `inner_objectives`)."""
+    model.config.output_hidden_states = model.config.output_attentions = False
+    return model
+
+
 def right(model: nn.Module, rows: Phrases) -> Tensor:
     """Which rows the model gets right: bool [rows]."""
-    logits = torch.empty(len(rows), CLASSES)
+    return correct(logits(model, rows), rows.labels)
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, rows: Phrases) -> Tensor:
+    """What the model says of all rows: float32 [rows, classes]."""
+    found = torch.empty(len(rows), CLASSES)
     for numbers, batch in rows.in_order():
-        logits[numbers] = logits_of(model, batch).float()
-    return correct(logits, rows.labels)
+        found[numbers] = logits_of(model, batch).float()
+    return found
+
+
+@torch.inference_mode()
+def right_and_embeddings(model: nn.Module, rows: Phrases) -> tuple[Tensor, Tensor]:
+    """What `right` returns, and the mean over each row's tokens of what the encoder gives (see
+    `trine.demo.sentences.embed`): float32 [rows, width]."""
+    found = torch.empty(len(rows), CLASSES)
+    means = torch.empty(len(rows), model.config.hidden_size)
+    for numbers, batch in rows.in_order():
+        names = ("input_ids", "attention_mask")
+        output = model(**{name: batch[name] for name in names}, output_hidden_states=True)
+        found[numbers] = output.logits.float()
+        means[numbers] = pooled(output.hidden_states[-1].float(), batch["attention_mask"])
+    return correct(found, rows.labels), means
 
 
 def logits_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

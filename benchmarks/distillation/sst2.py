@@ -31,8 +31,6 @@ from trine.distill import (
     student_from_teacher,
 )
 from trine.distill.objectives import (
-    AttentionMaps,
-    HiddenStates,
     Labels,
     SelfRelations,
     SoftTargets,
@@ -151,13 +149,7 @@ def lesson_of(
         of_student, of_teacher = projections(student), projections(teacher)
         frozen = Frozen(teacher, of_teacher, dtype=torch.bfloat16)
         return Lesson(frozen, [*task, SelfRelations(names, names, heads)], of_student)
-    for model in (student, teacher):
-        model.config.output_hidden_states = model.config.output_attentions = True
-    count = student.config.num_hidden_layers
-    pairs = list(enumerate(uniform_layers(count, teacher.config.num_hidden_layers)))
-    states = [(f"hidden_states.{m + 1}", f"hidden_states.{g + 1}") for m, g in pairs]
-    maps = [(f"attentions.{m}", f"attentions.{g}") for m, g in pairs]
-    inner = [HiddenStates(states), AttentionMaps(maps)]
+    inner = sst2.inner_objectives(student, teacher)
     return Lesson(Frozen(teacher, dtype=torch.bfloat16), task + inner, {})
 
 
@@ -177,9 +169,7 @@ def teach(
         training=training,
     )
     student = distiller.fit(loader).eval()
-    if hasattr(student, "config"):
-        student.config.output_hidden_states = student.config.output_attentions = False
-    return student
+    return sst2.logits_only(student) if hasattr(student, "config") else student
 
 
 def training_of(name: str, amounts: Amounts, seed: int) -> Training:

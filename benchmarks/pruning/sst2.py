@@ -200,15 +200,8 @@ def transfer_set(data: Sst2, amounts: Amounts) -> Phrases:
     return rows.rows(rows.lengths.argsort(stable=True))
 
 
-def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: batch[key] for key in ("input_ids", "attention_mask")}
-
-
 def task_of(data: Sst2, dense: nn.Module, ratios: dict[float, float]) -> Task:
-    """With the same phrases each time."""
-    some = torch.randperm(len(data.labelled), generator=torch.Generator().manual_seed(1))
-    rows = data.labelled.rows(some[:CALIBRATION])
-    calibration = [inputs(batch) for _, batch in rows.in_order(32)]
+    calibration = data.calibration(CALIBRATION)
     layers = prune.prunable_layers(dense, LAYERS)
     importance = prune.Wanda(calibration).scores(dense, layers)
     return Task(dense, importance, calibration, calibration[len(calibration) // 2], ratios)

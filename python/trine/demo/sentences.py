@@ -55,8 +55,12 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
 def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
     """Sentence embeddings [rows, width]: the mean over each sentence's tokens, of length 1."""
     with torch.inference_mode():
-        states = model(**tokens).last_hidden_state
-    mask = tokens["attention_mask"].unsqueeze(-1)
+        return pooled(model(**tokens).last_hidden_state, tokens["attention_mask"])
+
+
+def pooled(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean over the tokens of [rows, tokens, width] that are no padding, of length 1."""
+    mask = attention_mask.unsqueeze(-1)
     return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
