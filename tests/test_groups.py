@@ -124,7 +124,7 @@ def test_in_training_and_after_it(choice, dtype):
 def test_the_gradient_passes_straight_through_against_float64(choice):
     qat = prepare_qat(nn.Linear(256, 6), Recipe(choice))
     x, grad_y = torch.randn(8, 256, requires_grad=True), torch.randn(8, 6)
-    torch.compile(qat, fullgraph=True, backend="aot_eager")(x).backward(grad_y)
+    qat(x).backward(grad_y)
     codes, scale = by_hand(choice, qat.weight.detach().double().numpy())
     dense = torch.from_numpy(codes * scale.repeat(split_group(choice)[1], 1))
     step = x.detach().double().abs().amax(1, keepdim=True) / 127

@@ -8,7 +8,6 @@ import torch
 import trine
 from linear_inputs import DTYPES, assert_same_bits, difficult_rows
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from trine import nn as packed_nn
 from trine.ops.quantize_rows import reference
 from trine.quantize import QatLinear, int8_absmax, prepare_qat, ternary_absmean, two_of_four
@@ -159,39 +158,6 @@ class TestForward:
         if choice != "sparse24":  # it reads only the columns that it stores
             assert in_training[4:6].isnan().all()
             assert in_eval[4:6].isnan().all()
-
-    def test_autocast(self, choice):
-        qat, x = two_layers(choice), torch.randn(4, 20)
-        with torch.autocast("cpu", torch.bfloat16):
-            in_training = qat.train()(x)
-            in_eval = qat.eval()(x)
-            converted = trine.convert(qat)(x)
-        assert in_training.dtype == torch.bfloat16
-        assert_same_bits(in_eval, converted)
-        assert relative_error(in_training, in_eval) < 2**-7
-        in_training.float().sum().backward()
-        assert all(p.grad is not None and p.grad.dtype == p.dtype for p in qat.parameters())
-
-    def test_compiled_training_step(self, choice):
-        qat, x = two_layers(choice), torch.randn(4, 20)
-        torch._dynamo.reset()  # each test compiles the same few functions anew
-        compiled = torch.compile(qat, fullgraph=True, backend="aot_eager")
-        y = compiled(x)
-        assert_same_bits(y, qat(x))
-        y.sum().backward()
-        from_compiled = [p.grad.clone() for p in qat.parameters()]
-        qat.zero_grad()
-        qat(x).sum().backward()
-        for p, grad in zip(qat.parameters(), from_compiled, strict=True):
-            torch.testing.assert_close(p.grad, grad)
-
-    def test_gradient_checkpointing(self, choice):
-        qat, x = two_layers(choice), torch.randn(4, 20)
-        wanted = list(qat.parameters())
-        expected = torch.autograd.grad(qat(x).sum(), wanted)
-        y = checkpoint(qat, x, use_reentrant=False)
-        for a, b in zip(torch.autograd.grad(y.sum(), wanted), expected, strict=True):
-            assert_same_bits(a, b)
 
     def test_wrong_number_of_features(self, choice):
         for layer in (prepared(choice).train(), prepared(choice).eval()):

@@ -8,7 +8,6 @@ import trine
 from linear_inputs import DTYPES, assert_same_bits
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from trine import Recipe
 from trine.nn import Int8Conv2d, Int8Linear
 from trine.quantize import QatConv2d, QatSchedule, prepare_qat
@@ -84,17 +83,6 @@ class TestQatConv2d:
         ):
             change()
             assert_same_bits(qat(x).detach(), copy.deepcopy(qat).pack()(x))
-
-    def test_compile_checkpointing_autocast(self, choice):
-        torch._dynamo.reset()
-        qat, x = prepared(choice).train(), torch.randn(2, 6, 9, 9)
-        y = torch.compile(qat, fullgraph=True, backend="aot_eager")(x)
-        torch.testing.assert_close(y, qat(x))
-        (expected,) = torch.autograd.grad(qat(x).sum(), qat.weight)
-        again = checkpoint(qat, x, use_reentrant=False)
-        assert_same_bits(torch.autograd.grad(again.sum(), qat.weight)[0], expected)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert qat(x).dtype == qat.eval()(x).dtype == torch.bfloat16
 
     def test_a_network_trains_and_converts(self, choice, tmp_path):
         model = nn.Sequential(
