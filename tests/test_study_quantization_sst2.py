@@ -28,7 +28,7 @@ from benchmarks.quantization.sst2 import (
 )
 from benchmarks.sst2 import Sst2
 
-AMOUNTS = Amounts(unlabelled=32, int8_updates=3, ternary_updates=2, dev=8)
+AMOUNTS = Amounts(calibration=32, dev=8, unlabelled=32, int8_updates=3, ternary_updates=2)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,6 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setattr(sst2, "load_encoder", lambda: make_encoder(layers=1))
     monkeypatch.setattr(study, "FOLDER", tmp_path)
     monkeypatch.setattr(study, "UNFINISHED", tmp_path / "unfinished")
-    monkeypatch.setattr(quantization, "CALIBRATION", 32)
     monkeypatch.setattr(quantization, "TERNARY", {"*encoder.layer.*": "ternary-twn", "*": "int8"})
     write_data(tmp_path)
     return tmp_path

@@ -42,7 +42,6 @@ from benchmarks.study import (
 BATCH = 32
 TEMPERATURE = 2.0
 WEIGHTS = {"soft": 1.0, "hard": 0.5, "hidden": 1.0, "attention": 5.0}
-CALIBRATION = 256  # phrases
 OBSERVERS = {
     kind.__name__: kind
     for kind in (
@@ -64,20 +63,26 @@ TRAINED = ("INT8 static, QAT", ALONE, DISTILLED)
 
 @dataclass(frozen=True)
 class Amounts:
-    """unlabelled: phrases that the distilled see beside the labelled ones; updates of each."""
+    """calibration: phrases that ranges and GPTQ are of. dev: phrases that the observer is chosen
+    on. unlabelled: phrases that the distilled see beside the labelled ones. Updates of each."""
 
+    calibration: int
+    dev: int
     unlabelled: int
     int8_updates: int
     ternary_updates: int
-    dev: int  # sentences that an observer is chosen on
 
 
 def amounts_of(arguments: argparse.Namespace) -> Amounts:
     if arguments.quick:
-        return Amounts(unlabelled=2000, int8_updates=5, ternary_updates=20, dev=100)
+        return Amounts(calibration=32, dev=100, unlabelled=2000, int8_updates=5, ternary_updates=10)
     if arguments.whole:  # no phrases without labels are left
-        return Amounts(unlabelled=0, int8_updates=600, ternary_updates=6000, dev=10**9)
-    return Amounts(unlabelled=16_000, int8_updates=40, ternary_updates=200, dev=500)
+        return Amounts(
+            calibration=1024, dev=10**9, unlabelled=0, int8_updates=600, ternary_updates=6000
+        )
+    return Amounts(
+        calibration=128, dev=500, unlabelled=16_000, int8_updates=20, ternary_updates=100
+    )
 
 
 def training_of(name: str, amounts: Amounts, seed: int) -> Training:
@@ -86,7 +91,7 @@ def training_of(name: str, amounts: Amounts, seed: int) -> Training:
     return Training(
         epochs=updates,
         steps=updates,
-        learning_rate=5e-4 if ternary else 2e-5,
+        learning_rate=3e-4 if ternary else 2e-5,
         decay="linear",
         precision="bf16",
         seed=seed,
@@ -277,11 +282,11 @@ def main() -> None:
         data = replace(data, test=data.test.rows(slice(None, None, 4)))
     settings = {"labelled": len(data.labelled), "teacher": asdict(scale.teacher)}
     settings |= {"amounts": asdict(amounts), "weights": WEIGHTS, "temperature": TEMPERATURE}
-    settings |= {"calibration": CALIBRATION, "ternary": TERNARY, "batch": BATCH}
+    settings |= {"ternary": TERNARY, "batch": BATCH}
     settings |= {name: asdict(training_of(name, amounts, 0)) for name in TRAINED}
     parts = 2 + len(SEEDS) * (1 + len(AFTER_TRAINING) + len(TRAINED))
     study = Study("quantization-sst2", arguments, parts, settings)
-    calibration, found, models = data.calibration(CALIBRATION), {}, {}
+    calibration, found, models = data.calibration(amounts.calibration), {}, {}
     for seed in SEEDS:
         training = replace(scale.teacher, seed=seed)
         part = partial(lambda of: of_float(data.teacher(of), data.test), training)
@@ -300,12 +305,13 @@ def main() -> None:
     }
     notes = (
         f"The float models are MiniLM-L6 fine-tuned on {len(data.labelled)} labelled phrases. "
-        f"Static ranges are by {chosen['observer']}, over {CALIBRATION} phrases. What is trained "
-        f"has {amounts.int8_updates} (INT8) or {amounts.ternary_updates} (ternary) updates of "
-        f"{BATCH} phrases, the distilled also sees {amounts.unlabelled} without label. Ternary are "
-        "the linear layers of the encoder; the word embeddings, half of the weights, stay in float "
-        "and are most of the bytes. The published models are larger and have all labels and far "
-        "longer training; TernaryBERT's embeddings are ternary, too."
+        f"Static ranges are by {chosen['observer']}, over {amounts.calibration} phrases. What is "
+        f"trained has {amounts.int8_updates} (INT8) or {amounts.ternary_updates} (ternary) updates "
+        f"of {BATCH} phrases, the distilled also sees {amounts.unlabelled} without label; ternary "
+        "weights begin half way between the float ones and those of GPTQ. Ternary are the linear "
+        "layers of the encoder; the word embeddings, half of the weights, stay in float and are "
+        "most of the bytes. The published models are larger and have all labels and far longer "
+        "training; TernaryBERT's embeddings are ternary, too."
     )
     study.finish(rows_of(results, facts), notes=notes)
 
