@@ -53,6 +53,27 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def assert_within_sum_bound(actual: Tensor, expected: Tensor, magnitude: Tensor, k: int) -> None:
+    """What a float op gives [M, N], against the sum in float64, and `magnitude`, sum |x w|.
+
+    The bound on the sum is 4 * eps * sqrt(K) * sum |x w|, then comes one fp32 rounding with the
+    bias and one to the output's dtype. NaN and infinity must be exactly where they are expected.
+    """
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape == magnitude.shape
+    eps = torch.finfo(torch.float32).eps
+    # A sum that leaves the range of fp32 on its way may end anywhere.
+    certain = ~(magnitude.isfinite() & (magnitude > torch.finfo(torch.float32).max))
+    finite = certain & expected.isfinite()
+    result = expected.double().abs()
+    bound = 4 * eps * k**0.5 * magnitude + eps * result
+    bound += torch.finfo(actual.dtype).eps * result + torch.finfo(actual.dtype).tiny
+    error = (actual.double() - expected.double()).abs()
+    assert (error[finite] <= bound[finite]).all(), (error / bound)[finite].max()
+    special = certain & ~finite
+    torch.testing.assert_close(actual[special], expected[special], rtol=0, atol=0, equal_nan=True)
+
+
 def exact_sparse24_inputs(
     m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

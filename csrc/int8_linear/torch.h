@@ -8,16 +8,22 @@
 
 namespace trine {
 
-// The packed width of a row, if the weight fits rows of `k` columns.
-inline int64_t check_int8_weight(const char* op, int64_t k, const Tensor& packed_weight,
-                                 const Tensor& weight_scale) {
+// The packed width of a row, if a weight of int8 fits rows of `k` columns.
+inline int64_t check_packed_int8(const char* op, int64_t k, const Tensor& packed_weight) {
   check_dtype(packed_weight, ScalarType::Char, "int8", op, "packed_weight");
-  check_dtype(weight_scale, ScalarType::Float, "float32", op, "weight_scale");
   check(packed_weight.dim() == 2, op, ": packed_weight must be [N, 16 * ceil(K / 16)]");
-  const int64_t n = packed_weight.size(0), packed_k = round_up(k, kInt8Chunk);
+  const int64_t packed_k = round_up(k, kInt8Chunk);
   check(packed_weight.size(1) == packed_k, op, ": x has K = ", k,
         " columns, which needs a packed_weight of ", packed_k, " columns; it has ",
         packed_weight.size(1));
+  return packed_k;
+}
+
+// The same, if there is one scale for each of its rows, too.
+inline int64_t check_int8_weight(const char* op, int64_t k, const Tensor& packed_weight,
+                                 const Tensor& weight_scale) {
+  const int64_t packed_k = check_packed_int8(op, k, packed_weight), n = packed_weight.size(0);
+  check_dtype(weight_scale, ScalarType::Float, "float32", op, "weight_scale");
   check(weight_scale.dim() == 1 && weight_scale.size(0) == n, op, ": weight_scale must be [", n,
         "], one scale per row of packed_weight");
   return packed_k;

@@ -39,19 +39,6 @@
 namespace trine {
 namespace {
 
-// Calls run(pointer) with `data` as a pointer to its type.
-template <class Run>
-void with_type(const void* data, FloatType type, const Run& run) {
-  switch (type) {
-    case FloatType::float32:
-      return run(static_cast<const float*>(data));
-    case FloatType::bfloat16:
-      return run(static_cast<const bfloat16*>(data));
-    case FloatType::float16:
-      return run(static_cast<const float16*>(data));
-  }
-}
-
 // One chunk of columns, of which `count` exist.
 template <class Simd, class T>
 void widen_chunk(const T* x, int64_t count, float* to) {

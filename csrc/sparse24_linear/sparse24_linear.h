@@ -26,6 +26,7 @@
 
 #include <cstdint>
 
+#include "common/float_rows.h"
 #include "common/isa.h"
 #include "common/linear.h"
 
@@ -43,14 +44,6 @@ inline constexpr int64_t kSparse24Int8MaxK = 131072;
 // bf16: 1.5 and 2.2 times as fast as with lines 1 KiB ahead in each row; 8 KiB and 32 KiB are
 // worse.
 inline constexpr int64_t kAheadBytes = 16 << 10;
-
-// Activations as they come.
-struct FloatRows {
-  const char* data;
-  int64_t row_bytes;
-  int64_t m, k;
-  FloatType type;
-};
 
 // Activations widened to fp32, in blocks of `block` rows, each column by column:
 //   x[m][column] = data[(m / block) * block * columns + column * block + m % block]

@@ -1,6 +1,7 @@
 // What ternary_linear checks alike on every device. Only torch*.cpp files include this.
 #pragma once
 
+#include "common/groups.h"
 #include "common/torch_linear.h"
 #include "ternary_linear/ternary_linear.h"
 
@@ -12,13 +13,8 @@ struct TernaryShape {
 
 // The group size that the shape of `weight_scale` means, 0 for one scale per row or per tensor.
 inline int64_t read_group_size(const char* op, const Tensor& weight_scale, int64_t n, int64_t k) {
-  if (weight_scale.dim() == 2 && weight_scale.size(0) == n) {
-    const int64_t groups = weight_scale.size(1);
-    check(groups > 0 && k > 0 && k % groups == 0 && k / groups % kTernaryChunk == 0, op,
-          ": weight_scale has ", groups, " groups per row, which must cut K = ", k,
-          " into groups of a multiple of ", kTernaryChunk, " values");
-    return k / groups;
-  }
+  if (weight_scale.dim() == 2 && weight_scale.size(0) == n)
+    return check_groups(op, weight_scale.size(1), k);
   const bool per_tensor = weight_scale.dim() <= 1 && weight_scale.numel() == 1;
   const bool per_row = weight_scale.dim() == 1 && weight_scale.size(0) == n;
   check(per_tensor || per_row, op, ": weight_scale must hold one value, [", n,

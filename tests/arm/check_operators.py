@@ -21,7 +21,13 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "build/arm/operators"
 sys.path.insert(0, str(ROOT / "tests"))
-from linear_inputs import DTYPES, SHAPES, assert_same_bits, difficult_rows  # noqa: E402
+from linear_inputs import (  # noqa: E402
+    DTYPES,
+    SHAPES,
+    assert_same_bits,
+    assert_within_sum_bound,
+    difficult_rows,
+)
 
 
 def reference(op: str) -> types.ModuleType:
@@ -38,6 +44,7 @@ OPS = (
     "rms_norm_quantize_rows",
     "int8_conv2d",
     "int8_linear",
+    "int8_weight_linear",
     "ternary_linear",
     "sparse24_linear",
     "ternary24_linear",
@@ -48,6 +55,7 @@ OPS = (
     rms_norm,
     int8_conv2d,
     int8_linear,
+    int8_weight_linear,
     ternary_linear,
     sparse24_linear,
     ternary24_linear,
@@ -214,6 +222,29 @@ def calls_of_int8_linear() -> Iterator[Call]:
         yield call(torch.full((m, 2048), -300.0), packed, torch.ones(5), None, (1.0, 127))
 
 
+def calls_of_int8_weight_linear() -> Iterator[Call]:
+    def call(x, packed, scale, bias=None, threads=1) -> Call:
+        y = int8_weight_linear.int8_weight_linear(x, packed, scale, bias)
+        dense = int8_weight_linear.dequantised(packed, scale, x.shape[1])
+        magnitude = x.double().abs() @ dense.abs().T
+
+        def check(result: bytes) -> None:
+            assert_within_sum_bound(as_tensor(result, y), y, magnitude, x.shape[1])
+
+        return Call("int8_weight_linear", (x, packed, scale, bias), check, threads=threads)
+
+    for shape, dtype, bias, threads in linear_cases():
+        x, *weight = int8_weight_linear.example_inputs(*shape, dtype, bias)
+        yield call(padded(x) if bias else x, *weight, threads=threads)
+    for m, n, k, groups in ((1, 5, 64, 1), (2, 17, 256, 4), (7, 33, 384, 3), (30, 20, 1280, 20)):
+        for dtype in DTYPES:
+            inputs = int8_weight_linear.example_inputs(m, n, k, dtype, True, groups)
+            yield call(*inputs, threads=m % 3 + 1)
+    for k, dtype, repeats in product((1, 37, 130), DTYPES, (1, 5)):
+        _, *weight = int8_weight_linear.example_inputs(1, 7, k, dtype)
+        yield call(difficult_rows(k, dtype).repeat(repeats, 1), *weight)
+
+
 def calls_of_int8_conv2d() -> Iterator[Call]:
     """General, depthwise, grouped; both orders in memory; dynamic and static activations."""
     shapes = (  # B, C, N, kernel, groups, stride, padding, dilation, H, W
@@ -300,21 +331,10 @@ def calls_of_ternary24_linear() -> Iterator[Call]:
 
 
 def within_bound(x: Tensor, values: Tensor, indices: Tensor, expected: Tensor):
-    """|error| <= 4 eps sqrt(K) sum |x w|, one rounding with the bias, one to the output's dtype."""
-    eps = torch.finfo(torch.float32).eps
     magnitude = sparse24_linear.sparse_product(x.abs(), values.abs(), indices)
 
     def check(result: bytes) -> None:
-        actual = as_tensor(result, expected)
-        # A sum that leaves the range of fp32 on its way may end anywhere.
-        certain = ~(magnitude.isfinite() & (magnitude > torch.finfo(torch.float32).max))
-        finite = certain & expected.isfinite()
-        size = expected.double().abs()
-        bound = 4 * eps * x.shape[1] ** 0.5 * magnitude + eps * size
-        bound += torch.finfo(x.dtype).eps * size + torch.finfo(x.dtype).tiny
-        error = (actual.double() - expected.double()).abs()
-        assert (error[finite] <= bound[finite]).all(), (error / bound)[finite].max()
-        assert_same_bits(actual[certain & ~finite], expected[certain & ~finite])
+        assert_within_sum_bound(as_tensor(result, expected), expected, magnitude, x.shape[1])
 
     return check
 

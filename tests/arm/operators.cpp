@@ -134,7 +134,8 @@ std::vector<Tensor> run(const Call& call) {
                            pair(0), pair(2), pair(4), number(6), number(7) != 0, call.tensors.at(4),
                            call.tensors.at(5))};
   }
-  if (call.op == "ternary_linear" || call.op == "ternary24_linear")
+  if (call.op == "ternary_linear" || call.op == "ternary24_linear" ||
+      call.op == "int8_weight_linear")
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
         call.op)(call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3))};
   if (call.op == "sparse24_linear")

@@ -8,6 +8,7 @@
 
 #include "common/float_types.h"
 #include "int8_linear/int8_linear.h"
+#include "int8_weight_linear/int8_weight_linear.h"
 #include "quantize_rows/quantize_rows.h"
 #include "sparse24_linear/sparse24_linear.h"
 #include "ternary24_linear/ternary24_linear.h"
@@ -148,6 +149,22 @@ Call int8_linear(const Shape& shape, ScalarType type, int variant, Values values
     return std::vector{registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&,
                                             const Optional&, const Optional&, const Optional&)>(
         "int8_linear")(x, packed, scale, bias, input_scale, zero_point)};
+  };
+}
+
+// 0: a scale per row; 1: strided, no bias; 2: groups of 64, where they fit.
+Call int8_weight_linear(const Shape& shape, ScalarType type, int variant, Values values) {
+  const auto [m, n, k] = shape;
+  const Tensor x = float_rows(m, k, type, variant == 1 ? 3 : 0, values);
+  const Tensor packed = int8_rows(n, k, trine::round_up(k, trine::kInt8WeightChunk), values);
+  Tensor::Sizes scales{n};
+  if (variant == 2 && k > 0 && k % 64 == 0) scales = {n, k / 64};
+  const Tensor scale = floats(scales, ScalarType::Float, values);
+  const Optional bias = bias_of(n, type, variant != 1, values);
+  return [=] {
+    return std::vector{
+        registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
+            "int8_weight_linear")(x, packed, scale, bias)};
   };
 }
 
@@ -323,6 +340,7 @@ const std::vector<Op> kOps{
     {"quantize_rows", 2, quantize_rows, {{0, trine::kQuantizeRowsMaxK}}},
     {"rms_norm_quantize_rows", 3, rms_norm_quantize_rows, {}},
     {"int8_linear", 4, int8_linear, {{0, trine::kInt8MaxK}, {2, trine::kInt8MaxKStatic}}},
+    {"int8_weight_linear", 3, int8_weight_linear, {}},
     {"int8_conv2d", 3, int8_conv2d, {}},
     {"ternary_linear", 4, ternary_linear, {{0, trine::kTernaryMaxK}}},
     {"sparse24_linear", 4, sparse24_linear, {{3, trine::kSparse24Int8MaxK}}},

@@ -2,6 +2,7 @@
 
 from trine.ops.int8_conv2d import int8_conv2d, pack_conv2d, unpack_conv2d
 from trine.ops.int8_linear import int8_linear, pack_int8, unpack_int8
+from trine.ops.int8_weight_linear import int8_weight_linear
 from trine.ops.linear_softmax_kl import linear_softmax_kl
 from trine.ops.quantize_rows import quantize_rows
 from trine.ops.quantized_rows import QuantizedRows
@@ -15,6 +16,7 @@ __all__ = [
     "QuantizedRows",
     "int8_conv2d",
     "int8_linear",
+    "int8_weight_linear",
     "linear_softmax_kl",
     "pack_conv2d",
     "pack_int8",

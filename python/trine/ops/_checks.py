@@ -39,6 +39,16 @@ def check_quantized_rows(
     _check_k(op, q.shape[1], max_k)
 
 
+def check_groups(op: str, weight_scale: Tensor, k: int) -> None:
+    """Raise ValueError unless the columns of `weight_scale` [N, groups] cut K into such groups."""
+    groups = weight_scale.shape[1]
+    if groups == 0 or k == 0 or k % groups or k // groups % 64:
+        raise ValueError(
+            f"{op}: weight_scale has {groups} groups per row, which must cut K = {k} into groups "
+            "of a multiple of 64 values"
+        )
+
+
 def check_one_device(op: str, *tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on one device.
 

@@ -33,6 +33,14 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def scaled_by_groups(codes: Tensor, weight_scale: Tensor) -> Tensor:
+    """`codes` [N, K] times their scales: one value, [N], or [N, groups] of consecutive columns."""
+    if weight_scale.dim() < 2:
+        return codes * weight_scale.reshape(-1, 1)
+    by_group = codes.unflatten(1, (weight_scale.shape[1], -1))
+    return (by_group * weight_scale[:, :, None]).flatten(1)
+
+
 def linear_with_gradient(
     run: Callable[..., Tensor],
     dense_weight: Callable[..., Tensor],

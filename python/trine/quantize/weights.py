@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trine.ops import quantize_rows
+from trine.ops._linear import scaled_by_groups
 from trine.ops.quantize_rows import reference
 from trine.quantize.groups import split_group
 
@@ -157,9 +158,4 @@ def weight_rule(choice: str) -> WeightRule:
 
 def dense(values: Tensor, scale: Tensor | None) -> Tensor:
     """The float32 weight [N, K] that values and scale [1], [N] or [N, groups] stand for."""
-    if scale is None:
-        return values.float()
-    if scale.dim() < 2:
-        return values * scale[:, None]
-    by_group = values.unflatten(1, (scale.shape[1], -1))
-    return (by_group * scale[:, :, None]).flatten(1)
+    return values.float() if scale is None else scaled_by_groups(values, scale)

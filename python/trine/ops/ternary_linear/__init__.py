@@ -5,12 +5,18 @@ from torch import Tensor
 
 from trine import _library  # noqa: F401  (registers the operator)
 from trine.ops._checks import (
+    check_groups,
     check_one_device,
     check_quantized_rows,
     check_rows,
     explain_missing_kernel,
 )
-from trine.ops._linear import in_autocast_dtype, linear_with_gradient, needs_grad
+from trine.ops._linear import (
+    in_autocast_dtype,
+    linear_with_gradient,
+    needs_grad,
+    scaled_by_groups,
+)
 from trine.ops.quantized_rows import QuantizedRows
 from trine.ops.ternary_linear.pack import pack_ternary, unpack_ternary
 
@@ -68,10 +74,7 @@ def _run(x: Tensor, bias: Tensor | None, packed_weight: Tensor, weight_scale: Te
 
 def _dense_weight(k: int, packed_weight: Tensor, weight_scale: Tensor) -> Tensor:
     """The dense float32 [N, K] that a packed weight and its scales stand for."""
-    values = unpack_ternary(packed_weight, k)
-    if weight_scale.dim() == 2:
-        return values * weight_scale.repeat_interleave(k // weight_scale.shape[1], 1)
-    return values * weight_scale.reshape(-1, 1)
+    return scaled_by_groups(unpack_ternary(packed_weight, k), weight_scale)
 
 
 @torch.library.register_fake("trine::ternary_linear")
@@ -102,12 +105,7 @@ def _check_weight(k: int, packed_weight: Tensor, weight_scale: Tensor, bias: Ten
         f"x has K = {k} columns, which does not fit a packed_weight of {words} columns",
     )
     if weight_scale.dim() == 2 and weight_scale.shape[0] == n:
-        groups = weight_scale.shape[1]
-        _check(
-            groups > 0 and k > 0 and k % groups == 0 and k // groups % 64 == 0,
-            f"weight_scale has {groups} groups per row, which must cut K = {k} into groups of a "
-            "multiple of 64 values",
-        )
+        check_groups("ternary_linear", weight_scale, k)
     else:
         _check(
             weight_scale.dim() <= 1 and weight_scale.numel() in (1, n),
