@@ -45,7 +45,10 @@ from benchmarks.linear_cases import LAYERS, ROWS
 from benchmarks.linear_cases import comparisons as linear_comparisons
 from benchmarks.measure import in_turns
 
-LINEAR = ("ternary_linear", "int8_linear", "sparse24_linear", "ternary24_linear")
+LINEAR = (
+    *("ternary_linear", "int8_linear", "int8_weight_linear"),
+    *("sparse24_linear", "ternary24_linear"),
+)
 OTHER = (
     "quantize_rows",
     "softmax_kl",

@@ -57,8 +57,10 @@ def assert_equal_models(a: nn.Module, b: nn.Module) -> None:
 
 # ---- there and back ----
 
+PACKED_CHOICES = ("int8", "int8-weight", "ternary", "sparse24", "sparse24-int8", "ternary24")
 
-@pytest.mark.parametrize("choice", ["int8", "ternary", "sparse24", "sparse24-int8", "ternary24"])
+
+@pytest.mark.parametrize("choice", PACKED_CHOICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("factory", [True, False])
 def test_the_same_bits_after_loading(tmp_path, choice, dtype, factory):
@@ -77,7 +79,7 @@ def test_the_same_bits_after_loading(tmp_path, choice, dtype, factory):
 
 def test_the_same_bits_in_a_fresh_process_under_any_number_of_threads(tmp_path):
     expected = {}
-    for choice in ("int8", "ternary", "sparse24", "sparse24-int8", "ternary24"):
+    for choice in PACKED_CHOICES:
         small, inputs = compressed(mlp(), Recipe(choice)), {"input": torch.randn(9, 12)}
         trine.save(small, tmp_path / f"{choice}.trine")
         torch.save(inputs, tmp_path / f"{choice}.inputs")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trine.export import to_onnx
 from trine.nn import (
     Int8Linear,
+    Int8WeightLinear,
     NormedTernaryLinear,
     Sparse24Linear,
     TernaryLinear,
@@ -99,6 +100,15 @@ def test_a_model_gives_equal_bits_and_keeps_two_bits_a_weight(tmp_path):
     assert path.stat().st_size < packed + 16_000  # unpacked to int8 it were 196,608 more
     assert list(tmp_path.iterdir()) == [path]
     assert b".py" not in path.read_bytes()  # no paths of the machine that wrote it
+
+
+@pytest.mark.parametrize("group", [None, 64])
+def test_weight_only_int8_is_a_product_with_its_dequantised_weight(group, tmp_path):
+    layer = Int8WeightLinear.from_linear(nn.Linear(192, 65), group=group).eval()
+    to_onnx(layer, tmp_path / "m.onnx", torch.randn(2, 192), dynamic_shapes=({0: BATCH},))
+    x = torch.randn(30, 192)
+    torch.testing.assert_close(_run(_session(tmp_path / "m.onnx"), x), layer(x))
+    assert (tmp_path / "m.onnx").stat().st_size < sum(b.nbytes for b in layer.buffers()) + 8_000
 
 
 def test_static_int8_is_quantise_and_dequantise_around_a_product(tmp_path):

@@ -13,7 +13,7 @@ from trine.quantize import QatLinear, gptq, post_training, prepare_qat, ste_bias
 from trine.quantize.groups import split_group
 from trine.quantize.weights import weight_rule
 
-CHOICES = ("ternary-g64", "ternary-twn-g128")
+CHOICES = ("ternary-g64", "ternary-twn-g128", "int8-weight-g128")
 
 
 def by_hand(choice: str, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -23,7 +23,10 @@ def by_hand(choice: str, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for row, group in np.ndindex(scales.shape):
         columns = slice(group * int(size), (group + 1) * int(size))
         part = weight[row, columns]
-        if base == "ternary":
+        if base == "int8-weight":
+            scale = np.abs(part).max() / 127
+            codes[row, columns] = np.round(part / scale)
+        elif base == "ternary":
             scale = np.mean(np.abs(part))
             codes[row, columns] = np.clip(np.round(part / scale), -1, 1)
         else:
@@ -117,7 +120,11 @@ def test_in_training_and_after_it(choice, dtype):
     converted = trine.convert(qat.eval())
     assert converted.granularity == split_group(choice)[1]
     assert_same_bits(qat(x).detach(), converted(x))
-    assert_same_bits(in_training.detach(), converted(x))  # sums of integers, in the kernel's order
+    if choice.startswith("ternary"):  # sums of integers, in the kernel's order
+        assert_same_bits(in_training.detach(), converted(x))
+    else:
+        error = (in_training - converted(x)).float().norm()
+        assert error <= max(1e-5, torch.finfo(dtype).eps) * converted(x).float().norm()
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -127,8 +134,10 @@ def test_the_gradient_passes_straight_through_against_float64(choice):
     qat(x).backward(grad_y)
     codes, scale = by_hand(choice, qat.weight.detach().double().numpy())
     dense = torch.from_numpy(codes * scale.repeat(split_group(choice)[1], 1))
-    step = x.detach().double().abs().amax(1, keepdim=True) / 127
-    rows = (x.detach().double() / step).round() * step
+    rows = x.detach().double()
+    if choice.startswith("ternary"):
+        step = rows.abs().amax(1, keepdim=True) / 127
+        rows = (rows / step).round() * step
     for found, expected in (
         (x.grad, grad_y.double() @ dense),
         (qat.weight.grad, grad_y.double().T @ rows),
@@ -136,12 +145,13 @@ def test_the_gradient_passes_straight_through_against_float64(choice):
         assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
-def test_after_training_by_gptq_against_inverses_taken_anew():
+@pytest.mark.parametrize(("choice", "largest"), [("ternary-g64", 1), ("int8-weight-g64", 127)])
+def test_after_training_by_gptq_against_inverses_taken_anew(choice, largest):
     weight = spread(5, 128)
     x = torch.randn(600, 128).double() @ (torch.eye(128) + 0.3 * torch.randn(128, 128)).double()
     gram = x.T @ x
-    codes, scale = gptq("ternary-g64", weight, gram)
-    steps = np.repeat(by_hand("ternary-g64", weight.double().numpy())[1], 64, 1)
+    codes, scale = gptq(choice, weight, gram)
+    steps = np.repeat(by_hand(choice, weight.double().numpy())[1], 64, 1)
 
     damped = gram.numpy() + 0.01 * gram.diagonal().mean().item() * np.eye(128)
     left, current, expected = [], weight.double().numpy().copy(), np.zeros((5, 128))
@@ -149,7 +159,7 @@ def test_after_training_by_gptq_against_inverses_taken_anew():
     while left:
         inverse = np.linalg.inv(damped[np.ix_(left, left)])
         j = left[0]
-        expected[:, j] = np.clip(np.round(current[:, j] / steps[:, j]), -1, 1)
+        expected[:, j] = np.clip(np.round(current[:, j] / steps[:, j]), -largest, largest)
         error = (current[:, j] - expected[:, j] * steps[:, j]) / inverse[0, 0]
         current[:, left] -= error[:, None] * inverse[0]
         left.pop(0)
@@ -157,14 +167,14 @@ def test_after_training_by_gptq_against_inverses_taken_anew():
     np.testing.assert_allclose(scale.numpy(), steps[:, ::64], rtol=1e-6)
 
 
+@pytest.mark.parametrize("choice", ["ternary", "int8-weight"])
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_post_training_packs_groups(rounding):
+def test_post_training_packs_groups(rounding, choice):
     model, x = network(), torch.randn(300, 192)
-    recipe = Recipe({"3": "float", "*": "ternary-g64"})
-    small = post_training(model, recipe, x, rounding=rounding, correct_bias=True)
-    coarse = post_training(
-        model, Recipe({"3": "float", "*": "ternary"}), x, rounding=rounding, correct_bias=True
-    )
+    how = {"rounding": rounding, "correct_bias": True}
+    recipe = Recipe({"3": "float", "*": f"{choice}-g64"})
+    small = post_training(model, recipe, x, **how)
+    coarse = post_training(model, Recipe({"3": "float", "*": choice}), x, **how)
     assert small[0].weight_scale.shape == (128, 3)
     errors = [(made(x) - model(x)).norm() for made in (small, coarse)]
     assert errors[0] < errors[1]

@@ -8,7 +8,7 @@ from trine import nn as packed_nn
 from trine import ops
 from trine.quantize.qat import QatLinear
 
-CHOICES = ("int8", "ternary", "sparse24", "sparse24-int8", "ternary24")
+CHOICES = ("int8", "int8-weight", "ternary", "sparse24", "sparse24-int8", "ternary24")
 
 
 def packed(choice: str) -> packed_nn.PackedLinear:

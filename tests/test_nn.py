@@ -78,6 +78,40 @@ def test_ternary_granularities(isa, granularity, groups, bias):
     assert_same_bits(again(x), layer(x))
 
 
+@pytest.mark.parametrize(("granularity", "groups"), [("row", None), (64, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_weight_granularities(isa, granularity, groups, dtype):
+    n, k = 6, 192
+    linear = dense(k, n, dtype=dtype)
+    layer = packed_nn.Int8WeightLinear.from_linear(linear, group=None if groups is None else 64)
+    assert layer.granularity == granularity
+    assert layer.weight_scale.dtype == torch.float32
+    by_group = linear.weight.detach().double().reshape(n, groups or 1, -1)
+    step = by_group.abs().amax(2, keepdim=True) / 127
+    rounded = ((by_group / step).round() * step).reshape(n, k)
+    x = torch.randn(4, k).to(dtype)
+    expected = nn.functional.linear(x.double(), rounded, linear.bias.double())
+    assert relative_error(layer(x).double(), expected) < max(1e-6, torch.finfo(dtype).eps)
+
+    again = packed_nn.Int8WeightLinear(**json.loads(json.dumps(layer.config())))
+    again.load_state_dict(layer.state_dict())
+    assert_same_bits(again(x), layer(x))
+
+
+def test_int8_weight_errors():
+    for granularity in ("tensor", 63, 100, 0, 128):
+        with pytest.raises(ValueError, match="must be 'row' or a multiple of 64 that divides"):
+            packed_nn.Int8WeightLinear(192, 4, granularity=granularity)
+    with pytest.raises(ValueError, match="granularity is 128"):
+        packed_nn.Int8WeightLinear.from_linear(nn.Linear(192, 4), group=128)
+    codes = torch.zeros(6, 192, dtype=torch.int8)
+    for shape in ((5,), (1,), (6, 5), (5, 3), ()):
+        with pytest.raises(ValueError, match="weight_scale has shape"):
+            packed_nn.Int8WeightLinear.from_codes(codes, torch.ones(shape))
+    with pytest.raises(ValueError, match="bias has shape"):
+        packed_nn.Int8WeightLinear.from_codes(codes, torch.ones(6), torch.zeros(5))
+
+
 def test_ternary_errors():
     for granularity in ("column", 63, 100, 0, 128):
         with pytest.raises(ValueError, match="granularity is"):

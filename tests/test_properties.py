@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trine import backends, ops
 from trine.nn import PackedLinear, pack_linear
 
-LINEAR = ("int8", "ternary", "sparse24", "sparse24-int8", "ternary24")
+LINEAR = ("int8", "int8-weight", "ternary", "sparse24", "sparse24-int8", "ternary24")
 EXACT = ("int8", "ternary", "sparse24-int8", "ternary24")
 THREADS = (1, 2, 3, 7, 16)
 

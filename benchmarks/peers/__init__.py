@@ -59,5 +59,7 @@ PEERS = [
     Peer("ONNX Runtime u8", "int8", partial(onnx_int8, "QUInt8"), 8),
     Peer("ggml Q8_0", "int8", partial(ggml, "Q8_0"), 8.5),
     Peer("ggml TQ2_0", "ternary", _ggml_ternary, 66 / 32, stands_for=_ternary),
+    Peer("torch._weight_int8pack_mm", "int8 weight", linear.weight_int8pack_mm, 8),
+    Peer("torchao weight-only", "int8 weight", linear.torchao_int8_weight, 8),
     Peer("torch CSR", "sparse", linear.csr, 32, stands_for=lambda weight: sparse24(weight)[0]),
 ]

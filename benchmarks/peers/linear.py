@@ -71,6 +71,30 @@ def torchao_int8(weight: Tensor, copies: int, threads: int) -> list[Bind]:
     return [_bind(torchao_layer(weight)) for _ in range(copies)]
 
 
+def weight_int8pack_mm(weight: Tensor, copies: int, threads: int) -> list[Bind]:
+    """PyTorch's weight-only INT8, which takes bf16 activations and a scale for each row."""
+    scale = weight.abs().amax(1) / 127
+    codes = torch.round(weight / scale[:, None]).to(torch.int8)
+
+    def bind(codes: Tensor, x: Tensor) -> Callable[[], Tensor]:
+        return partial(torch._weight_int8pack_mm, x.bfloat16(), codes, scale.bfloat16())
+
+    return [partial(bind, codes.clone()) for _ in range(copies)]
+
+
+def torchao_int8_weight(weight: Tensor, copies: int, threads: int) -> list[Bind]:
+    """torchao's weight-only INT8 in eager mode, in bf16."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def bind(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+        return partial(layer, x.bfloat16())
+
+    models = [nn.Sequential(dense_layer(weight)).bfloat16() for _ in range(copies)]
+    for model in models:
+        quantize_(model, Int8WeightOnlyConfig())
+    return [partial(bind, model[0]) for model in models]
+
+
 def csr(weight: Tensor, copies: int, threads: int) -> list[Bind]:
     """torch.sparse: the product as its documentation writes it, weight first."""
     sparse = keep_two_of_four(weight)[0].to_sparse_csr()

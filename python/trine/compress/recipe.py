@@ -10,7 +10,10 @@ from typing import Any
 from trine.quantize.groups import split_group
 
 # What `compress` and `prepare_qat` can make of a layer, and what only training can.
-PACKED = ("int8", "ternary", "ternary-twn", "sparse24", "sparse24-int8", "ternary24")
+PACKED = (
+    *("int8", "int8-weight", "ternary", "ternary-twn"),
+    *("sparse24", "sparse24-int8", "ternary24"),
+)
 TRAINED = ("int8-static", "int8-lsq", "ternary-ttq")
 CHOICES = (*PACKED, *TRAINED, "float")
 OF_CONVOLUTIONS = ("int8", "int8-static", "float")
@@ -22,11 +25,12 @@ class Recipe:
     """Which compressed kind each linear layer and each 2-d convolution is meant to get.
 
     linear: one choice for every layer, or a mapping from patterns of layer names to choices, as in
-        ``{"lm_head": "float", "*.mlp.*": "sparse24", "*": "int8"}``. Choices are "int8", "ternary",
-        "ternary-twn", "sparse24", "sparse24-int8", "ternary24", "float" and, for `prepare_qat`
-        alone, "int8-static", "int8-lsq" and "ternary-ttq" (see `trine.quantize.QatLinear`).
-        "ternary" and "ternary-twn" may end in a group size, a multiple of 64, as in
-        "ternary-g128": so many columns of a row share one scale, not the whole weight.
+        ``{"lm_head": "float", "*.mlp.*": "sparse24", "*": "int8"}``. Choices are "int8",
+        "int8-weight" (activations stay floats), "ternary", "ternary-twn", "sparse24",
+        "sparse24-int8", "ternary24", "float" and, for `prepare_qat` alone, "int8-static",
+        "int8-lsq" and "ternary-ttq" (see `trine.quantize.QatLinear`). "int8-weight", "ternary" and
+        "ternary-twn" may end in a group size, a multiple of 64, as in "ternary-g128": so many
+        columns of a row share one scale, not the whole row or weight.
         Patterns are those of fnmatch, case-sensitive, tried in order: the first that matches the
         layer's whole name decides. A layer that none matches stays float.
     conv: the same for nn.Conv2d: "int8", "int8-static" or "float". `compress` leaves convolutions

@@ -35,6 +35,19 @@ def int8_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
     return _as(_int8(rows, x_scale, q.shape[-1], packed_weight, weight_scale, bias), dtype)
 
 
+def int8_weight_linear(x, packed_weight, weight_scale, bias=None):
+    k = x.shape[-1]
+    if len(weight_scale.shape) == 1:
+        weight = op.DequantizeLinear(_int8_weight(packed_weight, k), weight_scale, axis=1)
+    else:  # that of groups is younger than this opset
+        n, groups = weight_scale.shape
+        shape = op.Constant(value_ints=[n, groups, k // groups])
+        codes = op.Reshape(op.Cast(_columns(packed_weight, k), to=_FLOAT), shape)
+        scaled = op.Mul(codes, op.Unsqueeze(weight_scale, _last()))
+        weight = op.Transpose(op.Reshape(scaled, op.Constant(value_ints=[n, k])))
+    return _as(_add(op.MatMul(_wide(x), weight), bias), x.dtype)
+
+
 def ternary_linear(x, packed_weight, weight_scale, bias=None):
     y = _ternary(*_quantize(_wide(x)), x.shape[-1], packed_weight, weight_scale, bias)
     return _as(y, x.dtype)
@@ -75,7 +88,7 @@ def rms_norm_quantize_rows(x, weight, eps):
 def translation_table() -> dict[Callable, Callable]:
     """For torch.onnx.export's `custom_translation_table`."""
     translated = (
-        *(int8_linear, int8_linear_rows),
+        *(int8_linear, int8_linear_rows, int8_weight_linear),
         *(ternary_linear, ternary_linear_rows),
         *(quantize_rows, rms_norm_quantize_rows),
     )

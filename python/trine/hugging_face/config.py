@@ -23,7 +23,8 @@ class TrineConfig(QuantizationConfigMixin):
 
     Args:
         linear: as in `trine.Recipe`: one choice for every layer, of those that need no training
-            ("int8", "ternary", "ternary-twn", "sparse24", "sparse24-int8", "ternary24"), or a
+            ("int8", "int8-weight", "ternary", "ternary-twn", "sparse24", "sparse24-int8",
+            "ternary24", and with a group size, as in "int8-weight-g128"), or a
             mapping from patterns of layer names to choices.
         modules_to_not_convert: names of modules that stay float, as in transformers' other
             configurations; None is transformers' own choice, the output layer and tied weights.

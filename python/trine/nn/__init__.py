@@ -5,6 +5,7 @@ from torch import nn
 from trine.nn.clustered import ClusteredEmbedding, ClusteredLinear
 from trine.nn.int8 import Int8Linear
 from trine.nn.int8_conv import Int8Conv2d
+from trine.nn.int8_weight import Int8WeightLinear
 from trine.nn.low_rank import LowRankConv2d, LowRankLinear
 from trine.nn.low_rank_embedding import LowRankEmbedding
 from trine.nn.normed_ternary import NormedTernaryLinear
@@ -21,6 +22,7 @@ __all__ = [
     "ClusteredLinear",
     "Int8Conv2d",
     "Int8Linear",
+    "Int8WeightLinear",
     "LowRankConv2d",
     "LowRankEmbedding",
     "LowRankLinear",
@@ -42,6 +44,7 @@ layer_kinds: dict[str, type[PackedLinear]] = {
         TwoScaleTernaryLinear,
         NormedTernaryLinear,
         Int8Linear,
+        Int8WeightLinear,
         Sparse24Linear,
         Ternary24Linear,
     )
@@ -50,6 +53,7 @@ layer_kinds: dict[str, type[PackedLinear]] = {
 # What a recipe may choose for a layer: the class, and the options of its `from_linear`.
 _CHOICES: dict[str, tuple[type[PackedLinear], dict[str, str]]] = {
     "int8": (Int8Linear, {}),
+    "int8-weight": (Int8WeightLinear, {}),
     "ternary": (TernaryLinear, {}),
     "ternary-twn": (TernaryLinear, {"rule": "threshold"}),
     "sparse24": (Sparse24Linear, {"values": "float"}),
@@ -63,8 +67,9 @@ def pack_linear(linear: nn.Module, choice: str) -> PackedLinear:
 
     Args:
         linear: torch.nn.Linear or transformers' Conv1D, float32, bfloat16 or float16.
-        choice: "int8", "ternary", "ternary-twn", "sparse24", "sparse24-int8" or "ternary24"; the
-            ternary ones also with a group size, as in "ternary-g128".
+        choice: "int8", "int8-weight", "ternary", "ternary-twn", "sparse24", "sparse24-int8" or
+            "ternary24"; "int8-weight", "ternary" and "ternary-twn" also with a group size, as in
+            "ternary-g128".
 
     Raises ValueError for an unknown choice, and what `from_linear` raises.
     """

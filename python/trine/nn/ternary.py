@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trine.nn.codes import CodesLinear
+from trine.nn.codes import CodesLinear, granularity_of, shape_of_scale
 from trine.nn.packed import dense_parts
 from trine.ops import pack_ternary, ternary_linear, unpack_ternary
 from trine.ops.ternary_linear.pack import CHUNK
@@ -46,7 +46,7 @@ class TernaryLinear(CodesLinear):
         super().__init__(in_features, out_features, dtype)
         self.granularity = granularity
         words = CHUNK // 16 * -(-in_features // CHUNK)
-        scale_shape = _scale_shape(granularity, out_features, in_features)
+        scale_shape = shape_of_scale("TernaryLinear", granularity, out_features, in_features)
         self._add_buffer("packed_weight", (out_features, words), torch.int32, device)
         self._add_buffer("weight_scale", scale_shape, torch.float32, device)
         self._add_buffer("bias", (out_features,) if bias else None, self._dtype, device)
@@ -71,7 +71,7 @@ class TernaryLinear(CodesLinear):
             raise ValueError(f"TernaryLinear: rule is {rule!r}; it must be one of {list(rules)}")
         weight, bias = dense_parts(linear)
         if group is not None:
-            _scale_shape(group, *weight.shape)  # raises where it is no group size
+            shape_of_scale("TernaryLinear", group, *weight.shape)  # raises where it is none
         return cls.from_codes(*rules[rule](weight, group), bias, dtype=weight.dtype)
 
     def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,28 +86,4 @@ class TernaryLinear(CodesLinear):
 
     @staticmethod
     def _granularity_of(weight_scale: Tensor, n: int, k: int) -> str | int:
-        shape = tuple(weight_scale.shape)
-        if shape == (1,):
-            return "tensor"
-        if shape == (n,):
-            return "row"
-        if len(shape) == 2 and shape[0] == n and shape[1] > 0 and k % shape[1] == 0:
-            return k // shape[1]
-        raise ValueError(
-            f"TernaryLinear: weight_scale has shape {list(shape)}, expected [1], [{n}] or "
-            f"[{n}, groups] with groups that divide in_features = {k}"
-        )
-
-
-def _scale_shape(granularity: str | int, n: int, k: int) -> tuple[int, ...]:
-    if granularity == "tensor":
-        return (1,)
-    if granularity == "row":
-        return (n,)
-    is_group = isinstance(granularity, int) and granularity > 0 and granularity % CHUNK == 0
-    if is_group and k > 0 and k % granularity == 0:
-        return (n, k // granularity)
-    raise ValueError(
-        f"TernaryLinear: granularity is {granularity!r}; it must be 'tensor', 'row' or a multiple "
-        f"of {CHUNK} that divides in_features = {k}"
-    )
+        return granularity_of("TernaryLinear", weight_scale, n, k)

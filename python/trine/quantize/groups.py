@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Choices that have such a form, and what a group is a multiple of: a chunk of the packed weights.
-GROUPED = ("ternary", "ternary-twn")
+GROUPED = ("ternary", "ternary-twn", "int8-weight")
 CHUNK = 64
 
 

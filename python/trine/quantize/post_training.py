@@ -47,8 +47,9 @@ def post_training(
         model: any module; it is not touched.
         recipe: its `linear` chooses for each layer: "int8" (activations with a scale for each row,
             found at run time), "int8-static" (one scale and zero point, of the range that
-            `observer` finds here), "ternary" or "ternary-twn" (these also with a group size, as in
-            "ternary-g128"); "float" leaves a layer alone. Its `conv` chooses for each nn.Conv2d:
+            `observer` finds here), "int8-weight" (activations stay floats), "ternary" or
+            "ternary-twn" (these three also with a group size, as in "ternary-g128"); "float" leaves
+            a layer alone. Its `conv` chooses for each nn.Conv2d:
             "int8" (a scale for each image) or "int8-static".
         data: batches to calibrate with, as for `trine.calibrate`.
         rounding: of the weights; "nearest", or "gptq" (see `trine.quantize.gptq`).
@@ -214,11 +215,13 @@ def _correct_bias(layer: nn.Module, codes: Tensor, scale: Tensor, mean: Tensor) 
 def _packed(
     choice: str, layer: nn.Module, codes: Tensor, scale: Tensor, static: dict[str, Tensor]
 ) -> nn.Module:
-    from trine.nn import Int8Conv2d, Int8Linear, TernaryLinear
+    from trine.nn import Int8Conv2d, Int8Linear, Int8WeightLinear, TernaryLinear
 
     bias, dtype = layer.bias, layer.weight.dtype
     if isinstance(layer, nn.Conv2d):
         return Int8Conv2d.from_codes(layer, codes.reshape(layer.weight.shape), scale, **static)
+    if split_group(choice)[0] == "int8-weight":
+        return Int8WeightLinear.from_codes(codes, scale, bias, dtype=dtype)
     if choice.startswith("int8"):
         return Int8Linear.from_codes(codes, scale, bias, dtype=dtype, **static)
     return TernaryLinear.from_codes(codes, scale, bias, dtype=dtype)

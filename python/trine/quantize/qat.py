@@ -41,9 +41,10 @@ class QatLinear(QatLayer, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as for torch.nn.Linear.
         choice: how it will be packed.
-            "int8", "ternary" (absmean), "ternary-twn" (threshold), "sparse24", "sparse24-int8",
-            "ternary24": by a rule, activations int8 with a scale for each row (floats in
-            "sparse24"). "ternary" and "ternary-twn" may end in a group size, as in "ternary-g128".
+            "int8", "int8-weight", "ternary" (absmean), "ternary-twn" (threshold), "sparse24",
+            "sparse24-int8", "ternary24": by a rule, activations int8 with a scale for each row
+            (floats in "int8-weight" and "sparse24"). "int8-weight", "ternary" and "ternary-twn"
+            may end in a group size, as in "ternary-g128".
             "ternary-ttq": a learned scale for each sign, `sign_scale` [2].
             "int8-static": activations int8 with one scale and zero point, by `input_range`, the
             range seen so far (see `QatSchedule`).
@@ -203,10 +204,10 @@ class _ThroughQuantization(torch.autograd.Function):
         inputs, row_scale = x.reshape(x.shape[:-1].numel(), x.shape[-1]), None
         if input_scale is not None:
             rows, row_scale = static_rows(inputs, input_scale, input_zero_point)
-        elif terms[0][1] is not None:
-            rows, row_scale = int8_rows(inputs)
-        else:
+        elif scheme.float_input:
             rows = inputs
+        else:
+            rows, row_scale = int8_rows(inputs)
         ctx.choice, ctx.is_static = choice, input_scale is not None
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype

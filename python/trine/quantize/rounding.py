@@ -8,8 +8,8 @@ from torch import Tensor
 from trine.quantize.groups import split_group
 from trine.quantize.weights import dense, weight_rule
 
-# Choices of a recipe whose codes lie on a grid (ternary ones also in groups): the largest code.
-GRIDS = {"int8": 127, "int8-static": 127, "ternary": 1, "ternary-twn": 1}
+# Choices of a recipe whose codes lie on a grid (some also in groups): the largest code.
+GRIDS = {"int8": 127, "int8-static": 127, "int8-weight": 127, "ternary": 1, "ternary-twn": 1}
 
 
 def nearest(choice: str, weight: Tensor) -> tuple[Tensor, Tensor]:

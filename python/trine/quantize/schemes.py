@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trine import nn as packed_nn  # a package that imports this one: used in calls only
 from trine.quantize.groups import split_group
-from trine.quantize.weights import WEIGHT_RULES, dense, weight_rule
+from trine.quantize.weights import FLOAT_INPUT, WEIGHT_RULES, dense, weight_rule
 
 # A product of the sum: values [N, K] and their scale ([N], [1] or [N, groups]; None where values
 # are floats).
@@ -38,6 +38,11 @@ class Scheme:
     choice: str
     input_range: bool = False  # activations have one scale, by the range seen in training
     input_step: bool = False  # activations have one scale, which is learned
+
+    @property
+    def float_input(self) -> bool:
+        """Whether activations stay floats."""
+        return split_group(self.choice)[0] in FLOAT_INPUT
 
     @property
     def static_input(self) -> bool:
@@ -210,19 +215,21 @@ def scheme_of(choice: str) -> Scheme:
 def product(rows: Tensor, row_scale: Tensor | None, term: Term) -> Tensor:
     """rows [M, K] @ dense(*term).T, float32 [M, N], in the order in which the kernels round.
 
-    Products of integers are exact. Groups are added up in ascending order.
+    Products of integers are exact. Groups are added up in ascending order. `row_scale` is None for
+    rows of floats.
     """
     values, scale = term
     if scale is None:
         return rows.float() @ values.float().T
+    of_rows = 1 if row_scale is None else row_scale[:, None]
     if scale.dim() < 2:
-        return (rows.float() @ values.float().T) * row_scale[:, None] * scale
+        return (rows.float() @ values.float().T) * of_rows * scale
     size, total = values.shape[1] // scale.shape[1], None
     for group in range(scale.shape[1]):
         columns = slice(group * size, (group + 1) * size)
         part = (rows[:, columns].float() @ values[:, columns].float().T) * scale[:, group]
         total = part if total is None else total + part
-    return total * row_scale[:, None]
+    return total * of_rows
 
 
 def through_product(grad: Tensor, term: Term) -> Tensor:

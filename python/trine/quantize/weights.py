@@ -23,16 +23,22 @@ def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def int8_absmax(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise each row of `weight` [N, K] to int8 by its largest magnitude.
+def int8_absmax(weight: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise each row of `weight` [N, K], or each group, to int8 by its largest magnitude.
 
     scale = absmax / 127, codes = rint(w * (127 / absmax)) (half to even) in [-127, 127], the rule
     of `trine.ops.quantize_rows`: a row of zeros gets codes 0 and scale 0, so that it yields exactly
     0; a row with NaN or infinity gets scale NaN.
 
-    Returns codes int8 [N, K] and scale float32 [N].
+    Args:
+        group: so many consecutive columns of a row have a scale of their own; it divides K.
+
+    Returns codes int8 [N, K] and scale float32 [N], with groups [N, K / group].
     """
-    return int8_rows(weight)
+    if group is None:
+        return int8_rows(weight)
+    codes, scale = int8_rows(weight.reshape(-1, group))
+    return codes.reshape(weight.shape), scale.reshape(len(weight), -1)
 
 
 def ternary_absmean(weight: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
@@ -132,12 +138,17 @@ def ternary24_absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale.reshape(1)
 
 
+# Choices, without their group size, whose activations stay floats.
+FLOAT_INPUT = ("int8-weight", "sparse24")
+
 WeightRule = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 # What becomes of a weight [N, K] under each choice of a recipe: its values [N, K], and their scale
-# ([N] or [1]; None where the values are floats). Where there is a scale, activations are int8 rows.
+# ([N] or [1]; None where the values are floats). Where there is a scale, activations are int8 rows,
+# but under FLOAT_INPUT.
 WEIGHT_RULES: dict[str, WeightRule] = {
     "int8": int8_absmax,
+    "int8-weight": int8_absmax,
     "ternary": ternary_absmean,
     "ternary-twn": ternary_twn,
     "sparse24": sparse24,
