@@ -53,17 +53,21 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def assert_within_sum_bound(actual: Tensor, expected: Tensor, magnitude: Tensor, k: int) -> None:
+def assert_within_sum_bound(
+    actual: Tensor, expected: Tensor, magnitude: Tensor, k: int, unscaled: Tensor | None = None
+) -> None:
     """What a float op gives [M, N], against the sum in float64, and `magnitude`, sum |x w|.
 
     The bound on the sum is 4 * eps * sqrt(K) * sum |x w|, then comes one fp32 rounding with the
     bias and one to the output's dtype. NaN and infinity must be exactly where they are expected.
+    `unscaled` is the magnitude of the sums that are taken, where scales are applied to them.
     """
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape == magnitude.shape
     eps = torch.finfo(torch.float32).eps
     # A sum that leaves the range of fp32 on its way may end anywhere.
-    certain = ~(magnitude.isfinite() & (magnitude > torch.finfo(torch.float32).max))
+    taken = magnitude if unscaled is None else unscaled
+    certain = ~(taken.isfinite() & (taken > torch.finfo(torch.float32).max))
     finite = certain & expected.isfinite()
     result = expected.double().abs()
     bound = 4 * eps * k**0.5 * magnitude + eps * result

@@ -9,7 +9,8 @@
 //
 // Every w is exact in fp32, and in bf16, too. The order of the sum depends on the kernel and on the
 // number of rows of x, never on the tile: results do not depend on the number of threads. It errs
-// by at most 4 * eps * sqrt(k) * sum |x * w * scale|. The kernel for pairs of bf16 takes
+// by at most 4 * eps * sqrt(k) * sum |x * w * scale|, where no sum of x * w leaves the range of
+// fp32 before it is scaled. The kernel for pairs of bf16 takes
 // subnormal operands, products and sums for 0.
 //
 // What sets the least time: n * k bytes of weight (a quarter of fp32's, half of bf16's) for few

@@ -207,6 +207,7 @@ void many_rows(const WideRows& x, const GroupedInt8Weight& weight, const LinearO
   const Scratch storage((kSliceK / kStep + rows) * kColumns * int64_t(sizeof(float)));
   float *panel = storage.data<float>(), *totals = panel + kSliceK / kStep * kColumns;
   alignas(64) float scale[kColumns];
+  if (weight.k == 0) std::fill_n(totals, rows * kColumns, 0.0f);  // there is no slice
   for (int64_t n = tile.n_begin; n < tile.n_end; n += kColumns) {
     const int64_t n_end = std::min(n + kColumns, tile.n_end);
     // The next panel is fetched in the order of memory while this one is used, its pages at once.
