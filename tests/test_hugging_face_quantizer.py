@@ -101,7 +101,9 @@ def test_quantised_on_load_saved_in_shards_and_read_again(name, dtype, tmp_path)
     assert torch.equal(_logits(trine.load(tmp_path / "small.trine")), _logits(model))
 
 
-@pytest.mark.parametrize("choice", ["ternary", "sparse24", "sparse24-int8", "ternary24"])
+@pytest.mark.parametrize(
+    "choice", ["int8-weight", "ternary", "sparse24", "sparse24-int8", "ternary24"]
+)
 def test_every_kind_comes_back_with_equal_bits(choice, tmp_path):
     _written(tmp_path / "float", "gpt2", torch.bfloat16)
     config = TrineConfig(choice)

@@ -36,16 +36,16 @@ def int8_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
 
 
 def int8_weight_linear(x, packed_weight, weight_scale, bias=None):
-    k = x.shape[-1]
+    """Not DequantizeLinear: of that and a product ONNX Runtime makes one that rounds x, too."""
+    k, scale = x.shape[-1], op.Unsqueeze(weight_scale, _last())
+    codes = op.Cast(_columns(packed_weight, k), to=_FLOAT)
     if len(weight_scale.shape) == 1:
-        weight = op.DequantizeLinear(_int8_weight(packed_weight, k), weight_scale, axis=1)
-    else:  # that of groups is younger than this opset
+        weight = op.Mul(codes, scale)
+    else:
         n, groups = weight_scale.shape
-        shape = op.Constant(value_ints=[n, groups, k // groups])
-        codes = op.Reshape(op.Cast(_columns(packed_weight, k), to=_FLOAT), shape)
-        scaled = op.Mul(codes, op.Unsqueeze(weight_scale, _last()))
-        weight = op.Transpose(op.Reshape(scaled, op.Constant(value_ints=[n, k])))
-    return _as(_add(op.MatMul(_wide(x), weight), bias), x.dtype)
+        by_group = op.Reshape(codes, op.Constant(value_ints=[n, groups, k // groups]))
+        weight = op.Reshape(op.Mul(by_group, scale), op.Constant(value_ints=[n, k]))
+    return _as(_add(op.MatMul(_wide(x), op.Transpose(weight)), bias), x.dtype)
 
 
 def ternary_linear(x, packed_weight, weight_scale, bias=None):
