@@ -110,13 +110,17 @@ SHARED_MUTANTS = (
         "tiles: rows of A swapped", MANY_ROWS, "8 * half + lane / 4", "8 * (1 - half) + lane / 4"
     ),
     Mutant(
-        "tiles: rows behind the last written", MANY_ROWS, "if (m < linear.m)\n", "\n", "outside of"
+        "tiles: rows behind the last written",
+        MANY_ROWS,
+        "linear.m - m0, linear.n - n0",
+        "kTile, linear.n - n0",
+        "outside of",
     ),
     Mutant(
         "tiles: columns behind the last written",
         MANY_ROWS,
-        "if (n >= linear.n) continue;",
-        "",
+        "linear.m - m0, linear.n - n0",
+        "linear.m - m0, kTile",
         "outside of",
     ),
     Mutant(
@@ -169,9 +173,9 @@ MUTANTS += [
         ),
         Mutant(
             "statically quantised without a bound",
-            "quantize_rows/cuda.cu",
-            "fminf(fmaxf(value, low), high)",
-            "fmaxf(value, low)",
+            "quantize_rows/rows.cuh",
+            "fminf(fmaxf(x / scale, low), high)",
+            "fmaxf(x / scale, low)",
         ),
         Mutant(
             "padding not zero",

@@ -12,8 +12,10 @@ import torch
 import trine  # noqa: F401  (registers the operators)
 from devices import ABSENT, DEVICE, all_moved, is_visible
 from linear_inputs import DTYPES, assert_same_bits, exact_sparse24_inputs
+from test_int8_conv2d import inputs as conv_inputs
 from torch import Tensor
 from trine import ops
+from trine.ops.int8_conv2d import reference as conv
 from trine.ops.int8_linear import reference as int8
 from trine.ops.quantize_rows import reference as rows
 from trine.ops.rms_norm_quantize_rows import reference as rms_norm
@@ -29,6 +31,17 @@ MANY_ROWS = ((65, 257, 700), (130, 16, 129), (70, 24, 64), (513, 300, 200), (300
 EMPTY = ((0, 4, 32), (4, 0, 32), (4, 3, 0), (70, 3, 0))
 # (M, N, K, groups)
 GROUPED = ((1, 5, 64, 1), (13, 17, 256, 4), (70, 35, 576, 3))
+# (B, C, N, kernel, groups, stride, padding, dilation, H, W). Tiles of 128 x 32, 64 x 64 and, where
+# they fill a GPU, 128 x 128, each from words and from whole units; depthwise.
+CONVOLUTIONS = (
+    (2, 3, 20, (7, 7), 1, (2, 2), (3, 3), (1, 1), 33, 30),
+    (1, 32, 66, (3, 3), 2, (1, 1), (1, 1), (1, 1), 14, 15),
+    (1, 5, 60, (2, 3), 1, (1, 2), (0, 1), (1, 2), 9, 12),
+    (2, 64, 64, (3, 3), 1, (1, 1), (1, 1), (2, 2), 17, 19),
+    (1, 9, 130, (1, 1), 1, (1, 1), (0, 0), (1, 1), 130, 133),
+    (1, 16, 129, (3, 1), 1, (1, 1), (1, 0), (1, 1), 128, 130),
+    (2, 37, 37, (3, 5), 37, (1, 2), (1, 2), (1, 1), 21, 20),
+)
 # Rows that 8, 32, 128, 512 and 1024 threads work on, and longer ones.
 ROW_LENGTHS = (0, 1, 37, 256, 1001, 4096, 16384, 20001, 65537)
 
@@ -93,6 +106,9 @@ def calls() -> Iterator[Call]:
         yield Call("sparse24_linear", sparse24.sparse24_linear, inputs, scale)
         inputs = exact_sparse24_inputs(m, n, k, DTYPES[1 + i % 2], i % 3 == 0)
         yield Call("sparse24_linear", sparse24.sparse24_linear, inputs)
+    for i, shape in enumerate(CONVOLUTIONS):
+        inputs, options = conv_inputs(shape, DTYPES[i % 3], i % 2 == 0, i % 3 == 0, i % 4 < 2)
+        yield Call("int8_conv2d", conv.int8_conv2d, inputs, options)
     for m, n, k, groups in GROUPED:
         inputs = ternary.example_inputs(m, n, k, torch.float16, scale_shape=(n, groups))
         yield Call("ternary_linear", ternary.ternary_linear, inputs)

@@ -176,7 +176,7 @@ MUTANTS = (
     ),
     Mutant("NaN let through", KERNEL, "finite && !zero ? ~0u", "!zero ? ~0u"),
     Mutant("tiny rows not zero", KERNEL, "absmax < kSmallestAbsmax", "absmax == 0.0f"),
-    Mutant("two roundings", KERNEL, "to_q = 127.0f / absmax", "to_q = 1.0f / absmax * 127.0f"),
+    Mutant("two roundings", KERNEL, "{127.0f / absmax", "{1.0f / absmax * 127.0f"),
     Mutant(
         "no rounding of the product",
         KERNEL,

@@ -114,11 +114,11 @@ def test_sm80_fragments(sm80):
     rows = word.reshape(4, 8, 4)  # matrix, row, word
     lanes = np.arange(32)
     np.testing.assert_array_equal(fragments, rows[:, lanes // 4, lanes % 4].T)
-    copied = sm80.take(np.uint8, 32, 16)
     valid = (np.arange(32) % 3 != 0)[:, None]
-    np.testing.assert_array_equal(
-        copied, (np.arange(512) * 7 % 256).astype(np.uint8).reshape(32, 16) * valid
-    )
+    for unit in (16, 4):
+        copied = sm80.take(np.uint8, 32, unit)
+        values = (np.arange(32 * unit) * 7 % 256).astype(np.uint8).reshape(32, unit)
+        np.testing.assert_array_equal(copied, values * valid)
     assert sm80.take(np.uint8, 3, 2**13).all()  # as exact as math.cuh says
     np.testing.assert_array_equal(
         sm80.take(np.float32, 7), [0, np.inf, 1, -np.inf, np.inf, np.inf, 0]

@@ -149,6 +149,27 @@ GATES = {
         Gate("many_rows_kernel", (r"IMMA\.16832\.S8\.S8", "LDGSTS", r"LDSM"), 168, 1),
         Gate("zero_point_kernel", (r"IDP\.4A\.S8\.S8", r"LDG\.E\.128"), 64, 1),
     ),
+    "int8_conv2d/cuda": (
+        # Units of 16 bytes, and words, of which a thread gathers four times as many.
+        *(
+            Gate(
+                f"conv_kernel.*{kernel}",
+                (r"IMMA\.16832\.S8\.S8", copy, "LDSM"),
+                registers,
+                variants,
+            )
+            for kernel, copy, registers, variants in (
+                ("Li16E", r"LDGSTS\.E\.BYPASS\.128", 168, 3),
+                ("Li2ELi4ELi4EEELi4E", r"LDGSTS\.E ", 224, 1),
+                ("(Li2ELi2ELi2E|Li4ELi1ELi2E)EELi4E", r"LDGSTS\.E ", 168, 2),
+            )
+        ),
+        Gate("depthwise_kernel", (r"IDP\.4A\.S8\.S8", "LDG"), 80, 1),
+        Gate("fill_images_kernel", ("LDG", r"STG\.E "), 48, 12),
+        Gate("largest_kernel.*Lb1E", (r"LDG\.E\.128",), 48, 3),
+        Gate("largest_kernel.*Lb0E", ("LDG",), 48, 3),
+        Gate("conv_zero_point_kernel", ("LDG", r"STG\.E "), 40, 2),
+    ),
     "int8_linear/cuda_sm90a": (
         # Of the launch; setmaxnreg shares them out anew.
         Gate(

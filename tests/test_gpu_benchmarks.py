@@ -63,6 +63,7 @@ TINY = Plan(
     quantized=((8, 64), (1, 40)),
     losses=((70, 40, "fp32"),),
     linear_losses=((5, 16, 40),),
+    convolutions=((2, 4, 6, 3, 2, 2, 7),),
 )
 
 
@@ -87,6 +88,8 @@ def test_a_gpu_run_compares_ours_with_every_peer(no_gpu_needed, tmp_path, capsys
     assert ("torch._int_mm compiled", 2, 32) in names
     for op in ("quantize_rows", "rms_norm_quantize_rows"):
         assert {(op, 8, None), (f"{op} triton", 1, None)} <= names
+    for name in ("int8_conv2d", "conv2d bf16", "conv2d fp16"):
+        assert (name, None, None) in names
     losses = [f"fp32 {divergence}" for divergence in DIVERGENCES]
     for name in ("softmax_kl", "eager", "torch.compile"):
         assert {(f"{name} {loss}", None, None) for loss in losses} <= names

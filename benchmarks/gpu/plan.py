@@ -7,11 +7,11 @@ from functools import cache, partial
 from importlib import import_module
 
 from benchmarks.case import Comparison
-from benchmarks.gpu import losses, rows
+from benchmarks.gpu import convolutions, losses, rows
 from benchmarks.gpu.layers import Layer
 
 LINEAR = ("ternary_linear", "ternary24_linear", "int8_linear", "sparse24_linear")
-OPS = (*rows.IN_PYTORCH, *LINEAR, *losses.OPS)
+OPS = (*rows.IN_PYTORCH, *LINEAR, convolutions.OP, *losses.OPS)
 
 Shape = tuple[int, int]
 Rows = tuple[int, ...]
@@ -26,6 +26,7 @@ class Plan:
     quantized: tuple[Shape, ...]  # (M, K), of the ops that quantise rows alone
     losses: tuple[tuple[int, int, str], ...] = ()  # (rows, classes, dtype)
     linear_losses: tuple[tuple[int, int, int], ...] = ()  # (rows, width, classes)
+    convolutions: tuple[convolutions.Shape, ...] = ()
 
     def comparisons(
         self, ops: Sequence[str], device: str, rotated: int
@@ -54,6 +55,9 @@ class Plan:
         for op in (op for op in rows.IN_PYTORCH if op in ops):
             for shape in self.quantized:
                 yield op, partial(rows.comparison, op, shape, device, rotated)
+        for convolution in self.convolutions if convolutions.OP in ops else ():
+            make = partial(convolutions.comparison, convolution, device, rotated)
+            yield convolutions.OP, make
         if "linear_softmax_kl" in ops:
             for shape in self.linear_losses:
                 yield "linear_softmax_kl", partial(losses.linear_softmax_kl, shape, device)
@@ -70,6 +74,9 @@ _FEWER = (1, 16, 32, 1024, 4096)
 # 64 MB of ternary weight, INT8 at 8192^3: what goals speak of comes first.
 _LARGE, _CUBE = (16384, 16384), (8192, 8192)
 _OTHER = ((14336, 4096), (4096, 4096), (6912, 2560), (2560, 2560))
+# ResNet's layers, the first one of three channels, and a depthwise one.
+_RESNET = ((256, 256, 3, 1, 1, 14), (64, 64, 3, 1, 1, 56), (256, 64, 1, 1, 1, 56))
+_OTHERS = ((3, 64, 7, 1, 2, 224), (512, 512, 3, 1, 1, 7), (128, 128, 3, 128, 1, 28))
 _LOSS, _LINEAR_LOSS = (8192, 128256, "bf16"), (8192, 4096, 128256)
 
 FULL = Plan(
@@ -82,6 +89,7 @@ FULL = Plan(
     quantized=((8192, 8192), (1, 4096), (16, 4096), (256, 8192), (4096, 4096), (4096, 14336)),
     losses=(_LOSS, (4096, 32000, "fp32"), (4096, 32000, "bf16")),
     linear_losses=(_LINEAR_LOSS,),
+    convolutions=tuple((batch, *layer) for batch in (1, 64) for layer in (*_RESNET, *_OTHERS)),
 )
 QUICK = Plan(
     layers=((_LARGE, _FEWER), (_CUBE, (*_FEWER, 8192))),
@@ -89,4 +97,5 @@ QUICK = Plan(
     quantized=((8192, 8192), (1, 4096)),
     losses=(_LOSS,),
     linear_losses=(_LINEAR_LOSS,),
+    convolutions=tuple((64, *layer) for layer in _RESNET),
 )

@@ -24,7 +24,7 @@ inline constexpr int64_t kConvQuad = 4;    // input channels in a 32-bit lane
 // 255 * 127 * (values of a patch) must stay below 2^31.
 inline constexpr int64_t kConvMaxPatch = 65536;
 
-struct Conv {
+struct ConvShape {
   int64_t channels, height, width;
   int64_t out_channels, out_height, out_width;
   int64_t groups, kernel_h, kernel_w;
@@ -35,6 +35,19 @@ struct Conv {
   int64_t input_groups;
   int64_t group_bytes, pixel_bytes, row_bytes, image_bytes;
 
+  int64_t blocks() const {  // of output channels, in a group
+    const int64_t n = depthwise ? channels : out_channels / groups;
+    return (n + kConvBlock - 1) / kConvBlock;
+  }
+  int64_t weight_blocks() const { return depthwise ? blocks() : groups * blocks(); }
+  int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t block_bytes() const {
+    return depthwise ? taps() * kConvBlock : taps() * group_bytes * kConvBlock;
+  }
+  int64_t out_pixels() const { return out_height * out_width; }
+};
+
+struct Conv : ConvShape {
   const void* x;
   FloatType type;              // of x and y
   int64_t x_channel, x_pixel;  // elements from channel to channel, and from pixel to pixel
@@ -51,15 +64,6 @@ struct Conv {
   const float* factor;  // of each image: what values are multiplied with (static: divided by)
   int32_t zero_point;
   bool static_scale;
-
-  int64_t blocks() const {  // of output channels, in a group
-    const int64_t n = depthwise ? channels : out_channels / groups;
-    return (n + kConvBlock - 1) / kConvBlock;
-  }
-  int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t block_bytes() const {
-    return depthwise ? taps() * kConvBlock : taps() * group_bytes * kConvBlock;
-  }
 };
 
 // The output channels and pixels of one image that a call computes; pixels are numbered row by row.

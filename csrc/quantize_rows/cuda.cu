@@ -44,17 +44,11 @@ __global__ void __launch_bounds__(kStaticThreads)
 
   const float scale = *fixed.scale;
   const int32_t zero_point = fixed.zero_point == nullptr ? 0 : *fixed.zero_point;
-  // As floats, before the zero point is added: all of it exact.
-  const float low = -128.0f - float(zero_point), high = 127.0f - float(zero_point);
   for (int64_t i = 4 * threadIdx.x; i < problem.q_width; i += 4 * kStaticThreads) {
     uint32_t four = 0;
     for (int64_t j = 0; j < 4 && i + j < problem.k && finite; ++j) {
-      // Clamped, then rounded: the bounds are whole numbers, and what is far beyond them could not
-      // be rounded by adding kRoundsToInteger.
-      const float value = read_float(x, problem.type, i + j) / scale;
-      const float clamped = fminf(fmaxf(value, low), high);
-      const uint32_t q = __float_as_uint(clamped + kRoundsToInteger) + uint32_t(zero_point);
-      four |= (q & 0xffu) << 8 * j;
+      const float value = read_float(x, problem.type, i + j);
+      four |= (quantize_static_to_low_byte(value, scale, zero_point) & 0xffu) << 8 * j;
     }
     store_global<4>(problem.q + m * problem.q_width + i, &four);
   }

@@ -106,12 +106,36 @@ __device__ __forceinline__ uint32_t largest_magnitude(const Chunk<T>& chunk, uin
 // even, and leaves that integer's two's complement in the low bits.
 constexpr float kRoundsToInteger = 12582912.0f;
 
+// Of a row with this largest magnitude (its bits). `keep`: all ones, or 0 to make every q 0.
+struct RowScaling {
+  float to_q, scale;
+  uint32_t keep;
+};
+
+__device__ __forceinline__ RowScaling row_scaling(uint32_t largest) {
+  const float absmax = __uint_as_float(largest);
+  const bool finite = largest < kInfinityBits, zero = absmax < kSmallestAbsmax;
+  const float scale = zero ? 0.0f : finite ? absmax / 127.0f : __uint_as_float(kMagnitudeBits);
+  return {127.0f / absmax, scale, finite && !zero ? ~0u : 0u};
+}
+
+// With a scale and zero point from outside, in the low byte.
+__device__ __forceinline__ uint32_t quantize_static_to_low_byte(float x, float scale,
+                                                                int32_t zero_point) {
+  // As floats, before the zero point is added: all of it exact.
+  const float low = -128.0f - float(zero_point), high = 127.0f - float(zero_point);
+  // Clamped, then rounded: the bounds are whole numbers, and what is far beyond them could not be
+  // rounded by adding kRoundsToInteger.
+  const float clamped = fminf(fmaxf(x / scale, low), high);
+  return __float_as_uint(clamped + kRoundsToInteger) + uint32_t(zero_point);
+}
+
 // Nothing to clamp: |x * (127 / absmax)| <= 127 * (1 + 2^-24)^2, which rounds to 127 at most.
 __device__ __forceinline__ uint32_t quantize_to_low_byte(float x, float to_q) {
   return __float_as_uint(x * to_q + kRoundsToInteger);
 }
 
-// The q of a chunk, and their sum added to `total`. `keep` is all ones, or 0 to make every q 0.
+// The q of a chunk, and their sum added to `total`.
 template <class T>
 __device__ __forceinline__ QuantizedChunk<T> quantize_chunk(const Chunk<T>& chunk, float to_q,
                                                             uint32_t keep, int32_t& total) {
@@ -183,15 +207,10 @@ struct RowShare {
     for_not_held([&](int64_t c) { largest = largest_magnitude(load(c), largest); });
     largest = reduce_threads<kRowThreads>(largest, Maximum{}, warp_largest);
 
-    const float absmax = __uint_as_float(largest);
-    const bool finite = largest < kInfinityBits;
-    const bool zero = absmax < kSmallestAbsmax;
-    const uint32_t keep = finite && !zero ? ~0u : 0u;
-    const float to_q = 127.0f / absmax;
-
+    const RowScaling row = row_scaling(largest);
     int32_t total = 0;
     const auto quantize_one = [&](const Chunk<T>& chunk, int64_t c) {
-      store_chunk<T, kWide>(q, problem.k, c, quantize_chunk(chunk, to_q, keep, total));
+      store_chunk<T, kWide>(q, problem.k, c, quantize_chunk(chunk, row.to_q, row.keep, total));
     };
     for_held([&](int i, int64_t c) { quantize_one(held[i], c); });
     for_not_held([&](int64_t c) { quantize_one(load(c), c); });
@@ -201,7 +220,7 @@ struct RowShare {
     for (int64_t i = problem.k + thread; has_row && i < problem.q_width; i += kRowThreads)
       store_global<1>(q + i, &padding);
     if (has_row && thread == 0) {
-      problem.scale[m] = zero ? 0.0f : finite ? absmax / 127.0f : __uint_as_float(kMagnitudeBits);
+      problem.scale[m] = row.scale;
       problem.sum[m] = total;
     }
   }

@@ -149,17 +149,18 @@ void land_tile(unsigned block, uint32_t to, const TensorMap& map, int x, int y, 
 
 }  // namespace
 
-void copy_async(uint32_t to, const void* from, bool valid) {
+void copy_async(uint32_t to, const void* from, int bytes, bool valid) {
   const unsigned block = running_block();
-  unsigned char* target = at_shared(View::threads, block, to, kUnitBytes, kUnitBytes, "copy_async");
-  if (valid && reinterpret_cast<uintptr_t>(from) % kUnitBytes != 0)
+  const auto size = std::size_t(bytes);
+  unsigned char* target = at_shared(View::threads, block, to, size, size, "copy_async");
+  if (valid && reinterpret_cast<uintptr_t>(from) % size != 0)
     fail("copy_async from %p is not aligned to its size", from);
-  poison(block, to, kUnitBytes);
+  poison(block, to, size);
   copies[running_thread()].add([=] {
     if (valid)
-      std::memcpy(target, from, kUnitBytes);
+      std::memcpy(target, from, size);
     else
-      std::memset(target, 0, kUnitBytes);
+      std::memset(target, 0, size);
   });
 }
 

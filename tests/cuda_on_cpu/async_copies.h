@@ -8,7 +8,7 @@
 namespace cuda_on_cpu {
 
 // cp.async: lands when the thread waits for its group.
-void copy_async(uint32_t to, const void* from, bool valid);
+void copy_async(uint32_t to, const void* from, int bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);
 

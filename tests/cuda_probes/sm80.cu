@@ -103,11 +103,12 @@ __global__ void __launch_bounds__(32) probe_load_matrices(uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = fragment[i];
 }
 
-// 16 bytes a thread, every third one not valid.
-__global__ void __launch_bounds__(32) probe_copy_async(const uint4* in, uint4* out) {
-  TRINE_SHARED_ARRAY(uint4, copied, 32);
+// 16 bytes a thread, or 4, every third one not valid.
+template <class Unit>
+__global__ void __launch_bounds__(32) probe_copy_async(const Unit* in, Unit* out) {
+  TRINE_SHARED_ARRAY(Unit, copied, 32);
   const int lane = int(threadIdx.x);
-  copy_async(shared_address(copied + lane), in + lane, lane % 3 != 0);
+  copy_async<int(sizeof(Unit))>(shared_address(copied + lane), in + lane, lane % 3 != 0);
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
@@ -189,8 +190,13 @@ int main() {
   launch("probe", probe_load_matrices, {1, 32}, nullptr, fragments.data<uint32_t>());
   fragments.print();
   for (int i = 0; i < 32 * 16; ++i) in.data<unsigned char>()[i] = static_cast<unsigned char>(i * 7);
-  launch("probe", probe_copy_async, {1, 32}, nullptr, in.data<const uint4>(), copied.data<uint4>());
+  launch("probe", probe_copy_async<uint4>, {1, 32}, nullptr, in.data<const uint4>(),
+         copied.data<uint4>());
   copied.print();
+  ProbeMemory words(32 * 4);
+  launch("probe", probe_copy_async<uint32_t>, {1, 32}, nullptr, in.data<const uint32_t>(),
+         words.data<uint32_t>());
+  words.print();
   ProbeMemory right(3 * kNumbers), ends(7 * sizeof(float));
   launch("probe", probe_math, {1, 32}, nullptr, right.data<unsigned char>());
   right.print();

@@ -7,12 +7,19 @@
 
 namespace trine {
 
-// 16 bytes, kept out of the L1; both addresses are multiples of 16. Where `valid` is false nothing
-// is read, and zeros are written.
+// 16 bytes, kept out of the L1, or 4; both addresses are multiples of that. Where `valid` is false
+// nothing is read, and zeros are written.
+template <int kBytes = 16>
 __device__ __forceinline__ void copy_async(SharedAddress to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  static_assert(kBytes == 16 || kBytes == 4);
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+                 "r"(valid ? 4 : 0)
+                 : "memory");
 }
 
 // Closes the group of the copies since the last call, even if there were none.

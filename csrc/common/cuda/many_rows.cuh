@@ -1,10 +1,10 @@
-// Integer linear layers for many rows of activations: tiles of y on the tensor cores of every GPU
-// from sm_80 on (mma.m16n8k32, operands brought to shared memory by cp.async).
+// Integer products for many rows of activations: tiles of y on the tensor cores of every GPU from
+// sm_80 on (mma.m16n8k32, operands brought to shared memory by cp.async).
 //
-// A block computes 128 x 128 outputs, in steps of 64 k. Its eight warps stand 2 x 4, each computing
-// 64 x 32: in a k32 step a warp loads 4 fragments of A and 4 of B for 16 products. Four stages in
-// shared memory let three steps be on their way while one is computed; they take 64 KB for INT8,
-// which fits sm_89's 99 KB, and twice sm_80's 163 KB.
+// A block computes a tile of outputs in steps of 64 k; of a linear layer 128 x 128. Its eight warps
+// then stand 2 x 4, each computing 64 x 32: in a k32 step a warp loads 4 fragments of A and 4 of B
+// for 16 products. Four stages in shared memory let three steps be on their way while one is
+// computed; they take 64 KB for INT8, which fits sm_89's 99 KB, and twice sm_80's 163 KB.
 //
 // Rows of 64 bytes lie as four units of 16 in the order unit ^ (row / 2 % 4), so that the eight
 // rows of a matrix that ldmatrix reads fall in all 32 banks.
@@ -25,75 +25,74 @@
 
 namespace trine {
 
-inline constexpr int kManyRowsTile = 128;  // rows of x and of the weight
 inline constexpr int kStageK = 64;
 inline constexpr int kManyRowsStages = 4;
-inline constexpr int kManyRowsWarps = 8;
-inline constexpr int kManyRowsThreads = kManyRowsWarps * kWarpThreads;
 inline constexpr int kCopyBytes = 16;  // of a copy
+
+// Warps stand kDown x kAcross in a tile, each computing 16 * kWarpRowTiles by 32 outputs.
+template <int kDown, int kAcross, int kWarpRowTiles>
+struct TileShape {
+  static constexpr int kRowTiles = kWarpRowTiles, kColumnTiles = 4;
+  static constexpr int kWarpRows = 16 * kRowTiles, kWarpColumns = 8 * kColumnTiles;
+  static constexpr int kWarpsAcross = kAcross;
+  static constexpr int kRows = kDown * kWarpRows, kColumns = kAcross * kWarpColumns;
+  static constexpr int kThreads = kDown * kAcross * kWarpThreads;
+
+  static __device__ __forceinline__ int warp_m() {
+    return int(threadIdx.x) / kWarpThreads / kWarpsAcross * kWarpRows;
+  }
+  static __device__ __forceinline__ int warp_n() {
+    return int(threadIdx.x) / kWarpThreads % kWarpsAcross * kWarpColumns;
+  }
+
+  // Of a thread.
+  using Sums = int32_t[kRowTiles][kColumnTiles][4];
+
+  template <class Weight>
+  static constexpr int kStageBytes = kRows * kStageK + kColumns * Weight::kStageRowBytes;
+};
+
+// What linear layers are cut into, 128 x 128.
+using LinearTile = TileShape<2, 4, 4>;
 
 // The offset of a unit of a row of 64 bytes.
 __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
   return uint32_t(row * kStageK + (unit ^ (row / 2 % 4)) * kCopyBytes);
 }
 
-template <class Weight>
-__global__ void __launch_bounds__(kManyRowsThreads, 1) many_rows_kernel(DeviceLinear linear) {
-  constexpr int kWarpRows = 64, kWarpColumns = 32;
-  constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;
-  constexpr int kStageABytes = kManyRowsTile * kStageK;
-  constexpr int kStageBytes = kStageABytes + kManyRowsTile * Weight::kStageRowBytes;
+// sums += A * B over `steps` stages. load(a, b, step) starts the copies of the calling thread that
+// fill a stage: its rows of A at `a`, B as the Weight wants it at `b`.
+template <class Shape, class Weight, class Load>
+__device__ __forceinline__ void multiply_stages(int64_t steps, const Load& load,
+                                                typename Shape::Sums& sums) {
+  constexpr int kStageABytes = Shape::kRows * kStageK;
+  constexpr int kStageBytes = Shape::template kStageBytes<Weight>;
   TRINE_DYNAMIC_SHARED(stages);
-
-  const int warp = int(threadIdx.x) / kWarpThreads, lane = int(threadIdx.x) % kWarpThreads;
-  const int64_t row_tiles = (linear.m + kManyRowsTile - 1) / kManyRowsTile;
-  const int64_t column_tiles = (linear.n + kManyRowsTile - 1) / kManyRowsTile;
-  const RasterPosition tile =
-      raster_position(blockIdx.x, uint32_t(row_tiles), uint32_t(column_tiles));
-  const int64_t m0 = tile.row * kManyRowsTile, n0 = tile.column * kManyRowsTile;
-  const int64_t steps =
-      (linear.weight_stride + Weight::kStageRowBytes - 1) / Weight::kStageRowBytes;
+  const int lane = int(threadIdx.x) % kWarpThreads;
+  const int warp_m = Shape::warp_m(), warp_n = Shape::warp_n();
 
   const auto load_stage = [&](int stage, int64_t step) {
     unsigned char* const a = stages + stage * kStageBytes;
-    unsigned char* const b = a + kStageABytes;
-    for (int i = int(threadIdx.x); i < kManyRowsTile * kStageK / kCopyBytes;
-         i += kManyRowsThreads) {
-      const int row = i / (kStageK / kCopyBytes), unit = i % (kStageK / kCopyBytes);
-      copy_async(shared_address(a + unit_offset(row, unit)),
-                 linear.q + (m0 + row) * linear.q_stride + step * kStageK + unit * kCopyBytes,
-                 m0 + row < linear.m);
-    }
-    constexpr int kUnits = Weight::kStageRowBytes / kCopyBytes;
-    for (int i = int(threadIdx.x); i < kManyRowsTile * kUnits; i += kManyRowsThreads) {
-      const int row = i / kUnits, unit = i % kUnits;
-      const int64_t at = step * Weight::kStageRowBytes + unit * kCopyBytes;
-      copy_async(shared_address(b + Weight::unit_offset_of(row, unit)),
-                 linear.weight + (n0 + row) * linear.weight_stride + at,
-                 n0 + row < linear.n && at < linear.weight_stride);
-    }
+    load(a, a + kStageABytes, step);
   };
-
-  const int warp_m = warp / 4 * kWarpRows, warp_n = warp % 4 * kWarpColumns;
-  int32_t sums[kRowTiles][kColumnTiles][4] = {};
   const auto compute_stage = [&](int stage) {
     const unsigned char* const a_stage = stages + stage * kStageBytes;
     const unsigned char* const b_stage = a_stage + kStageABytes;
 #pragma unroll
     for (int step = 0; step < kStageK / 32; ++step) {
-      uint32_t a[kRowTiles][4], b[kColumnTiles][2];
+      uint32_t a[Shape::kRowTiles][4], b[Shape::kColumnTiles][2];
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
+      for (int i = 0; i < Shape::kRowTiles; ++i)
         // Matrices 0 and 1 are rows 0 to 7 and 8 to 15 of the first 16 bytes, 2 and 3 of the next.
         load_matrices(a[i], shared_address(a_stage + unit_offset(warp_m + 16 * i + lane % 16,
                                                                  2 * step + lane / 16)));
 #pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j)
+      for (int j = 0; j < Shape::kColumnTiles; ++j)
         Weight::fragments(b[j], b_stage, warp_n + 8 * j, step, lane);
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
+      for (int i = 0; i < Shape::kRowTiles; ++i)
 #pragma unroll
-        for (int j = 0; j < kColumnTiles; ++j) multiply(S8{}, sums[i][j], a[i], b[j]);
+        for (int j = 0; j < Shape::kColumnTiles; ++j) multiply(S8{}, sums[i][j], a[i], b[j]);
     }
   };
 
@@ -111,33 +110,91 @@ __global__ void __launch_bounds__(kManyRowsThreads, 1) many_rows_kernel(DeviceLi
     copy_async_commit();
     compute_stage(int(step % kManyRowsStages));
   }
+}
 
+// Calls store(sum, row_of(m), column_of(n)) for the sums of the calling thread in the first `rows`
+// rows m and `columns` columns n of the tile.
+template <class Shape, class RowOf, class ColumnOf, class Store>
+__device__ __forceinline__ void for_each_sum(const typename Shape::Sums& sums, int64_t rows,
+                                             int64_t columns, const RowOf& row_of,
+                                             const ColumnOf& column_of, const Store& store) {
+  const int lane = int(threadIdx.x) % kWarpThreads;
+  const auto row_in_tile = [&](int i, int half) {
+    return Shape::warp_m() + 16 * i + 8 * half + lane / 4;
+  };
+  decltype(row_of(0)) row[Shape::kRowTiles][2] = {};
 #pragma unroll
-  for (int j = 0; j < kColumnTiles; ++j)
+  for (int i = 0; i < Shape::kRowTiles; ++i)
 #pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      const int64_t n = n0 + warp_n + 8 * j + 2 * (lane % 4) + column;
-      if (n >= linear.n) continue;
-      const ColumnScaling scaling = column_scaling(linear, n);
+    for (int half = 0; half < 2; ++half)
+      if (row_in_tile(i, half) < rows) row[i][half] = row_of(row_in_tile(i, half));
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
+  for (int j = 0; j < Shape::kColumnTiles; ++j)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t m = m0 + warp_m + 16 * i + 8 * half + lane / 4;
-          if (m < linear.m)
-            write_float(
-                linear.y, linear.type, m * linear.n + n,
-                finished<Weight::kOffset>(linear, sums[i][j][2 * half + column], m, scaling));
-        }
+    for (int in_pair = 0; in_pair < 2; ++in_pair) {
+      const int n = Shape::warp_n() + 8 * j + 2 * (lane % 4) + in_pair;
+      if (n >= columns) continue;
+      const auto column = column_of(n);
+#pragma unroll
+      for (int i = 0; i < Shape::kRowTiles; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (row_in_tile(i, half) < rows)
+            store(sums[i][j][2 * half + in_pair], row[i][half], column);
     }
 }
 
 template <class Weight>
+__global__ void __launch_bounds__(LinearTile::kThreads, 1) many_rows_kernel(DeviceLinear linear) {
+  constexpr int kTile = LinearTile::kRows;
+  static_assert(LinearTile::kColumns == kTile);
+  const int64_t row_tiles = (linear.m + kTile - 1) / kTile;
+  const int64_t column_tiles = (linear.n + kTile - 1) / kTile;
+  const RasterPosition tile =
+      raster_position(blockIdx.x, uint32_t(row_tiles), uint32_t(column_tiles));
+  const int64_t m0 = tile.row * kTile, n0 = tile.column * kTile;
+  const int64_t steps =
+      (linear.weight_stride + Weight::kStageRowBytes - 1) / Weight::kStageRowBytes;
+
+  LinearTile::Sums sums = {};
+  const auto load = [&](unsigned char* a, unsigned char* b, int64_t step) {
+    for (int i = int(threadIdx.x); i < kTile * kStageK / kCopyBytes; i += LinearTile::kThreads) {
+      const int row = i / (kStageK / kCopyBytes), unit = i % (kStageK / kCopyBytes);
+      copy_async(shared_address(a + unit_offset(row, unit)),
+                 linear.q + (m0 + row) * linear.q_stride + step * kStageK + unit * kCopyBytes,
+                 m0 + row < linear.m);
+    }
+    constexpr int kUnits = Weight::kStageRowBytes / kCopyBytes;
+    for (int i = int(threadIdx.x); i < kTile * kUnits; i += LinearTile::kThreads) {
+      const int row = i / kUnits, unit = i % kUnits;
+      const int64_t at = step * Weight::kStageRowBytes + unit * kCopyBytes;
+      copy_async(shared_address(b + Weight::unit_offset_of(row, unit)),
+                 linear.weight + (n0 + row) * linear.weight_stride + at,
+                 n0 + row < linear.n && at < linear.weight_stride);
+    }
+  };
+  multiply_stages<LinearTile, Weight>(steps, load, sums);
+
+  struct Column {
+    int64_t n;
+    ColumnScaling scaling;
+  };
+  for_each_sum<LinearTile>(
+      sums, linear.m - m0, linear.n - n0, [&](int m) { return m0 + m; },
+      [&](int n) { return Column{n0 + n, column_scaling(linear, n0 + n)}; },
+      [&](int32_t sum, int64_t m, const Column& column) {
+        write_float(linear.y, linear.type, m * linear.n + column.n,
+                    finished<Weight::kOffset>(linear, sum, m, column.scaling));
+      });
+}
+
+template <class Weight>
 void many_rows_linear(const char* op, const DeviceLinear& linear, cudaStream_t stream) {
-  const auto tiles = [](int64_t count) { return (count + kManyRowsTile - 1) / kManyRowsTile; };
+  constexpr int kTile = LinearTile::kRows;
+  const auto tiles = [](int64_t count) { return (count + kTile - 1) / kTile; };
   launch(op, many_rows_kernel<Weight>,
-         {tiles(linear.m) * tiles(linear.n), kManyRowsThreads,
-          kManyRowsStages * kManyRowsTile * (kStageK + Weight::kStageRowBytes)},
+         {tiles(linear.m) * tiles(linear.n), LinearTile::kThreads,
+          kManyRowsStages * LinearTile::kStageBytes<Weight>},
          stream, linear);
 }
 

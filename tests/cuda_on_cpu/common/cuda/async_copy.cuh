@@ -6,7 +6,12 @@
 
 namespace trine {
 
-using cuda_on_cpu::copy_async, cuda_on_cpu::copy_async_commit;
+using cuda_on_cpu::copy_async_commit;
+
+template <int kBytes = 16>
+void copy_async(SharedAddress to, const void* from, bool valid) {
+  cuda_on_cpu::copy_async(to, from, kBytes, valid);
+}
 
 template <int kPending>
 void copy_async_wait() {
