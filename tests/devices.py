@@ -53,6 +53,12 @@ def on_device(op: Callable, device: str = DEVICE) -> Callable:
 def smallest_tiles(put: Callable = setattr) -> None:
     """Keeps Triton from measuring which tiles are fastest: that takes seconds at each shape, and
     changes no bit. These are those that every GPU has the memory for."""
-    for op in ("int8_linear", "int8_conv2d", "ternary_linear", "sparse24_linear"):
+    for op in (
+        "int8_linear",
+        "int8_weight_linear",
+        "int8_conv2d",
+        "ternary_linear",
+        "sparse24_linear",
+    ):
         tuned = importlib.import_module(f"trine.ops.{op}.triton")._tuned
         put(tuned, "configs", tuned.configs[:1])

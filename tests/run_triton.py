@@ -14,7 +14,13 @@ import pytest
 import torch
 import trine
 from devices import all_moved, smallest_tiles
-from linear_inputs import DTYPES, assert_same_bits, difficult_rows, non_contiguous
+from linear_inputs import (
+    DTYPES,
+    assert_same_bits,
+    assert_within_sum_bound,
+    difficult_rows,
+    non_contiguous,
+)
 from test_int8_conv2d import inputs as conv_inputs
 from test_softmax_kl import operator_arguments
 from test_softmax_kl_divergences import assert_close
@@ -26,6 +32,8 @@ from trine.ops.int8_conv2d import reference as conv
 from trine.ops.int8_conv2d.triton import int8_conv2d
 from trine.ops.int8_linear import reference as int8
 from trine.ops.int8_linear.triton import int8_linear, int8_linear_rows
+from trine.ops.int8_weight_linear import reference as int8_weight
+from trine.ops.int8_weight_linear.triton import int8_weight_linear
 from trine.ops.quantize_rows import reference as rows
 from trine.ops.quantize_rows.triton import quantize_rows
 from trine.ops.rms_norm_quantize_rows import reference as norm
@@ -92,6 +100,31 @@ def try_sparse24(device: str) -> None:
     arguments, _ = sparse24.example_inputs()
     with pytest.raises(ValueError, match="float32 values have no kernel on this device"):
         sparse24_linear(*all_moved(arguments, device))
+
+
+def try_int8_weight(device: str) -> None:
+    def check_call(x, packed_weight, weight_scale, bias) -> None:
+        arguments = (x, packed_weight, weight_scale, bias)
+        actual = int8_weight_linear(*all_moved(arguments, device)).cpu()
+        k, n = x.shape[-1], len(packed_weight)
+        dense = int8_weight.dequantised(packed_weight, weight_scale, k)
+        codes = packed_weight[:, :k].double().abs()
+        magnitude = x.reshape(x.shape[:-1].numel(), k).double().abs() @ dense.abs().T
+        expected = int8_weight.int8_weight_linear(*arguments)
+        assert actual.shape == expected.shape
+        rows = (t.reshape(-1, n) for t in (actual, expected))
+        unscaled = x.reshape(magnitude.shape[0], k).double().abs() @ codes.T
+        assert_within_sum_bound(*rows, magnitude, k, unscaled)
+
+    for dtype, shape in itertools.product(DTYPES, SHAPES):
+        check_call(*int8_weight.example_inputs(*shape, dtype))
+    for i, (m, n, k, groups) in enumerate(((1, 17, 128, 2), (18, 5, 192, 3), (3, 33, 64, 1))):
+        check_call(*int8_weight.example_inputs(m, n, k, DTYPES[i], i != 1, groups))
+    _, *weight = int8_weight.example_inputs(1, 7, 130)
+    for dtype in DTYPES:
+        check_call(difficult_rows(130, dtype), *weight)
+    for x in non_contiguous(torch.randn(4, 130)):
+        check_call(x, *weight)
 
 
 def try_ternary24(device: str) -> None:
@@ -224,6 +257,7 @@ def main(device: str) -> None:
     torch.manual_seed(0)
     try_sparse24(device)
     try_ternary24(device)
+    try_int8_weight(device)
     try_int8_conv2d(device)
     try_softmax_kl(device)
     for dtype in DTYPES:

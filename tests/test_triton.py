@@ -118,6 +118,16 @@ def sparse24_ptx(x: str, values: str, capability: int) -> str:
     return ptx(sparse24_linear_kernel, pointers, constants, capability)
 
 
+def weight_only_ptx(x: str, capability: int) -> str:
+    from trine.ops.int8_weight_linear.triton import int8_weight_linear_kernel
+
+    pointers = {"x": f"*{x}", "weight": "*i8", "y": f"*{x}"}
+    pointers |= {"weight_scale": "*fp32", "bias": "*fp32"}
+    constants = {"WIDEN": x == "fp32", "HAS_BIAS": True}
+    constants |= {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}
+    return ptx(int8_weight_linear_kernel, pointers, constants, capability)
+
+
 def sparse24_int8_ptx(capability: int) -> str:
     return sparse24_ptx("i8", "i8", capability)
 
@@ -198,6 +208,18 @@ def test_a_sparse_weight_of_the_type_of_x_uses_tensor_cores(dtype, capability):
     kind = dtype.replace("fp16", "f16")
     code = sparse24_ptx(dtype, dtype, capability)
     assert re.search(rf"\b(mma\.sync|wgmma\.mma_async)\S*\.f32\.{kind}\.{kind}", code)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_int8_weights_meet_16_bit_rows_on_tensor_cores(dtype, capability):
+    kind = dtype.replace("fp16", "f16")
+    code = weight_only_ptx(dtype, capability)
+    assert re.search(rf"\b(mma\.sync|wgmma\.mma_async)\S*\.f32\.{kind}\.{kind}", code)
+
+
+def test_int8_weights_meet_float32_rows_in_float32():
+    assert not re.search(r"mma\.|tf32", weight_only_ptx("fp32", 80))
 
 
 def test_a_sparse_weight_of_another_type_is_multiplied_in_float32():

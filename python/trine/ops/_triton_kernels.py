@@ -15,6 +15,7 @@ OPS = {
     "rms_norm_quantize_rows": "rms_norm_quantize_rows",
     "int8_linear": "int8_linear",
     "int8_linear_rows": "int8_linear",
+    "int8_weight_linear": "int8_weight_linear",
     "int8_conv2d": "int8_conv2d",
     "ternary_linear": "ternary_linear",
     "ternary_linear_rows": "ternary_linear",
