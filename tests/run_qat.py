@@ -52,7 +52,12 @@ def spread(mode: str, rank: int, count: int) -> dict:
         called = fully_shard(model, mesh=mesh)
     trained(model, called, rank, count)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    objects = [state]
+    objects, error = [state], ""
+    if mode == "fsdp":
+        try:
+            trine.convert(model)
+        except ValueError as raised:
+            error = str(raised)
     dist.broadcast_object_list(objects)  # full in the first process alone
     whole = made().eval()
     whole.load_state_dict(objects[0])
@@ -62,6 +67,7 @@ def spread(mode: str, rank: int, count: int) -> dict:
     return {
         "buffers": dict(model.named_buffers()),
         "parameters": {n: p for n, p in objects[0].items() if n in dict(whole.named_parameters())},
+        "error": error,
         "same bits": [name for name in served if torch.equal(served[name], evaluated[name])],
     }
 

@@ -9,7 +9,10 @@ from linear_inputs import assert_same_bits
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 from trine import Recipe
+from trine.chain.stages import Ground, Qat
+from trine.distill import Training
 from trine.nn import Int8Conv2d, Int8Linear
 from trine.quantize import QatConv2d, QatSchedule, fold_batch_norm, post_training, prepare_qat
 
@@ -325,3 +328,18 @@ def test_what_is_folded_can_be_said():
         QatSchedule(
             prepare_qat(nn.Linear(6, 2), Recipe("int8-static"), x[0, 0]), freeze_batch_norm=1
         )
+
+
+def test_the_stage_of_a_recipe_moves_and_freezes_it(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    x = 3 * torch.randn(64, 6) + 1
+    labels = (x.sum(1) > 6).long()
+    loader = DataLoader(TensorDataset(x, labels), 16)
+    ground = Ground(copy.deepcopy(model), loader, loader, {"input": x})
+    folder = tmp_path / "qat"
+    small = Qat(training=Training(epochs=6, learning_rate=0.02)).apply(model, ground, folder)
+    assert [type(m) for m in small[:2]] == [Int8Linear, nn.Identity]
+    state = torch.load(next(folder.rglob("*.pt")), weights_only=True)
+    assert state["schedule"] == {"updates": 24}
+    (moved,) = (v for name, v in state["lesson"].items() if name.endswith("num_batches_tracked"))
+    assert moved == 16  # two thirds of the updates

@@ -102,7 +102,7 @@ def test_quantised_on_load_saved_in_shards_and_read_again(name, dtype, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "choice", ["int8-weight", "ternary", "sparse24", "sparse24-int8", "ternary24"]
+    "choice", ["int8-weight", "ternary-g64", "sparse24", "sparse24-int8", "ternary24"]
 )
 def test_every_kind_comes_back_with_equal_bits(choice, tmp_path):
     _written(tmp_path / "float", "gpt2", torch.bfloat16)
@@ -202,6 +202,10 @@ def test_weights_that_cannot_be_quantised_are_refused_by_layer(tmp_path):
     model = _written(tmp_path, "gpt2")
     with pytest.raises(ValueError, match="no layer of the model is to be quantised"):
         _load(tmp_path, quantization_config=TrineConfig({"*.nothing": "int8"}))
+    with pytest.raises(
+        ValueError, match=r"'transformer\.h\.0\.attn\.c_attn'.* divides in_features"
+    ):
+        _load(tmp_path, quantization_config=TrineConfig("ternary-g128"))
     model.transformer.h[1].mlp.c_fc.weight.data[3, 4] = torch.nan
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'transformer\.h\.1\.mlp\.c_fc'.* holds NaN"):

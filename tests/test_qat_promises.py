@@ -126,6 +126,10 @@ class TestTwoProcesses:
             if "input_range" in name:
                 assert torch.equal(first[name], value), name
 
+    def test_shards_are_not_converted(self, mode, spread):
+        for result in spread[mode]:
+            assert ("its weight is spread over processes" in result["error"]) is (mode == "fsdp")
+
     def test_weights_are_the_same_in_both_ways_and_served_with_their_bits(self, mode, spread):
         for result in spread[mode]:
             assert set(result["same bits"]) == set(CASES)

@@ -21,6 +21,8 @@ from trine.distill.recipe_file import checked, read_training
 from trine.distill.settings import Training
 from trine.distill.teachers import Frozen
 from trine.prune import prune_structured
+from trine.quantize import QatSchedule
+from trine.quantize.input_range import InputRange
 
 
 @dataclass(frozen=True)
@@ -190,16 +192,22 @@ class Distill(Stage):
             Frozen(ground.teacher),
             Together(SoftTargets(self.temperature), Labels()),
             Fixed({"soft": self.weight, "hard": 1 - self.weight}),
+            schedule=self._schedule(model, ground),
             training=self.training,
             folder=folder / "training",
             progress=True,
         )
         return distiller.fit(ground.train)
 
+    def _schedule(self, model: nn.Module, ground: Ground) -> QatSchedule | None:
+        return None
+
 
 @dataclass(frozen=True)
 class Qat(Distill):
     """`Distill` under quantisation, then `trine.convert`: what is trained is what is served.
+
+    Ranges of activations, and batch norms that are folded, are frozen for the last third.
 
     linear: as in `trine.Recipe`. pruned_decay: that of SR-STE for layers that become 2:4.
     """
@@ -219,6 +227,13 @@ class Qat(Distill):
             model, Recipe(self.linear), ground.samples, pruned_decay=float(self.pruned_decay)
         )
         return trine.convert(super().apply(student, ground, folder).eval())
+
+    def _schedule(self, model: nn.Module, ground: Ground) -> QatSchedule | None:
+        after = self.training.updates(len(ground.train)) * 2 // 3
+        if model.qat_folded:
+            return QatSchedule(model, freeze_ranges=after, freeze_batch_norm=after)
+        has_ranges = any(isinstance(module, InputRange) for module in model.modules())
+        return QatSchedule(model, freeze_ranges=after) if has_ranges else None
 
 
 @dataclass(frozen=True)

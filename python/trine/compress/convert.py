@@ -17,7 +17,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model holds no QatLinear, a weight holds NaN or infinity, the model cannot
-            be copied, or a batch norm that a layer has taken up was trained without `QatSchedule`.
+            be copied, a weight is sharded over processes, or a batch norm that a layer has taken
+            up was trained without `QatSchedule`.
     """
     require_module(model, "convert")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QatLayer)}
@@ -41,6 +42,12 @@ def _in_floats(model: nn.Module) -> nn.Module:
 
 def _pack(name: str, layer: QatLayer) -> nn.Module:
     try:
+        if hasattr(layer.weight, "full_tensor"):
+            raise ValueError(
+                "its weight is spread over processes; load the full state "
+                "(torch.distributed.checkpoint.state_dict) into a model of prepare_qat in one "
+                "process, and convert that"
+            )
         if layer.norm is not None:
             layer.norm.require_moved()
         return layer.pack()

@@ -15,6 +15,7 @@ from trine.distill.teachers import Teacher
 
 if TYPE_CHECKING:
     from trine.prune import Pruner
+    from trine.quantize import QatSchedule
 
 __all__ = ["Distiller"]
 
@@ -68,6 +69,7 @@ class Distiller:
             (`DataFree`). One that has a state_dict is in the checkpoint.
         pruner: a `trine.prune.Pruner` of the student, made without an optimiser, to prune it as it
             learns. Scores count from when it is done; call its `finish` after `fit`.
+        schedule: a `trine.quantize.QatSchedule` of the student, stepped after each update.
         training: settings.
         folder: for the checkpoint, the history (history.jsonl, curves.png) and the final weights
             (student.safetensors); None: nothing is written, and a killed job starts again.
@@ -91,6 +93,7 @@ class Distiller:
         paths: Mapping[str, str] | None = None,
         transform: Callable[[Batch, nn.Module], Batch] | None = None,
         pruner: "Pruner | None" = None,
+        schedule: "QatSchedule | None" = None,
         training: Training | None = None,
         folder: str | Path | None = None,
         tensorboard: bool = False,
@@ -100,7 +103,7 @@ class Distiller:
         self.accelerator = processes.accelerator_for(self.training)
         self.folder = None if folder is None else Path(folder)
         self.teacher, self.student, self.transform = teacher, student, transform
-        self.pruner = pruner
+        self.pruner, self.schedule = pruner, schedule
         self.lesson = Lesson(Capture(student, paths), teacher, objective, balance)
         self.tensorboard, self.progress = tensorboard, progress
         self.history: list[dict[str, Any]] = []

@@ -39,7 +39,7 @@ class Run:
         evaluate: Callable[[nn.Module], float] | None,
     ) -> None:
         self.training, self.evaluate, self.teacher = owner.training, evaluate, owner.teacher
-        self.transform, self.pruner = owner.transform, owner.pruner
+        self.transform, self.pruner, self.schedule = owner.transform, owner.pruner, owner.schedule
         self.accelerator, self.lesson = owner.accelerator, owner.lesson
         self.student = owner.lesson.student
         self.rank = self.accelerator.process_index
@@ -60,8 +60,7 @@ class Run:
         if self.training.precision == "fp16":
             self.scaler = torch.amp.GradScaler(self.accelerator.device.type)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        updates = -(-len(self.loader) // self.training.accumulate)
-        self.steps = min(updates * self.training.epochs, self.training.steps or 2**62)
+        self.steps = self.training.updates(len(self.loader))
         self.average: dict[str, Tensor] | None = None
         if self.training.ema is not None:
             parameters = self.student.named_parameters()
@@ -152,6 +151,8 @@ class Run:
             self.scaler.update()
         if self.pruner is not None:
             self.pruner.step()
+        if self.schedule is not None:
+            self.schedule.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average_in()
@@ -247,6 +248,7 @@ class Run:
                 "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 "transform": transform(),
                 "pruner": None if self.pruner is None else self.pruner.state_dict(),
+                "schedule": None if self.schedule is None else self.schedule.state_dict(),
                 "teacher": None if teacher is None else self.teacher.model.state_dict(),
             }
             partial = self.folder / f"{_CHECKPOINT}.part"
@@ -261,8 +263,9 @@ class Run:
         state = torch.load(self.folder / _CHECKPOINT, map_location="cpu", weights_only=True)
         wanted = asdict(self.training)
         differing = [name for name in wanted if state["training"].get(name) != wanted[name]]
-        if (state.get("pruner") is None) != (self.pruner is None):
-            differing.append("pruner")
+        for name, part in (("pruner", self.pruner), ("schedule", self.schedule)):
+            if (state.get(name) is None) != (part is None):
+                differing.append(name)
         if differing or len(state["draws"]) != self.accelerator.num_processes:
             what = ", ".join(differing) or f"{len(state['draws'])} processes"
             raise ValueError(
@@ -287,6 +290,8 @@ class Run:
             self.transform.load_state_dict(state["transform"])
         if self.pruner is not None:
             self.pruner.load_state_dict(state["pruner"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
         if state["teacher"] is not None:
             self.teacher.model.load_state_dict(state["teacher"])
         self.best, self.position = state["best"], state["position"]

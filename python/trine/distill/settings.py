@@ -101,6 +101,11 @@ class Training:
             return torch.optim.AdamW(groups)
         return torch.optim.SGD(groups, momentum=self.momentum, nesterov=self.momentum > 0)
 
+    def updates(self, batches: int) -> int:
+        """How many there are in all, with so many batches in an epoch."""
+        in_epoch = -(-batches // self.accumulate)
+        return min(in_epoch * self.epochs, self.steps or 2**62)
+
     def rate_at(self, step: int, steps: int) -> float:
         """The share of the peak learning rate at an update, of `steps` in all."""
         rise = round(self.warmup * steps)
