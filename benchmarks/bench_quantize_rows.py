@@ -1,4 +1,4 @@
-"""quantize_rows, alone and fused with RMSNorm, against the same steps in PyTorch."""
+"""quantize_rows, alone and fused with RMSNorm or LayerNorm, against the same steps in PyTorch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from trine.ops import quantize_rows, rms_norm_quantize_rows
+from trine.ops import layer_norm_quantize_rows, quantize_rows, rms_norm_quantize_rows
+from trine.ops.norm_quantize_rows import reference as norm_reference
 from trine.ops.quantize_rows import reference
-from trine.ops.rms_norm_quantize_rows import reference as norm_reference
 
 from benchmarks.case import Comparison, Contestant, WrongResult, cold, copies, hot, kernel_of
 from benchmarks.ceilings import Work
@@ -28,16 +28,20 @@ def _in_pytorch(x: Tensor) -> Rows:
     return q, absmax / 127.0, q.sum(1, dtype=torch.int32)
 
 
-def _norm_in_pytorch(x: Tensor, weight: Tensor) -> Rows:
-    return _in_pytorch(F.rms_norm(x, weight.shape, weight, EPS))
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, EPS)
 
 
-def _norm_then_quantize_rows(x: Tensor, weight: Tensor) -> Rows:
-    return quantize_rows(F.rms_norm(x, weight.shape, weight, EPS))
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, EPS)
 
 
-def _fused(x: Tensor, weight: Tensor) -> Rows:
-    return rms_norm_quantize_rows(x, weight, EPS)
+def _then(norm: Callable[..., Tensor], quantize: Callable[[Tensor], Rows]) -> Callable[..., Rows]:
+    return lambda *inputs: quantize(norm(*inputs))
+
+
+def _with_eps(op: Callable[..., Rows]) -> Callable[..., Rows]:
+    return lambda *inputs: op(*inputs, EPS)
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,29 @@ class Op:
     run: Callable[..., Rows]
     definition: Callable[..., Rows]
     peers: dict[str, Callable[..., Rows]]
-    has_weight: bool  # [K], beside x
+    parameters: int = 0  # tensors [K] beside x
+    kernel: str = "norm_quantize_rows"  # the name of its table
 
     def inputs(self, m: int, k: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(m, k, generator=generator)
-        return (x, 1 + torch.randn(k, generator=generator) / 4) if self.has_weight else (x,)
+        return x, *(1 + torch.randn(self.parameters, k, generator=generator) / 4)
 
     def check(self, inputs: tuple[Tensor, ...]) -> None:
         for actual, expected in zip(self.run(*inputs), self.definition(*inputs), strict=True):
             if not torch.equal(actual, expected):
                 raise WrongResult(f"{self.name} differs from its definition")
+
+
+def _fused(op: Callable[..., Rows], norm: Callable[..., Tensor], name: str, parameters: int) -> Op:
+    in_pytorch = _then(norm, _in_pytorch)
+    peers = {
+        "norm eager": in_pytorch,
+        "norm torch.compile": compiled(in_pytorch),
+        f"{name}, quantize_rows": _then(norm, quantize_rows),
+    }
+    definition = getattr(norm_reference, op.__name__)
+    return Op(op.__name__, _with_eps(op), _with_eps(definition), peers, parameters)
 
 
 OPS = (
@@ -65,19 +81,10 @@ OPS = (
         quantize_rows,
         reference.quantize_rows,
         {"eager": _in_pytorch, "torch.compile": compiled(_in_pytorch)},
-        False,
+        kernel="quantize_rows",
     ),
-    Op(
-        "rms_norm_quantize_rows",
-        _fused,
-        partial(norm_reference.rms_norm_quantize_rows, eps=EPS),
-        {
-            "norm eager": _norm_in_pytorch,
-            "norm torch.compile": compiled(_norm_in_pytorch),
-            "rms_norm, quantize_rows": _norm_then_quantize_rows,
-        },
-        True,
-    ),
+    _fused(rms_norm_quantize_rows, _rms_norm, "rms_norm", 1),
+    _fused(layer_norm_quantize_rows, _layer_norm, "layer_norm", 2),
 )
 
 
@@ -103,7 +110,7 @@ def _compare(op: Op, m: int, k: int) -> Iterator[Comparison]:
             timed = hot(calls) if state == "hot" else cold(calls)
             about = dict(
                 op=name,
-                kernel=kernel_of(op.name),
+                kernel=kernel_of(op.kernel),
                 rivals=tuple(op.peers),
                 baseline=next(iter(op.peers)),
             )

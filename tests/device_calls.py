@@ -17,8 +17,8 @@ from torch import Tensor
 from trine import ops
 from trine.ops.int8_conv2d import reference as conv
 from trine.ops.int8_linear import reference as int8
+from trine.ops.norm_quantize_rows import reference as norms
 from trine.ops.quantize_rows import reference as rows
-from trine.ops.rms_norm_quantize_rows import reference as rms_norm
 from trine.ops.sparse24_linear import reference as sparse24
 from trine.ops.ternary24_linear import reference as ternary24
 from trine.ops.ternary_linear import reference as ternary
@@ -74,17 +74,22 @@ def assert_gives(result: Tensor | tuple[Tensor, ...], expected: tuple[Tensor, ..
         assert_same_bits(a.cpu(), e)
 
 
+def norm_call(norm: str, *shape, inputs: tuple | None = None) -> Call:
+    op = f"{norm}_norm_quantize_rows"
+    return Call(op, getattr(norms, op), inputs or norms.example_inputs(norm, *shape))
+
+
 def calls() -> Iterator[Call]:
     torch.manual_seed(0)
     for i, k in enumerate(ROW_LENGTHS):
         yield Call("quantize_rows", rows.quantize_rows, rows.example_inputs(3, k, DTYPES[i % 3]))
         if k:
-            inputs = rms_norm.example_inputs(3, k, DTYPES[i % 3], weight=i % 2 == 0)
-            yield Call("rms_norm_quantize_rows", rms_norm.rms_norm_quantize_rows, inputs)
+            yield norm_call("rms", 3, k, DTYPES[i % 3], i % 2 == 0)
+            yield norm_call("layer", 3, k, DTYPES[(i + 1) % 3], i % 2 == 0)
     yield Call("quantize_rows", rows.quantize_rows, rows.example_inputs(1000, 100))
-    x, weight, eps = rms_norm.example_inputs(1000, 136, torch.bfloat16)
-    inputs = (x, weight.float(), eps)
-    yield Call("rms_norm_quantize_rows", rms_norm.rms_norm_quantize_rows, inputs)
+    for norm in ("rms", "layer"):
+        x, *rest, eps = norms.example_inputs(norm, 1000, 136, torch.bfloat16)
+        yield norm_call(norm, inputs=(x, *(values.float() for values in rest), eps))
     for i, (m, n, k) in enumerate((*FEW_ROWS, *MANY_ROWS, *EMPTY)):
         dtype, bias = DTYPES[i % 3], i % 2 == 0
         inputs = int8.example_inputs(m, n, k, dtype, bias)

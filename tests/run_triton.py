@@ -34,10 +34,10 @@ from trine.ops.int8_linear import reference as int8
 from trine.ops.int8_linear.triton import int8_linear, int8_linear_rows
 from trine.ops.int8_weight_linear import reference as int8_weight
 from trine.ops.int8_weight_linear.triton import int8_weight_linear
+from trine.ops.norm_quantize_rows import reference as norms
+from trine.ops.norm_quantize_rows import triton as norms_on_triton
 from trine.ops.quantize_rows import reference as rows
 from trine.ops.quantize_rows.triton import quantize_rows
-from trine.ops.rms_norm_quantize_rows import reference as norm
-from trine.ops.rms_norm_quantize_rows.triton import rms_norm_quantize_rows
 from trine.ops.softmax_kl import reference as kl
 from trine.ops.softmax_kl.triton import softmax_kl, softmax_kl_backward
 from trine.ops.sparse24_linear import pack_sparse24
@@ -72,7 +72,20 @@ def check(run, reference, device: str, *arguments, **named) -> None:
         assert_same_bits(a.cpu(), e)
 
 
-fused = norm.rms_norm_quantize_rows
+def check_norm(norm: str, device: str, *arguments) -> None:
+    op = f"{norm}_norm_quantize_rows"
+    check(getattr(norms_on_triton, op), getattr(norms, op), device, *arguments)
+
+
+def try_norms(device: str, dtype: torch.dtype) -> None:
+    for norm, none in (("rms", (None,)), ("layer", (None, None))):
+        for k in (1, 37, 130):
+            check_norm(norm, device, difficult_rows(k, dtype), *none, 1e-5)
+        for k in (0, 1, 5, 300, norms.SUM_LANES + 3):
+            check_norm(norm, device, *norms.example_inputs(norm, 2, k, dtype))
+        x, *rest, _ = norms.example_inputs(norm, 4, 70, dtype)
+        for rows_of_x in non_contiguous(x):
+            check_norm(norm, device, rows_of_x, *(values.float() for values in rest), 0.0)
 
 
 def check_sparse24(device: str, *arguments, **named) -> None:
@@ -263,12 +276,7 @@ def main(device: str) -> None:
     for dtype in DTYPES:
         for k in (1, 37, 130):
             check(quantize_rows, rows.quantize_rows, device, difficult_rows(k, dtype))
-            check(rms_norm_quantize_rows, fused, device, difficult_rows(k, dtype), None, 1e-5)
-        for k in (0, 1, 5, 300, norm.SUM_LANES + 3):
-            check(rms_norm_quantize_rows, fused, device, *norm.example_inputs(2, k, dtype))
-        x, weight, _ = norm.example_inputs(4, 70, dtype)
-        for rows_of_x in non_contiguous(x):
-            check(rms_norm_quantize_rows, fused, device, rows_of_x, weight.float(), 0.0)
+        try_norms(device, dtype)
         for m, n, k in SHAPES:
             for op, op_reference in (
                 (int8_linear_rows, int8.int8_linear),

@@ -69,5 +69,5 @@ def test_describe_says_what_was_switched_off():
 def test_describe_names_triton_where_it_serves(monkeypatch):
     monkeypatch.setattr(_triton_kernels, "in_force", lambda: True)
     for entry in backends.describe().ops:
-        has_kernel = entry.op.split()[0] in _triton_kernels.OPS
+        has_kernel = entry.op.split()[0] in _triton_kernels.OPS.values()
         assert (entry.cuda_kernels == ("triton",)) == has_kernel

@@ -202,6 +202,8 @@ def test_every_module_that_can_be_rebuilt_is_rebuilt_as_it_was():
         trine.nn.Int8Conv2d(4, 6, (3, 1), (2, 1), 1, (2, 1), 2, False, static_input=True),
         trine.nn.LowRankEmbedding(5, 4, 2, 1),
         trine.nn.LowRankLinear(4, 6, 2, False, residual=True),
+        trine.nn.QuantizingLayerNorm(6, 1e-6, True, False),
+        trine.nn.QuantizingRMSNorm(6, None, False),
     ]
     assert {type(module) for module in modules} == set(MODULES)
     for module in modules:

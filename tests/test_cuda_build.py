@@ -53,7 +53,7 @@ class TestLoadRules:
         monkeypatch.setattr(_library, "cuda_library", library)
         monkeypatch.setattr(_triton_kernels, "available", lambda: True)
         for op in backends.describe().ops:
-            if op.op in _triton_kernels.OPS:
+            if op.op in _triton_kernels.OPS.values():
                 assert op.cuda_kernels == ("triton",)
                 assert "the CUDA library is not built: no nvcc was found" in op.cuda_reason
         monkeypatch.setattr(_triton_kernels, "available", lambda: False)

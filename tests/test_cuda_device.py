@@ -16,7 +16,7 @@ import pytest
 import torch
 import trine
 from cuda_kernels import ROOT
-from device_calls import Call, as_tuple, assert_gives, calls
+from device_calls import Call, as_tuple, assert_gives, calls, norm_call
 from devices import ABSENT, DEVICE, all_moved, is_visible, moved, smallest_tiles
 from linear_inputs import (
     DTYPES,
@@ -34,8 +34,8 @@ from trine import _library, backends, ops
 from trine.nn import pack_linear
 from trine.ops import _triton_kernels
 from trine.ops.int8_linear import reference as int8
+from trine.ops.norm_quantize_rows import reference as norms
 from trine.ops.quantize_rows import reference as rows
-from trine.ops.rms_norm_quantize_rows import reference as rms_norm
 from trine.ops.sparse24_linear import (
     from_semi_structured,
     pack_sparse24,
@@ -54,11 +54,8 @@ needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="has no meaning on the 
 # One call of each kernel that has enough blocks for any order of them to show.
 LARGE = (
     Call("quantize_rows", rows.quantize_rows, rows.example_inputs(2000, 1001, torch.bfloat16)),
-    Call(
-        "rms_norm_quantize_rows",
-        rms_norm.rms_norm_quantize_rows,
-        rms_norm.example_inputs(2000, 1001, torch.bfloat16),
-    ),
+    norm_call("rms", 2000, 1001, torch.bfloat16),
+    norm_call("layer", 2000, 1001, torch.bfloat16),
     Call("int8_linear", int8.int8_linear, int8.example_inputs(7, 9000, 1030, torch.bfloat16)),
     Call("int8_linear", int8.int8_linear, int8.example_inputs(700, 3000, 530, torch.bfloat16)),
     Call("ternary_linear", ternary.ternary_linear, ternary.example_inputs(7, 9000, 1030)),
@@ -142,7 +139,12 @@ def test_difficult_and_strided_rows(backend, dtype, m):
     for rows_ in (x, *non_contiguous(x)):
         for op, reference, rest in (
             ("quantize_rows", rows.quantize_rows, ()),
-            ("rms_norm_quantize_rows", rms_norm.rms_norm_quantize_rows, (torch.rand(130), 1e-5)),
+            ("rms_norm_quantize_rows", norms.rms_norm_quantize_rows, (torch.rand(130), 1e-5)),
+            (
+                "layer_norm_quantize_rows",
+                norms.layer_norm_quantize_rows,
+                (*torch.rand(2, 130), 1e-5),
+            ),
             ("int8_linear", int8.int8_linear, int8_rest),
             ("ternary_linear", ternary.ternary_linear, ternary_rest),
         ):

@@ -117,12 +117,10 @@ GATES = {
         Gate("quantize_rows_kernel.*Lb0E", ("LDG", "STG"), 64, 15),
         Gate("quantize_rows_static_kernel", ("LDG", r"STG\.E"), 40, 1),
     ),
-    "rms_norm_quantize_rows/cuda": (
-        # MUFU.RSQ begins the square root; the norm needs what the quantiser does, and its weights.
-        Gate(
-            "rms_norm_quantize_rows_kernel.*Lb1E", (r"LDG\.E\.128", r"STG\.E", r"MUFU\.RSQ"), 64, 12
-        ),
-        Gate("rms_norm_quantize_rows_kernel.*Lb0E", ("LDG", "STG", r"MUFU\.RSQ"), 64, 12),
+    "norm_quantize_rows/cuda": (
+        # MUFU.RSQ begins the square root; a norm needs what the quantiser does, and its parameters.
+        Gate("norm_quantize_rows_kernel.*Lb1E", (r"LDG\.E\.128", r"STG\.E", r"MUFU\.RSQ"), 64, 24),
+        Gate("norm_quantize_rows_kernel.*Lb0E", ("LDG", "STG", r"MUFU\.RSQ"), 64, 24),
     ),
     "softmax_kl/cuda": (
         # Of 16-bit logits: a plain KL, of which three blocks (forward) or two fit an SM, and the

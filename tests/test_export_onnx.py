@@ -12,6 +12,7 @@ from trine.nn import (
     Int8Linear,
     Int8WeightLinear,
     NormedTernaryLinear,
+    QuantizingLayerNorm,
     Sparse24Linear,
     TernaryLinear,
     TwoScaleTernaryLinear,
@@ -71,14 +72,27 @@ def _rows(k: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_gives_equal_bits_for_other_shapes_than_the_example(name, tmp_path):
     layer = LAYERS[name]().eval()
-    example = torch.randn(2, 2, layer.in_features, dtype=layer.dtype)
-    to_onnx(layer, tmp_path / "m.onnx", example, dynamic_shapes=({0: BATCH, 1: BATCH},))
-    x = _rows(layer.in_features, layer.dtype)
-    y, expected = _run(_session(tmp_path / "m.onnx"), x), layer(x)
-    assert y.dtype == layer.dtype
+    _assert_equal_bits(layer, layer.in_features, layer.dtype, tmp_path / "m.onnx")
+
+
+def _assert_equal_bits(model: nn.Module, k: int, dtype: torch.dtype, path) -> None:
+    example = torch.randn(2, 2, k, dtype=dtype)
+    to_onnx(model, path, example, dynamic_shapes=({0: BATCH, 1: BATCH},))
+    x = _rows(k, dtype)
+    y, expected = _run(_session(path), x), model(x)
+    assert y.dtype == dtype
     assert expected.isnan().any(-1).sum() == 2
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize(("k", "dtype"), [(100, torch.float32), (9000, torch.float16)])
+def test_a_layer_norm_that_quantises_gives_equal_bits(k, dtype, tmp_path):
+    norm = QuantizingLayerNorm(k)
+    norm.weight.data, norm.bias.data = torch.rand(2, k) + 0.5
+    model = nn.Sequential(norm, pack_linear(nn.Linear(k, 5), "int8"))
+    model = model.to(dtype).eval().requires_grad_(False)
+    _assert_equal_bits(model, k, dtype, tmp_path / "m.onnx")
 
 
 def test_a_model_gives_equal_bits_and_keeps_two_bits_a_weight(tmp_path):

@@ -86,7 +86,7 @@ def test_a_gpu_run_compares_ours_with_every_peer(no_gpu_needed, tmp_path, capsys
     for peer in ("nn.Linear bf16", "torch._int_mm"):
         assert {(peer, 1, 48), (peer, 3, 48)} <= names
     assert ("torch._int_mm compiled", 2, 32) in names
-    for op in ("quantize_rows", "rms_norm_quantize_rows"):
+    for op in ("quantize_rows", "rms_norm_quantize_rows", "layer_norm_quantize_rows"):
         assert {(op, 8, None), (f"{op} triton", 1, None)} <= names
     for name in ("int8_conv2d", "conv2d bf16", "conv2d fp16"):
         assert (name, None, None) in names

@@ -12,7 +12,7 @@ README = readme_of(trine.quantize)
 
 @pytest.mark.parametrize("technique", README.techniques, ids=lambda t: t.title)
 def test_a_technique_has_public_names_and_a_float64_check(technique):
-    technique.check(trine.quantize, observers)
+    technique.check(trine.quantize, observers, trine.ops, trine)
 
 
 class Network(nn.Module):

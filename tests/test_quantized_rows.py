@@ -1,5 +1,5 @@
 """Rows quantised once: every linear op that takes them gives the bits that it gives for the tensor,
-and RMSNorm before a layer quantises for all that read it."""
+and a norm before layers quantises for all that read it."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from linear_inputs import DTYPES, SHAPES, assert_same_bits, difficult_rows
 from memory_guard import at_end_of_memory
 from torch import Tensor, nn
 from trine import nn as packed_nn
-from trine.nn import QuantizingRMSNorm
+from trine.nn import QuantizingLayerNorm, QuantizingRMSNorm
 from trine.ops import QuantizedRows, int8_linear, quantize_rows, ternary_linear
 from trine.ops.int8_linear import reference as int8_reference
-from trine.ops.rms_norm_quantize_rows import reference as norm_reference
+from trine.ops.norm_quantize_rows import reference as norm_reference
 from trine.ops.ternary_linear import reference as ternary_reference
 
 OPS = {
@@ -135,21 +135,39 @@ class Attention(nn.Module):
         return [projection(normed).view(shape) for projection in self.projections]
 
 
+NORMS = {
+    "rms": lambda k: QuantizingRMSNorm(k, 1e-5),
+    "layer": QuantizingLayerNorm,
+    "layer without bias": lambda k: QuantizingLayerNorm(k, bias=False),
+    "layer without weight": lambda k: QuantizingLayerNorm(k, elementwise_affine=False),
+}
+
+
+def example_norm(kind: str, k: int = 48) -> nn.Module:
+    norm = NORMS[kind](k)
+    for parameter in norm.parameters():
+        parameter.data = 1 + torch.randn(k) / 4
+    return norm
+
+
 @each_op
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_before_projections(choice, dtype):
-    norm = QuantizingRMSNorm(nn.Parameter(1 + torch.randn(48) / 4), 1e-5)
+def test_norm_before_projections(choice, kind, dtype):
+    norm = example_norm(kind)
     model = Attention(choice, norm).to(dtype)
     x = torch.randn(2, 3, 48).to(dtype)
-    normed = norm_reference.rms_norm(x, norm.weight.detach(), 1e-5).view_as(x)
+    parameters = [norm.weight] if kind == "rms" else [norm.weight, norm.bias]
+    definition = getattr(norm_reference, f"{kind.split()[0]}_norm")
     with torch.no_grad():
+        normed = definition(x, *parameters, 1e-5).view_as(x)
         expected = [projection(normed).view(2, 3, -1, 16) for projection in model.projections]
         for actual, one in zip(model(x), expected, strict=True):
             assert_same_bits(actual, one)
-        compiled = torch.compile(model, fullgraph=True) if dtype == torch.float32 else model
+        is_compiled = dtype == torch.float32 and kind in ("rms", "layer")
+        compiled = torch.compile(model, fullgraph=True) if is_compiled else model
         for actual, one in zip(compiled(x), expected, strict=True):
             assert_same_bits(actual, one)
-    assert model.state_dict()["norm.weight"] is not None
 
 
 def test_norms_of_a_llama():
@@ -159,30 +177,90 @@ def test_norms_of_a_llama():
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **heads)).eval()
     for block in model.model.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                if isinstance(layer, nn.Linear):
-                    setattr(part, name, packed_nn.pack_linear(layer, "int8"))
+        pack(block)
     ids = torch.randint(0, 50, (2, 7))
     with torch.no_grad():
         before = model(ids).logits
         for block in model.model.layers:
             for name in ("input_layernorm", "post_attention_layernorm"):
-                norm = getattr(block, name)
-                setattr(block, name, QuantizingRMSNorm(norm.weight, norm.variance_epsilon))
+                setattr(block, name, QuantizingRMSNorm.from_norm(getattr(block, name)))
         # The norms differ by roundings, which a q now and then makes one step of int8.
         torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0.02)
 
 
-def test_norm_gives_a_tensor_where_a_gradient_is_wanted():
-    weight = nn.Parameter(torch.rand(48))
-    ours, torchs = QuantizingRMSNorm(weight), nn.RMSNorm(48)
-    torchs.weight = weight
+def pack(block: nn.Module, choice: str = "int8") -> None:
+    for name, layer in list(block.named_modules()):
+        if isinstance(layer, nn.Linear):
+            block.set_submodule(name, packed_nn.pack_linear(layer, choice))
+
+
+class Block(nn.Module):
+    """Of a pre-norm transformer (ViT, GPT-2): each norm is read by linear layers alone."""
+
+    def __init__(self, norm: type[nn.LayerNorm]) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = norm(48), norm(48)
+        self.query, self.key, self.value = (nn.Linear(48, 48) for _ in range(3))
+        self.up, self.down = nn.Linear(48, 96), nn.Linear(96, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        heads = [part(normed).unflatten(-1, (4, 12)).transpose(1, 2) for part in self.parts()]
+        x = x + nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+    def parts(self) -> tuple[nn.Module, ...]:
+        return self.query, self.key, self.value
+
+
+@each_op
+def test_pre_norm_block(choice):
+    """Served, it differs from the block with torch's norms by roundings; in training not at all."""
+    block, fused = Block(nn.LayerNorm), Block(QuantizingLayerNorm)
+    for parameter in block.parameters():
+        parameter.data += torch.randn(parameter.shape) / 8
+    fused.load_state_dict(block.state_dict())
+    pack(block, choice)
+    pack(fused, choice)
+    x = torch.randn(2, 5, 48)
+    with torch.no_grad():
+        expected = block(x)
+        torch.testing.assert_close(fused(x), expected, rtol=0, atol=0.05)
+        assert isinstance(fused.norm1(x), QuantizedRows)
+    trained = [torch.randn(2, 5, 48), torch.randn(2, 5, 48, requires_grad=True)]
+    for x in trained:  # of the norms alone, and of x, too
+        results = []
+        for model in (block, fused):
+            model.zero_grad()
+            y = model(x)
+            y.square().sum().backward()
+            given = [x] if x.requires_grad else []
+            results.append([y, *(leaf.grad.clone() for leaf in (*given, *model.parameters()))])
+            x.grad = None
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norm_gives_a_tensor_where_a_gradient_is_wanted(kind):
+    torchs = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[kind](48)
+    torchs.weight.data = torch.rand(48)
+    ours = type(example_norm(kind)).from_norm(torchs.train())
+    assert ours.weight is torchs.weight
+    assert (ours.eps, ours.training) == (torchs.eps, True)
     x = torch.randn(3, 48, requires_grad=True)
     assert torch.equal(ours(x), torchs(x))
-    weight.requires_grad_(False)
+    ours.requires_grad_(False)
     assert torch.equal(ours(x), torchs(x))
     assert isinstance(ours(x.detach()), QuantizedRows)
     with torch.no_grad():
         assert isinstance(ours(x), QuantizedRows)
-    assert "48, eps=None" in repr(ours)
+    ours.load_state_dict(torchs.state_dict())
+    assert repr(ours) == repr(torchs).replace(type(torchs).__name__, type(ours).__name__)
+
+
+def test_a_norm_over_several_dimensions_is_refused():
+    with pytest.raises(ValueError, match=r"of the last dimension; normalized_shape is \(3, 4\)"):
+        QuantizingLayerNorm((3, 4))
+    with pytest.raises(ValueError, match="rows of the last dimension"):
+        QuantizingRMSNorm.from_norm(nn.RMSNorm((3, 4)))

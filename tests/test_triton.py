@@ -140,12 +140,13 @@ def quantize_ptx(capability: int) -> str:
 
 
 def norm_ptx(capability: int) -> str:
-    from trine.ops.rms_norm_quantize_rows.triton import rms_norm_quantize_rows_kernel
+    from trine.ops.norm_quantize_rows.triton import norm_quantize_rows_kernel
 
-    pointers = {"x": "*bf16", "weight": "*fp32", "q": "*i8", "scale": "*fp32", "total": "*i32"}
-    pointers |= {"count": "fp32", "eps": "fp32"}
-    constants = {"HAS_WEIGHT": True, "LEVELS": 12, "BLOCK": 4096}
-    return ptx(rms_norm_quantize_rows_kernel, pointers, constants, capability)
+    pointers = {"x": "*bf16", "weight": "*fp32", "bias": "*bf16", "q": "*i8", "scale": "*fp32"}
+    pointers |= {"total": "*i32", "count": "fp32", "eps": "fp32"}
+    constants = {"IS_LAYER": True, "HAS_WEIGHT": True, "HAS_BIAS": True}
+    constants |= {"LEVELS": 12, "BLOCK": 4096}
+    return ptx(norm_quantize_rows_kernel, pointers, constants, capability)
 
 
 def static_ptx(capability: int) -> str:

@@ -7,6 +7,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 from trine import ops
+from trine.ops._triton_kernels import OPS
 
 from benchmarks.case import Comparison, WrongResult
 from benchmarks.ceilings import Work
@@ -25,33 +26,43 @@ def _quantise(x: Tensor) -> Rows:
     return q, scale, q.sum(1, dtype=torch.int32)
 
 
-def _norm_and_quantise(x: Tensor, weight: Tensor, eps: float) -> Rows:
+def _rms_norm_and_quantise(x: Tensor, weight: Tensor, eps: float) -> Rows:
     return _quantise(torch.nn.functional.rms_norm(x, weight.shape, weight, eps))
+
+
+def _layer_norm_and_quantise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Rows:
+    return _quantise(torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps))
 
 
 # By op, the same steps written in PyTorch.
 IN_PYTORCH: dict[str, Callable[..., Rows]] = {
     "quantize_rows": _quantise,
-    "rms_norm_quantize_rows": _norm_and_quantise,
+    "rms_norm_quantize_rows": _rms_norm_and_quantise,
+    "layer_norm_quantize_rows": _layer_norm_and_quantise,
 }
+# Tensors [K] beside x; with any, eps follows.
+PARAMETERS = {"quantize_rows": 0, "rms_norm_quantize_rows": 1, "layer_norm_quantize_rows": 2}
+
+
+def _part(op: str, part: str) -> Callable[..., Rows]:
+    return getattr(import_module(f"trine.ops.{OPS[op]}.{part}"), op)
 
 
 def _in_triton(op: str, *arguments) -> Rows:
-    return getattr(import_module(f"trine.ops.{op}.triton"), op)(*arguments)
+    return _part(op, "triton")(*arguments)
 
 
 def comparison(op: str, shape: tuple[int, int], device: str, rotated: int) -> Comparison:
     m, k = shape
     x = torch.randn(m, k, device=device).bfloat16()
-    norm = (torch.rand(k, device=device).bfloat16() + 0.5, EPS)
-    rest = norm if op == "rms_norm_quantize_rows" else ()
+    parameters = (torch.rand(PARAMETERS[op], k, device=device) + 0.5).bfloat16()
+    rest = (*parameters, EPS) if PARAMETERS[op] else ()
     inputs = rotated_copies((x,), rotated)
     work = Work(bytes_moved=(x.element_size() + 1) * m * k)  # reads x, writes bytes
     entries = Entries({"M": m, "K": k})
 
     def ours(run: Callable[..., Rows]) -> tuple[list[Call], None]:
-        reference = getattr(import_module(f"trine.ops.{op}.reference"), op)
-        for actual, expected in zip(run(x, *rest), reference(x, *rest), strict=True):
+        for actual, expected in zip(run(x, *rest), _part(op, "reference")(x, *rest), strict=True):
             if not torch.equal(actual, expected):
                 raise WrongResult(f"{op} differs from its definition")
         return theirs(run)
@@ -60,7 +71,7 @@ def comparison(op: str, shape: tuple[int, int], device: str, rotated: int) -> Co
         return [partial(run, *copy, *rest) for copy in inputs], None
 
     about = dict(op=op, rivals=("eager", "torch.compile"), baseline="eager")
-    entries.enter(op, work, lambda: ours(getattr(ops, op)), kernel=kernel_of(op), **about)
+    entries.enter(op, work, lambda: ours(getattr(ops, op)), kernel=kernel_of(OPS[op]), **about)
     in_triton = partial(_in_triton, op)
     entries.enter(f"{op} triton", work, lambda: ours(in_triton), kernel="triton", **about)
     entries.enter("eager", work, lambda: theirs(IN_PYTORCH[op]))

@@ -96,7 +96,7 @@ def _op_backend(op: str, isas: list[str]) -> OpBackend:
         parts += [f"{', '.join(switched_off)} switched off"] if switched_off else []
         reason = "; ".join(parts)
     cuda_kernels = _cuda_kernels(op)
-    if _triton_kernels.in_force() and _folder(op) in _triton_kernels.OPS:
+    if _triton_kernels.in_force() and _folder(op) in _triton_kernels.OPS.values():
         return OpBackend(op, kernel, reason, ("triton",), _triton_reason())
     return OpBackend(op, kernel, reason, cuda_kernels, _cuda_reason(cuda_kernels))
 

@@ -41,7 +41,7 @@ def reference(op: str) -> types.ModuleType:
 
 OPS = (
     "quantize_rows",
-    "rms_norm_quantize_rows",
+    "norm_quantize_rows",
     "int8_conv2d",
     "int8_linear",
     "int8_weight_linear",
@@ -52,7 +52,7 @@ OPS = (
 )
 (
     quantize_rows,
-    rms_norm,
+    norms,
     int8_conv2d,
     int8_linear,
     int8_weight_linear,
@@ -165,29 +165,22 @@ def calls_of_quantize_rows() -> Iterator[Call]:
             yield Call("quantize_rows", (x,), same_bits(*quantize_rows.quantize_rows(x)))
 
 
-def calls_of_rms_norm_quantize_rows() -> Iterator[Call]:
-    def call(x: Tensor, weight: Tensor | None, eps: float, threads: int = 1) -> Call:
-        expected = rms_norm.rms_norm_quantize_rows(x, weight, eps)
-        check = same_bits(*expected)
-        return Call("rms_norm_quantize_rows", (x, weight), check, (eps,), threads=threads)
+def calls_of_norm_quantize_rows() -> Iterator[Call]:
+    def call(norm: str, *arguments, threads: int = 1) -> Call:
+        op = f"{norm}_norm_quantize_rows"
+        check = same_bits(*getattr(norms, op)(*arguments))
+        *tensors, eps = arguments
+        return Call(op, tuple(tensors), check, (eps,), threads=threads)
 
-    for dtype in DTYPES:
-        for m, k in (
-            (1, 1),
-            (3, 7),
-            (2, 8),
-            (5, 37),
-            (4, 64),
-            (3, 1001),
-            (2, 8200),
-            (0, 5),
-            (2, 0),
-        ):
-            x, weight, eps = rms_norm.example_inputs(m, k, dtype)
-            yield call(padded(x), weight, eps, threads=1 + m % 3)
-            yield call(x, None, eps)
-        for k in (1, 16, 45):
-            yield call(difficult_rows(k, dtype), torch.randn(k), 0.0)
+    shapes = ((1, 1), (3, 7), (2, 8), (5, 37), (4, 64), (3, 1001), (2, 8200), (0, 5), (2, 0))
+    for norm, count in (("rms", 1), ("layer", 2)):
+        for dtype in DTYPES:
+            for m, k in shapes:
+                x, *rest, eps = norms.example_inputs(norm, m, k, dtype)
+                yield call(norm, padded(x), *rest, eps, threads=1 + m % 3)
+                yield call(norm, x, *(None for _ in rest), eps)
+            for k in (1, 16, 45):
+                yield call(norm, difficult_rows(k, dtype), *torch.randn(count, k), 0.0)
 
 
 def on_rows(call: Call, x: Tensor) -> Call:
@@ -451,7 +444,7 @@ PROCESSORS = {
 FLOAT, INTEGER = ["scalar", "neon"], ["scalar", "dotprod", "i8mm"]
 KERNELS = {
     "quantize_rows": FLOAT,
-    "rms_norm_quantize_rows": FLOAT,
+    "norm_quantize_rows": FLOAT,
     "softmax_kl": FLOAT,
     "sparse24_linear (float values)": FLOAT,
     "sparse24_linear (int8 values)": INTEGER,

@@ -113,6 +113,12 @@ std::vector<Tensor> run(const Call& call) {
             call.op)(call.tensor(0), call.tensors.at(1), call.numbers.at(0));
     return {q, scale, sum};
   }
+  if (call.op == "layer_norm_quantize_rows") {
+    const auto [q, scale, sum] = registered_as<std::tuple<Tensor, Tensor, Tensor>(
+        const Tensor&, const Optional&, const Optional&, double)>(call.op)(
+        call.tensor(0), call.tensors.at(1), call.tensors.at(2), call.numbers.at(0));
+    return {q, scale, sum};
+  }
   if (call.op == "int8_linear_rows" || call.op == "ternary_linear_rows")
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                  const Tensor&, const Optional&, ScalarType)>(call.op)(

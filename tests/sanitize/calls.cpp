@@ -99,7 +99,7 @@ Call quantize_rows(const Shape& shape, ScalarType type, int variant, Values valu
   };
 }
 
-// 0: weight in float; 1: strided, weight in x's type; 2: no weight.
+// 0: parameters in float; 1: strided, parameters in x's type; 2: no parameters.
 Call rms_norm_quantize_rows(const Shape& shape, ScalarType type, int variant, Values values) {
   const Tensor x = float_rows(shape.m, shape.k, type, variant, values);
   Optional weight;
@@ -108,6 +108,21 @@ Call rms_norm_quantize_rows(const Shape& shape, ScalarType type, int variant, Va
     const auto [q, scale, sum] =
         registered_as<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Optional&, double)>(
             "rms_norm_quantize_rows")(x, weight, 1e-5);
+    return std::vector{q, scale, sum};
+  };
+}
+
+Call layer_norm_quantize_rows(const Shape& shape, ScalarType type, int variant, Values values) {
+  const Tensor x = float_rows(shape.m, shape.k, type, variant, values);
+  const auto parameter = [&] {
+    return variant < 2 ? Optional(floats({shape.k}, variant ? type : ScalarType::Float, values))
+                       : std::nullopt;
+  };
+  const Optional weight = parameter(), bias = parameter();
+  return [=] {
+    const auto [q, scale, sum] = registered_as<std::tuple<Tensor, Tensor, Tensor>(
+        const Tensor&, const Optional&, const Optional&, double)>("layer_norm_quantize_rows")(
+        x, weight, bias, 1e-5);
     return std::vector{q, scale, sum};
   };
 }
@@ -339,6 +354,7 @@ Call softmax_kl(const Shape& shape, ScalarType type, int variant, Values values)
 const std::vector<Op> kOps{
     {"quantize_rows", 2, quantize_rows, {{0, trine::kQuantizeRowsMaxK}}},
     {"rms_norm_quantize_rows", 3, rms_norm_quantize_rows, {}},
+    {"layer_norm_quantize_rows", 3, layer_norm_quantize_rows, {}},
     {"int8_linear", 4, int8_linear, {{0, trine::kInt8MaxK}, {2, trine::kInt8MaxKStatic}}},
     {"int8_weight_linear", 3, int8_weight_linear, {}},
     {"int8_conv2d", 3, int8_conv2d, {}},

@@ -6,10 +6,15 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 
 @contextmanager
@@ -59,6 +64,41 @@ def check_fits(model: nn.Module, batch: Any) -> None:
             f"{type(model).__name__}.forward cannot be called with such a batch ({error}); give "
             "what the model is called with and no labels, as in `(x for x, _ in loader)`"
         ) from None
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of what a model returns; what a cache of keys and values holds is its own."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from tensors_in(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for field in fields(output):
+            yield from tensors_in(getattr(output, field.name))
+
+
+@contextmanager
+def module_names(model: nn.Module) -> Iterator[list[str]]:
+    """A list whose last entry is the name of the module that is running, while one is."""
+    names = {module: name for name, module in model.named_modules()}
+    stack = [""]
+
+    def enter(module: nn.Module, _args: tuple) -> None:
+        stack.append(names.get(module, stack[-1]))
+
+    def leave(_module: nn.Module, _args: tuple, _output: object) -> None:
+        stack.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _arguments(batch: Any) -> tuple[tuple, Mapping]:

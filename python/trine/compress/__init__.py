@@ -2,15 +2,20 @@
 
 from trine.compress.checkpoint import load, save
 from trine.compress.compress import compress
+from trine.compress.fuse_norms import fuse_norms
+from trine.compress.fusion_report import FusionReport, NormReport
 from trine.compress.recipe import Recipe
 from trine.compress.report import CompressionReport, LayerReport, ShapeTiming
 
 __all__ = [
     "CompressionReport",
+    "FusionReport",
     "LayerReport",
+    "NormReport",
     "Recipe",
     "ShapeTiming",
     "compress",
+    "fuse_norms",
     "load",
     "save",
 ]

@@ -63,26 +63,31 @@ def obstacles(model: nn.Module) -> dict[str, str]:
     return obstacles_of(model, linear_layers(model))
 
 
-def obstacles_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def obstacles_of(
+    model: nn.Module, layers: Mapping[str, nn.Module], known: tuple[type[nn.Module], ...] = ()
+) -> dict[str, str]:
     """Those of `layers` that must stay as they are, by name, each with the reason.
 
-    They may be of any class of torch.nn with a weight and perhaps a bias, or Conv1D.
+    They may be of any class of torch.nn with a weight and perhaps a bias, or Conv1D, or one of the
+    `known` classes.
     """
     users = Counter(
         _memory(tensor)
         for module in model.modules()
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     )
-    found = {name: _obstacle(layer, users) for name, layer in layers.items()}
+    found = {name: _obstacle(layer, users, known) for name, layer in layers.items()}
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _obstacle(layer: nn.Module, users: Mapping[int, int]) -> str | None:
+def _obstacle(
+    layer: nn.Module, users: Mapping[int, int], known: tuple[type[nn.Module], ...]
+) -> str | None:
     if parametrize.is_parametrized(layer):
         return "it has parametrizations"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight directly"
-    if _has_own_forward(layer):
+    if _has_own_forward(layer, known):
         return f"{type(layer).__name__} has a forward of its own"
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
@@ -98,11 +103,11 @@ def _obstacle(layer: nn.Module, users: Mapping[int, int]) -> str | None:
     return None
 
 
-def _has_own_forward(layer: nn.Module) -> bool:
+def _has_own_forward(layer: nn.Module, known: tuple[type[nn.Module], ...]) -> bool:
     library_class = next(
         c
         for c in type(layer).__mro__
-        if c.__module__.startswith("torch.nn.modules.") or c.__name__ == "Conv1D"
+        if c.__module__.startswith("torch.nn.modules.") or c.__name__ == "Conv1D" or c in known
     )
     return "forward" in vars(layer) or any(
         getattr(type(layer), name) is not getattr(library_class, name)

@@ -22,6 +22,13 @@ class Call:
     autocast: torch.dtype | None  # the dtype that autocast imposes on the call, None without it
 
 
+def call_of(x: Tensor) -> Call:
+    """The one that is being made with x."""
+    rows, device = x.numel() // x.shape[-1], x.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return Call(rows, x.dtype, torch.get_autocast_dtype(device) if enabled else None)
+
+
 def as_batches(sample_inputs: Any) -> list[Any]:
     """The batches in `sample_inputs`: a list is one of batches, anything else is one batch.
 
@@ -54,10 +61,7 @@ def observe(
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if x.numel():
-                rows, device = x.numel() // x.shape[-1], x.device.type
-                enabled = torch.is_autocast_enabled(device)
-                autocast = torch.get_autocast_dtype(device) if enabled else None
-                calls[name][Call(rows, x.dtype, autocast)] += 1
+                calls[name][call_of(x)] += 1
 
         return hook
 

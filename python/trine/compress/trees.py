@@ -19,6 +19,8 @@ from trine.nn import (
     LowRankEmbedding,
     LowRankLinear,
     PackedLinear,
+    QuantizingLayerNorm,
+    QuantizingRMSNorm,
 )
 
 Description = dict[str, Any]
@@ -27,6 +29,8 @@ _CONVOLUTION = (
     "in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"
 )
 _BATCH_NORM = "num_features eps momentum affine track_running_stats"
+_LAYER_NORM = "normalized_shape eps elementwise_affine bias"
+_RMS_NORM = "normalized_shape eps elementwise_affine"
 
 # Modules inside of each other, each under two names, have names without end.
 _MOST_NAMES = 1_000_000
@@ -49,12 +53,12 @@ MODULES: dict[type[nn.Module], str] = {
     nn.GroupNorm: "num_groups num_channels eps affine",
     nn.Hardswish: "inplace",
     nn.Identity: "",
-    nn.LayerNorm: "normalized_shape eps elementwise_affine bias",
+    nn.LayerNorm: _LAYER_NORM,
     nn.LeakyReLU: "negative_slope inplace",
     nn.Linear: "in_features out_features bias",
     nn.LogSoftmax: "dim",
     nn.MaxPool2d: "kernel_size stride padding dilation return_indices ceil_mode",
-    nn.RMSNorm: "normalized_shape eps elementwise_affine",
+    nn.RMSNorm: _RMS_NORM,
     nn.ReLU: "inplace",
     nn.ReLU6: "inplace",
     nn.SiLU: "inplace",
@@ -68,6 +72,8 @@ MODULES: dict[type[nn.Module], str] = {
     ClusteredEmbedding: "num_embeddings embedding_dim bits group padding_idx",
     ClusteredLinear: "in_features out_features bits group bias",
     LowRankLinear: "in_features out_features rank bias residual",
+    QuantizingLayerNorm: _LAYER_NORM,
+    QuantizingRMSNorm: _RMS_NORM,
 }
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, LowRankConv2d)
 # Arguments that say whether there is what the attribute holds.

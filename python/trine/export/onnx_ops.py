@@ -14,8 +14,8 @@ import torch
 from onnxscript import ir
 from onnxscript.onnx_opset import opset20 as op
 
+from trine.ops.norm_quantize_rows.reference import SUM_LANES
 from trine.ops.quantize_rows.reference import SMALLEST_ABSMAX
-from trine.ops.rms_norm_quantize_rows.reference import SUM_LANES
 
 OPSET = 20
 _FLOAT, _INT8 = ir.DataType.FLOAT, ir.DataType.INT8
@@ -59,7 +59,11 @@ def ternary_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype)
 
 
 def quantize_rows(x):
-    return _quantize_matrix(op.Reshape(_wide(x), op.Constant(value_ints=[-1, x.shape[-1]])))
+    return _quantize_matrix(_rows(x))
+
+
+def _rows(x):
+    return op.Reshape(_wide(x), op.Constant(value_ints=[-1, x.shape[-1]]))
 
 
 def _quantize_matrix(rows):
@@ -69,17 +73,24 @@ def _quantize_matrix(rows):
 
 
 def rms_norm_quantize_rows(x, weight, eps):
-    k = x.shape[-1]
-    rows = op.Reshape(_wide(x), op.Constant(value_ints=[-1, k]))
-    mean = op.Div(_sum_of_squares(rows, k), op.Constant(value_float=float(k)))
+    return _norm_quantize_rows(_rows(x), x, weight, None, eps)
+
+
+def layer_norm_quantize_rows(x, weight, bias, eps):
+    rows = _rows(x)
+    return _norm_quantize_rows(op.Sub(rows, _mean(rows, x.shape[-1])), x, weight, bias, eps)
+
+
+def _norm_quantize_rows(d, x, weight, bias, eps):
+    """Of the rows of x, d from their centre."""
+    mean = _mean(op.Mul(d, d), x.shape[-1])
     root = op.Cast(op.Add(mean, op.Constant(value_float=eps)), to=ir.DataType.DOUBLE)
     root = op.Cast(op.Sqrt(root), to=_FLOAT)  # a square root of float32 is not always the nearest
-    # Not rows * (1 / root), of which ONNX Runtime makes rows / root, which rounds once.
-    y = op.Mul(
-        op.Mul(rows, op.Div(op.Constant(value_float=2.0), root)), op.Constant(value_float=0.5)
-    )
+    # Not d * (1 / root), of which ONNX Runtime makes d / root, which rounds once.
+    y = op.Mul(op.Mul(d, op.Div(op.Constant(value_float=2.0), root)), op.Constant(value_float=0.5))
     if weight is not None:
         y = op.Mul(y, _wide(weight))
+    y = _add(y, bias)
     if x.dtype != _FLOAT:  # the norm's result is rounded before it is quantised
         y = op.Cast(op.Cast(y, to=x.dtype), to=_FLOAT)
     return _quantize_matrix(y)
@@ -90,7 +101,7 @@ def translation_table() -> dict[Callable, Callable]:
     translated = (
         *(int8_linear, int8_linear_rows, int8_weight_linear),
         *(ternary_linear, ternary_linear_rows),
-        *(quantize_rows, rms_norm_quantize_rows),
+        *(quantize_rows, rms_norm_quantize_rows, layer_norm_quantize_rows),
     )
     return {getattr(torch.ops.trine, each.__name__).default: each for each in translated}
 
@@ -123,20 +134,20 @@ def _static(x, weight, weight_scale, bias, input_scale, input_zero_point):
     return _add(op.MatMul(rows, op.DequantizeLinear(weight, weight_scale, axis=1)), bias)
 
 
-def _sum_of_squares(rows, k: int):
+def _mean(rows, k: int):
     """[M, 1]: lane by lane in ascending order, then pairwise, as the reference adds."""
-    squares, width = op.Mul(rows, rows), min(1 << (k - 1).bit_length(), SUM_LANES)
+    width = min(1 << (k - 1).bit_length(), SUM_LANES)
     padding = op.Constant(value_ints=[0, 0, 0, -k % width])
-    squares = op.Pad(squares, padding, op.Constant(value_float=0.0))
-    sums = _slice(squares, [0], [width], [1])
+    values = op.Pad(rows, padding, op.Constant(value_float=0.0))
+    sums = _slice(values, [0], [width], [1])
     for start in range(width, k, width):
-        sums = op.Add(sums, _slice(squares, [start], [start + width], [1]))
+        sums = op.Add(sums, _slice(values, [start], [start + width], [1]))
     while width > 1:
         sums = op.Reshape(sums, op.Constant(value_ints=[-1, width // 2, 2]))
         pair = [_slice(sums, [i], [i + 1], [2]) for i in (0, 1)]
         width //= 2
         sums = op.Reshape(op.Add(*pair), op.Constant(value_ints=[-1, width]))
-    return sums
+    return op.Div(sums, op.Constant(value_float=float(k)))
 
 
 def _quantize(x):

@@ -10,7 +10,7 @@ from trine.nn.low_rank import LowRankConv2d, LowRankLinear
 from trine.nn.low_rank_embedding import LowRankEmbedding
 from trine.nn.normed_ternary import NormedTernaryLinear
 from trine.nn.packed import PackedLinear
-from trine.nn.quantizing_norm import QuantizingRMSNorm
+from trine.nn.quantizing_norm import QuantizingLayerNorm, QuantizingRMSNorm
 from trine.nn.sparse24 import Sparse24Linear
 from trine.nn.ternary import TernaryLinear
 from trine.nn.ternary24 import Ternary24Linear
@@ -28,6 +28,7 @@ __all__ = [
     "LowRankLinear",
     "NormedTernaryLinear",
     "PackedLinear",
+    "QuantizingLayerNorm",
     "QuantizingRMSNorm",
     "Sparse24Linear",
     "Ternary24Linear",

@@ -115,6 +115,10 @@ class Int8Linear(PackedLinear):
         layer._set_input_grid(input_scale, input_zero_point, codes.device)
         return layer
 
+    @property
+    def takes_quantized_rows(self) -> bool:
+        return self.input_scale is None
+
     def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers = self._buffers
         return int8_linear(

@@ -23,6 +23,7 @@ class NormedTernaryLinear(TernaryLinear):
     """
 
     kind = "rms_norm_ternary"
+    takes_quantized_rows = False
     float_buffers = ("norm_weight", "bias")
 
     norm_weight: Tensor

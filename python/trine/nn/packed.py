@@ -126,6 +126,7 @@ class PackedLinear(PackedModule):
     """
 
     kind: ClassVar[str]
+    takes_quantized_rows = False  # `trine.ops.QuantizedRows` in place of x
 
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype | str | None

@@ -30,6 +30,7 @@ class TernaryLinear(CodesLinear):
     """
 
     kind = "ternary"
+    takes_quantized_rows = True
 
     _pack = staticmethod(pack_ternary)
 

@@ -4,9 +4,9 @@ from trine.ops.int8_conv2d import int8_conv2d, pack_conv2d, unpack_conv2d
 from trine.ops.int8_linear import int8_linear, pack_int8, unpack_int8
 from trine.ops.int8_weight_linear import int8_weight_linear
 from trine.ops.linear_softmax_kl import linear_softmax_kl
+from trine.ops.norm_quantize_rows import layer_norm_quantize_rows, rms_norm_quantize_rows
 from trine.ops.quantize_rows import quantize_rows
 from trine.ops.quantized_rows import QuantizedRows
-from trine.ops.rms_norm_quantize_rows import rms_norm_quantize_rows
 from trine.ops.softmax_kl import softmax_kl
 from trine.ops.sparse24_linear import pack_sparse24, sparse24_linear, unpack_sparse24
 from trine.ops.ternary24_linear import pack_ternary24, ternary24_linear, unpack_ternary24
@@ -17,6 +17,7 @@ __all__ = [
     "int8_conv2d",
     "int8_linear",
     "int8_weight_linear",
+    "layer_norm_quantize_rows",
     "linear_softmax_kl",
     "pack_conv2d",
     "pack_int8",

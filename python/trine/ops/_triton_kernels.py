@@ -12,7 +12,8 @@ from trine import _library
 # Operators and the folders of their kernels.
 OPS = {
     "quantize_rows": "quantize_rows",
-    "rms_norm_quantize_rows": "rms_norm_quantize_rows",
+    "rms_norm_quantize_rows": "norm_quantize_rows",
+    "layer_norm_quantize_rows": "norm_quantize_rows",
     "int8_linear": "int8_linear",
     "int8_linear_rows": "int8_linear",
     "int8_weight_linear": "int8_weight_linear",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from trine.ops._linear import needs_grad
+from trine.ops.norm_quantize_rows import layer_norm_quantize_rows, rms_norm_quantize_rows
 from trine.ops.quantize_rows import quantize_rows
-from trine.ops.rms_norm_quantize_rows import rms_norm_quantize_rows
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class QuantizedRows:
     """A quantised tensor [..., K]: what `int8_linear` and `ternary_linear` take in place of x.
 
     The linear ops quantise x inside, each by itself. Where several read one tensor (a block's
-    query, key and value; gate and up) or where an RMSNorm comes before them, this does it once. The
+    query, key and value; gate and up) or where a norm comes before them, this does it once. The
     results are those of the float tensor that was quantised, bit for bit. One class beside the
     tuples that the operators give, and not an operator for each pair of norm and layer.
 
@@ -46,6 +46,17 @@ class QuantizedRows:
     ) -> QuantizedRows:
         """`rms_norm_quantize_rows(x, weight, eps)`."""
         return cls(*rms_norm_quantize_rows(x, weight, eps), x.shape, x.dtype)
+
+    @classmethod
+    def of_layer_norm(
+        cls,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> QuantizedRows:
+        """`layer_norm_quantize_rows(x, weight, bias, eps)`."""
+        return cls(*layer_norm_quantize_rows(x, weight, bias, eps), x.shape, x.dtype)
 
     @property
     def device(self) -> torch.device:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trine.calibration.probe import check_fits, probing, run
+from trine.calibration.probe import check_fits, probing, run, tensors_in
 from trine.compress.edits import record
 from trine.compress.layers import copy_model, require_module
 from trine.compress.observe import as_batches
 from trine.distill.succession import renumber_layers
 from trine.prune.structured.remove import same_outputs
-from trine.prune.structured.trace import tensors_in
 
 
 def drop_layers(model: nn.Module, example_inputs: Any, names: str | Iterable[str]) -> nn.Module:

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trine.calibration.probe import probing, run
+from trine.calibration.probe import module_names, probing, run, tensors_in
 from trine.compress.edits import record
 from trine.compress.layers import copy_model
 from trine.prune.structured.groups import Group, Groups, leaves_of
 from trine.prune.structured.sizes import adjust_layers, adjust_owners, candidates
-from trine.prune.structured.trace import module_names, tensors_in
 
 Chosen = Mapping[str, np.ndarray]  # numbers of the units to be removed, by group
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trine.calibration.probe import check_fits, probing, run
+from trine.calibration.probe import check_fits, module_names, probing, run, tensors_in
 from trine.compress.layers import require_module
 from trine.compress.observe import as_batches
 from trine.prune.structured.groups import Groups, leaves_of, make_groups
@@ -66,21 +60,6 @@ def trace(model: nn.Module, example_inputs: Any) -> Groups:
     return make_groups(probe, labels, units, dict(tracer.without_rule))
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors of what a model returns; what a cache of keys and values holds is its own."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_in(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from tensors_in(value)
-    elif is_dataclass(output) and not isinstance(output, type):
-        for field in fields(output):
-            yield from tensors_in(getattr(output, field.name))
-
-
 class _Tracer(TorchDispatchMode):
     def __init__(self, units: Units, leaves: Any, stack: list[str]) -> None:
         super().__init__()
@@ -124,26 +103,6 @@ class _Tracer(TorchDispatchMode):
                     self.without_rule.setdefault(name, step.where)
                 freeze(label, self._units, f"{name} in {step.where or 'the model'} has no rule")
         return []
-
-
-@contextmanager
-def module_names(model: nn.Module) -> Iterator[list[str]]:
-    """A list whose last entry is the name of the module that is running, while one is."""
-    names = {module: name for name, module in model.named_modules()}
-    stack = [""]
-
-    def enter(module: nn.Module, _args: tuple) -> None:
-        stack.append(names.get(module, stack[-1]))
-
-    def leave(_module: nn.Module, _args: tuple, _output: object) -> None:
-        stack.pop()
-
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    try:
-        yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _keep_what_is_read_whole(

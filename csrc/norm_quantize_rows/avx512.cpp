@@ -1,5 +1,5 @@
 #include "common/x86/float_avx512.h"
-#include "rms_norm_quantize_rows/rows.h"
+#include "norm_quantize_rows/rows.h"
 
 namespace trine {
 namespace {
@@ -33,9 +33,8 @@ struct Simd {
 
 }  // namespace
 
-void rms_norm_row_avx512(const void* x, FloatType type, int64_t k, const float* weight, float eps,
-                         void* y) {
-  rms_norm_row<Simd>(x, type, k, weight, eps, y);
+void norm_row_avx512(const void* x, FloatType type, int64_t k, const NormOfRow& norm, void* y) {
+  norm_row<Simd>(x, type, k, norm, y);
 }
 
 }  // namespace trine
