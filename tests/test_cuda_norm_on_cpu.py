@@ -144,8 +144,8 @@ MUTANTS = (
     Mutant(
         "a product and a sum in one rounding",
         KERNEL,
-        ": normed + bias[i]",
-        ": __builtin_fmaf(centred(chunk, i) * r, weight[i], bias[i])",
+        "(centred(chunk, i) * r) * parameter[i]",
+        "__builtin_fmaf(value_of(chunk, i), r, -centre * r) * parameter[i]",
     ),
     Mutant(
         "root that rounds twice",
@@ -175,17 +175,17 @@ MUTANTS = (
     Mutant(
         "largest value behind the row",
         KERNEL,
-        "normed = is_missing(c, i) ? 0.0f : normed",
-        "normed = normed",
+        "normed[i] = is_missing(c, i) ? 0.0f : normed[i]",
+        "normed[i] = normed[i]",
     ),
     Mutant(
         "no rounding of the norm",
         KERNEL,
-        "(centred(chunk, i) * r) * weight[i]",
-        "centred(chunk, i) * (r * weight[i])",
+        "(centred(chunk, i) * r) * parameter[i]",
+        "centred(chunk, i) * (r * parameter[i])",
     ),
     Mutant("eps left out", KERNEL, "mean + norm.eps", "mean"),
-    Mutant("bias left out", KERNEL, "normed + bias[i]", "normed"),
+    Mutant("bias left out", KERNEL, "normed[i] + parameter[i]", "normed[i]"),
     Mutant("weight taken for bias", KERNEL, "(norm.bias, 0.0f", "(norm.weight, 0.0f"),
     Mutant("parameters of another chunk", KERNEL, "c * kParts + part", "c * kParts"),
     Mutant(

@@ -3,6 +3,7 @@
 #include "norm_quantize_rows/cuda.h"
 
 #include "common/cuda/launch.cuh"
+#include "common/cuda/registers.cuh"
 #include "norm_quantize_rows/norm_quantize_rows.h"
 #include "quantize_rows/rows.cuh"
 
@@ -111,6 +112,20 @@ __device__ __forceinline__ void load_parameter(const ParameterOnDevice& paramete
   }
 }
 
+// Between two uses of what is held: without it the compiler keeps what it widened, and its distance
+// from the centre, until the second, with up to twice the registers.
+template <class T>
+__device__ __forceinline__ void keep_packed(Chunk<T> (&held)[kHeldChunks], float& centre) {
+  uint32_t bits = __float_as_uint(centre);
+  forget_origin(bits);
+  centre = __uint_as_float(bits);
+  if constexpr (sizeof(T) < sizeof(uint32_t))
+#pragma unroll
+    for (Chunk<T>& chunk : held)
+#pragma unroll
+      for (uint32_t& word : chunk.word) forget_origin(word);
+}
+
 __device__ __forceinline__ uint32_t narrowed_bits(float, float x) { return __float_as_uint(x); }
 __device__ __forceinline__ uint32_t narrowed_bits(bfloat16, float x) {
   return narrow_to_bfloat16(x).bits;
@@ -119,8 +134,10 @@ __device__ __forceinline__ uint32_t narrowed_bits(float16, float x) {
   return narrow_to_float16(x).bits;
 }
 
+// Of 512 threads one block has loads enough in flight for an SM; not told so, the compiler spills
+// registers of some kernels to fit two.
 template <Norm kNorm, class T, bool kWide, int kRowThreads, int kBlockThreads>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     norm_quantize_rows_kernel(RowsToQuantize problem, NormOnDevice norm) {
   using Share = RowShare<T, kWide, kRowThreads, kBlockThreads, kMostRowThreads>;
   constexpr int kWarpSums = kThreadSums<T, Share> * Share::kRowWarps;
@@ -131,11 +148,13 @@ __global__ void __launch_bounds__(kBlockThreads)
   share.for_held([&](int i, int64_t c) { held[i] = share.load(c); });
 
   float centre = 0.0f;
-  if constexpr (kNorm == Norm::layer)
+  if constexpr (kNorm == Norm::layer) {
     centre = sum_of<T, Share, kRowThreads>(
                  share, held, sums_of_x,
                  [](const Chunk<T>& chunk, int64_t, int j) { return value_of(chunk, j); }) /
              float(problem.k);
+    keep_packed(held, centre);
+  }
   const auto centred = [&](const Chunk<T>& chunk, int j) {
     return kNorm == Norm::rms ? value_of(chunk, j) : value_of(chunk, j) - centre;
   };
@@ -150,19 +169,24 @@ __global__ void __launch_bounds__(kBlockThreads)
   };
   const float mean =
       sum_of<T, Share, kRowThreads>(share, held, sums_of_squares, square) / float(problem.k);
+  keep_packed(held, centre);
   const float r = 1.0f / sqrtf(mean + norm.eps);
   const auto normalize = [&](const Chunk<T>& chunk, int64_t c) {
-    float weight[kChunkValues<T>], bias[kChunkValues<T>];
-    load_parameter<T, kWide>(norm.weight, 1.0f, problem.k, c, weight);  // x * 1 is exact
-    if constexpr (kNorm == Norm::layer)
-      load_parameter<T, kWide>(norm.bias, 0.0f, problem.k, c, bias);
+    float parameter[kChunkValues<T>], normed[kChunkValues<T>];
+    load_parameter<T, kWide>(norm.weight, 1.0f, problem.k, c, parameter);  // x * 1 is exact
+#pragma unroll
+    for (int i = 0; i < kChunkValues<T>; ++i) normed[i] = (centred(chunk, i) * r) * parameter[i];
+    if constexpr (kNorm == Norm::layer) {
+      load_parameter<T, kWide>(norm.bias, 0.0f, problem.k, c, parameter);
+#pragma unroll
+      for (int i = 0; i < kChunkValues<T>; ++i)
+        normed[i] = is_missing(c, i) ? 0.0f : normed[i] + parameter[i];
+    }
     Chunk<T> y = {};
 #pragma unroll
     for (int i = 0; i < kChunkValues<T>; ++i) {
       const int at = i * int(sizeof(T));
-      float normed = (centred(chunk, i) * r) * weight[i];
-      if constexpr (kNorm == Norm::layer) normed = is_missing(c, i) ? 0.0f : normed + bias[i];
-      y.word[at / 4] |= narrowed_bits(T{}, normed) << at % 4 * 8;
+      y.word[at / 4] |= narrowed_bits(T{}, normed[i]) << at % 4 * 8;
     }
     return y;
   };
