@@ -119,11 +119,11 @@ GATES = {
     ),
     "norm_quantize_rows/cuda": (
         # MUFU.RSQ begins the square root; a norm needs what the quantiser does, and its parameters.
+        # LayerNorm looks at a row once more, and knows its centre. Beyond 64 registers an SM holds
+        # one block of 512 threads, with 32 KB of loads in flight.
         Gate("norm_q.*NormE0E.*Lb1E", (r"LDG\.E\.128", r"STG\.E", r"MUFU\.RSQ"), 64, 12),
-        Gate("norm_q.*NormE0E.*Lb0E", ("LDG", "STG", r"MUFU\.RSQ"), 64, 12),
-        # LayerNorm looks at a row once more, knows its centre, and has a bias.
         Gate("norm_q.*NormE1E.*Lb1E", (r"LDG\.E\.128", r"STG\.E", r"MUFU\.RSQ"), 80, 12),
-        Gate("norm_q.*NormE1E.*Lb0E", ("LDG", "STG", r"MUFU\.RSQ"), 96, 12),
+        Gate("norm_q.*Lb0E", ("LDG", "STG", r"MUFU\.RSQ"), 96, 24),
     ),
     "softmax_kl/cuda": (
         # Of 16-bit logits: a plain KL, of which three blocks (forward) or two fit an SM, and the
