@@ -43,17 +43,17 @@ class Settings:
     """Sizes: of texts in bytes, of everything else in tokens, blocks or updates."""
 
     train_bytes: int = 2_000_000
-    test_bytes: int = 200_000
+    test_bytes: int = 100_000
     vocabulary: int = 1024
     length: int = 128  # of a block
     width: int = 64
     layers: int = 2
     batch: int = 4
-    updates: int = 1000
+    updates: int = 400
     learning_rate: float = 8e-3
 
 
-QUICK = Settings(test_bytes=50_000, updates=150)
+QUICK = Settings(test_bytes=50_000, updates=100)
 
 AFTER = {"INT8, after training": "int8"}
 TRAINED = {"TWN": "ternary-twn", "TTQ": "ternary-ttq", "BitNet b1.58": "ternary"}
