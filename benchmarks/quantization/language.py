@@ -49,7 +49,7 @@ class Settings:
     width: int = 64
     layers: int = 2
     batch: int = 4
-    updates: int = 400
+    updates: int = 250
     learning_rate: float = 8e-3
 
 
