@@ -182,20 +182,25 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for row in rows:
-        if row.bytes is None:
-            continue
+    sized = [row for row in rows if row.bytes is not None]
+    smallest = min(row.bytes for row in sized)
+    for row in sized:
         low, high = row.interval
         megabytes = row.bytes / 1e6
         axes.plot([megabytes] * 2, [low, high], color="#0072b2", linewidth=2)
         axes.plot(megabytes, row.value, "o", color="#0072b2")
+        left = row.bytes == smallest  # where no other name is
         axes.annotate(
-            row.name, (megabytes, row.value), (7, 0), textcoords="offset points", va="center"
+            row.name,
+            (megabytes, row.value),
+            (-7 if left else 7, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
         )
     axes.set_xlabel("MB on disk")
     axes.set_ylabel("perplexity per token")
-    axes.set_xlim(left=0)
-    axes.margins(x=0.25)
+    axes.set_xlim(0, 1.2e-6 * max(row.bytes for row in sized))
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
@@ -222,8 +227,11 @@ def main() -> None:
         f"{platform.python_version()}'s standard library: {settings.updates} updates of "
         f"{settings.batch} blocks of {settings.length} tokens, {tokens:,} tokens in all, drawn "
         f"from {settings.train_bytes:,} bytes; {len(texts.test):,} blocks of other files to test "
-        "on. The embedding stays float in all of them. The published gap is of 700M weights "
-        "trained on 100 billion tokens, and closes as models grow. Times are of one thread.",
+        "on. The embedding stays float in all of them; of the learning rates tried this one is the "
+        "best for float, on validation text. The published gap is of 700M weights "
+        "trained on 100 billion tokens. Here none has converged: a gap below 1 says who learns "
+        "faster in so few updates, not who ends lower. The layers are so small that INT8 and "
+        "ternary ones save bytes, no time. Times are of one thread.",
     )
 
 
