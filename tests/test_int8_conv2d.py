@@ -24,6 +24,7 @@ SHAPES = [
     (1, 16, 48, (1, 3), 1, (1, 2), (0, 1), (1, 1), 5, 150),
     (1, 6, 12, (2, 3), 6, (2, 1), (1, 3), (3, 1), 8, 8),  # two outputs for each channel
     (1, 1, 1, (3, 3), 1, (1, 1), (0, 0), (1, 1), 3, 3),
+    (2, 1, 16, (3, 3), 1, (2, 2), (1, 1), (1, 1), 6, 6),  # one channel lies in both layouts
 ]
 
 
@@ -32,7 +33,7 @@ def inputs(shape, dtype=torch.float32, bias=True, static=False, channels_last=Fa
     weight = torch.randint(-127, 128, (n, c // groups, *kernel), dtype=torch.int8)
     x = torch.randn(b, c, height, width).to(dtype)
     if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = torch.randn(b, height, width, c).to(dtype).permute(0, 3, 1, 2)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if static:
         zero_point = torch.tensor([11], dtype=torch.int32)

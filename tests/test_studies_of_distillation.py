@@ -10,6 +10,7 @@ from trine.distill import Training
 
 from benchmarks.distillation import language, objectives, temperature
 from benchmarks.distillation.digits import load
+from benchmarks.language import Blocks, Texts, nats, source_files
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +82,12 @@ def library(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def texts(library) -> language.Texts:
+def texts(library) -> Texts:
     return language.load(TOY, library)
 
 
 def test_held_out_files(library, texts):
-    files = language.source_files(library)
+    files = source_files(library)
     assert [path.name for path in files["test"]] == ["module_7.py"]
     assert len(files["train"]) == 9
     assert texts.train.ids.shape[1] == texts.test.ids.shape[1] == TOY.length
@@ -102,7 +103,7 @@ def test_perplexity_is_of_the_next_token(texts):
     with torch.no_grad():
         log_p = model(input_ids=ids).logits.double().log_softmax(-1)
     of_tokens = -log_p[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
-    actual = language.nats(model, language.Blocks(ids))
+    actual = nats(model, Blocks(ids))
     torch.testing.assert_close(actual.double(), of_tokens.mean(1), rtol=1e-5, atol=1e-6)
 
 
@@ -111,14 +112,14 @@ def test_every_way_trains_its_student_and_the_cache_is_counted(texts, tmp_path):
     size = language.keep_answers(TOY, texts, teacher, tmp_path / "cache")
     tokens = TOY.student_updates * language.BATCH * TOY.length
     assert size > tokens * TOY.top_k * 4
-    found = {"teacher": language.nats(teacher, texts.test)[None]}
+    found = {"teacher": nats(teacher, texts.test)[None]}
     train = language.students_text(TOY, texts)
     for name, way in language.ways(TOY, teacher, tmp_path / "cache").items():
         student = language.make(TOY, "student", 1)
-        before = language.nats(student.eval(), texts.test)
+        before = nats(student.eval(), texts.test)
         training = Training(epochs=1, learning_rate=1e-2)
         language.fit(student, blocks=train, training=training, **way)
-        found[name] = language.nats(student, texts.test)[None]
+        found[name] = nats(student, texts.test)[None]
         assert not torch.allclose(found[name], before)
     assert not torch.allclose(found["forward KL"], found["GKD"])  # which learned from its own texts
     rows = language.rows_of(TOY, found, size)

@@ -12,7 +12,6 @@ them. Perplexity is of files that none of them has seen.
 
 import math
 import platform
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,23 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from trine.distill import (
-    CachedTeacher,
-    Distiller,
-    Fixed,
-    Frozen,
-    Numbered,
-    OnPolicy,
-    Training,
-    cache_teacher,
-)
+from torch.utils.data import DataLoader
+from trine.distill import CachedTeacher, Frozen, Numbered, OnPolicy, Training, cache_teacher
 from trine.distill.objectives import Labels, SoftTargets, Together
 from trine.distill.schedules import piecewise
 from trine.evaluate import alternate, disk_bytes
 
+from benchmarks.language import BATCH, PROMPT, Blocks, Texts, decoder, fit, load_texts, nats
 from benchmarks.study import (
     SEEDS,
     Row,
@@ -46,8 +36,6 @@ from benchmarks.study import (
     mean_over_seeds,
     parse_arguments,
 )
-
-BATCH, PROMPT = 16, 32
 
 
 @dataclass(frozen=True)
@@ -72,114 +60,25 @@ class Settings:
 QUICK = Settings(teacher_updates=120, student_updates=40, test_bytes=100_000)
 
 
-class Blocks(Dataset):
-    """Text cut into blocks of the same length; each is its own label, its beginning a prompt."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = self.ids[index]
-        prompt = ids[:PROMPT]
-        return {
-            "input_ids": ids,
-            "labels": ids,
-            "prompt_ids": prompt,
-            "prompt_mask": torch.ones_like(prompt),
-        }
-
-
-@dataclass(frozen=True)
-class Texts:
-    train: Blocks
-    test: Blocks
-
-
-def source_files(folder: Path | None = None) -> dict[str, list[Path]]:
-    """The library's modules that are one file, by name: every tenth is for testing."""
-    folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
-    files: dict[str, list[Path]] = {"train": [], "test": []}
-    for number, path in enumerate(sorted(folder.glob("*.py"))):
-        files["test" if number % 10 == 7 else "train"].append(path)
-    return files
-
-
 def load(settings: Settings, folder: Path | None = None) -> Texts:
-    """The texts' first bytes, in tokens of a byte-level BPE that knows the training text.
-
-    Raises ValueError where the library has fewer bytes.
-    """
-    from tokenizers import ByteLevelBPETokenizer
-
-    texts = {}
-    for name, files in source_files(folder).items():
-        size = getattr(settings, f"{name}_bytes")
-        text = b"".join(path.read_bytes() for path in files)[:size]
-        if len(text) < size:
-            raise ValueError(f"the library's {name} files have {len(text)} bytes, not {size}")
-        texts[name] = text.decode(errors="ignore")
-    tokenizer = ByteLevelBPETokenizer()
-    lines = texts["train"].splitlines(keepends=True)
-    tokenizer.train_from_iterator(lines, settings.vocabulary, show_progress=False)
-
-    def blocks(text: str) -> Blocks:
-        ids = torch.tensor(tokenizer.encode(text).ids)
-        whole = len(ids) // settings.length * settings.length
-        return Blocks(ids[:whole].reshape(-1, settings.length))
-
-    return Texts(**{name: blocks(text) for name, text in texts.items()})
+    return load_texts(
+        settings.train_bytes,
+        settings.test_bytes,
+        settings.vocabulary,
+        settings.length,
+        folder=folder,
+    )
 
 
 def make(settings: Settings, who: str, seed: int) -> nn.Module:
-    """A decoder like Llama: "teacher" or "student"."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    width = getattr(settings, f"{who}_width")
-    config = LlamaConfig(
-        vocab_size=settings.vocabulary,
-        hidden_size=width,
-        intermediate_size=8 * width // 3,
-        num_hidden_layers=getattr(settings, f"{who}_layers"),
-        num_attention_heads=4,
-        max_position_embeddings=settings.length,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+    """The decoder of "teacher" or "student"."""
+    return decoder(
+        seed,
+        vocabulary=settings.vocabulary,
+        length=settings.length,
+        width=getattr(settings, f"{who}_width"),
+        layers=getattr(settings, f"{who}_layers"),
     )
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config)
-
-
-def fit(
-    model: nn.Module,
-    teacher: Any,
-    objective: nn.Module,
-    weights: Mapping[str, float],
-    blocks: Dataset,
-    training: Training,
-    transform: Any = None,
-) -> nn.Module:
-    """`model`, trained once through `blocks`, or less where `training.steps` says so."""
-    distiller = Distiller(
-        model, teacher, objective, Fixed(weights), transform=transform, training=training
-    )
-    loader = DataLoader(Numbered(blocks), BATCH, shuffle=True, drop_last=True)
-    return distiller.fit(loader).eval()
-
-
-@torch.no_grad()
-def nats(model: nn.Module, blocks: Blocks) -> Tensor:
-    """Of each block, the mean cross entropy of its tokens but the first."""
-    losses = []
-    for ids in blocks.ids.split(BATCH):
-        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        of_tokens = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-        losses.append(of_tokens.reshape(len(ids), -1).mean(1))
-    return torch.cat(losses)
 
 
 def ways(settings: Settings, teacher: nn.Module, cache: Path) -> dict[str, dict[str, Any]]:

@@ -16,14 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from trine.demo.digits import CLASSES, SIDE, jitter
-from trine.distill import Distiller, Fixed, Frozen, Training
-from trine.distill.objectives import Labels, SoftTargets, Together
-from trine.evaluate import alternate, correct
+from trine.evaluate import alternate
 from trine.prune import Taylor, macs, prune_structured
 
 from benchmarks.distillation.digits import Split, load
+from benchmarks.resnet import BATCH, PIXELS, TEMPERATURE, enlarged, resnet, right, train
 from benchmarks.study import (
     SEEDS,
     Row,
@@ -34,73 +31,7 @@ from benchmarks.study import (
     parse_arguments,
 )
 
-PIXELS = 32
-BATCH = 32
-TEMPERATURE = 4.0
 SHARE = 0.5  # of the multiply-adds that stay
-
-
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity()
-        if stride > 1:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
-        return (inner + self.shortcut(x)).relu()
-
-
-def resnet(seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 16, 3, 2, 1, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            Block(16, 16, 1),
-            Block(16, 32, 2),
-            Block(32, 64, 2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(64, CLASSES),
-        )
-
-
-def enlarged(images: Tensor) -> Tensor:
-    """[N, 64] -> [N, 1, 32, 32]."""
-    small = images.reshape(-1, 1, SIDE, SIDE)
-    return F.interpolate(small, (PIXELS, PIXELS), mode="bilinear", align_corners=False)
-
-
-def shifted(batch, model):
-    """Each image moved by up to a pixel of the original, then enlarged."""
-    draws = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    return {**batch, "inputs": enlarged(jitter(batch["inputs"], draws))}
-
-
-def train(model: nn.Module, teacher: nn.Module | None, split: Split, seed: int, epochs: int):
-    """On labels, and on the teacher's soft targets where there is one."""
-    objective, weights = Labels(), {"hard": 1.0}
-    if teacher is not None:
-        objective = Together(SoftTargets(TEMPERATURE), Labels())
-        weights = {"soft": 0.7, "hard": 0.3}
-    distiller = Distiller(
-        model,
-        None if teacher is None else Frozen(teacher),
-        objective,
-        Fixed(weights),
-        transform=shifted,
-        training=Training(epochs=epochs, learning_rate=3e-3, seed=seed),
-    )
-    distiller.fit(DataLoader(split.train, BATCH, shuffle=True, drop_last=True))
-    return model.eval()
 
 
 def halved(model: nn.Module, split: Split) -> nn.Module:
@@ -136,19 +67,13 @@ def shuffled(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def right(model: nn.Module, split: Split) -> Tensor:
-    images, labels = split.test.tensors
-    return correct(model(enlarged(images)), labels)
-
-
 def run_seed(study: Study, split: Split, seed: int, epochs: int) -> tuple[dict, dict]:
     """Which test images each model gets right, and the models."""
     dense = resnet(seed).eval()
 
     def trained():
         train(dense, None, split, seed, epochs)
-        return {"weights": dense.state_dict(), "right": right(dense, split)}
+        return {"weights": dense.state_dict(), "right": right(dense, split.test)}
 
     found = {"whole": study.part(f"whole, seed {seed}", trained)}
     dense.load_state_dict(found["whole"]["weights"])
@@ -156,13 +81,13 @@ def run_seed(study: Study, split: Split, seed: int, epochs: int) -> tuple[dict, 
 
     def cut():
         small = halved(dense, split)
-        before = right(small.eval(), split)
+        before = right(small.eval(), split.test)
         train(small, dense, split, seed, epochs // 2)
-        return {"right": right(small, split), "before": before}
+        return {"right": right(small, split.test), "before": before}
 
     def control():
         model = train(shuffled(halved(dense, split), seed), dense, split, seed, epochs // 2)
-        return {"right": right(model, split)}
+        return {"right": right(model, split.test)}
 
     models["pruned"] = halved(dense, split).eval()
     found["pruned"] = study.part(f"pruned, seed {seed}", cut)

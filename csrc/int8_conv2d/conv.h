@@ -71,15 +71,19 @@ void quantize(const T* x, int64_t count, float factor, bool divide, int32_t zero
   }
 }
 
-// The channels of a part of one row of pixels, gathered from planes: four at a time.
+// Rows of pixels gathered from planes: four channels at a time. In a plane the rows follow each
+// other, so that what is quantised at a time is long even where the rows are short.
 template <class T>
-void fill_from_planes(const Conv& c, const T* x, float factor, uint8_t offset, uint8_t* out) {
+void fill_from_planes(const Conv& c, const T* x, int64_t rows, float factor, uint8_t offset,
+                      uint8_t* out) {
   constexpr int64_t kSpan = 128;  // pixels: what is quantised at a time stays in L1
   alignas(64) uint8_t planes[kConvQuad][kSpan];
   alignas(64) uint32_t quads[kSpan];
-  const int64_t of_group = c.channels / c.input_groups;
-  for (int64_t begin = 0; begin < c.width; begin += kSpan) {
-    const int64_t span = std::min(kSpan, c.width - begin);
+  const int64_t of_group = c.channels / c.input_groups, pixels = rows * c.width;
+  const int64_t border = c.row_bytes - c.width * c.pixel_bytes;
+  for (int64_t begin = 0; begin < pixels; begin += kSpan) {
+    const int64_t span = std::min(kSpan, pixels - begin), column = begin % c.width;
+    uint8_t* from = out + begin / c.width * c.row_bytes + column * c.pixel_bytes;
     for (int64_t group = 0; group < c.input_groups; ++group) {
       for (int64_t first = 0; first < of_group; first += kConvQuad) {
         const int64_t count = std::min(kConvQuad, of_group - first);
@@ -91,8 +95,12 @@ void fill_from_planes(const Conv& c, const T* x, float factor, uint8_t offset, u
         for (int64_t p = 0; p < span; ++p)
           quads[p] =
               planes[0][p] | planes[1][p] << 8 | planes[2][p] << 16 | uint32_t{planes[3][p]} << 24;
-        uint8_t* at = out + begin * c.pixel_bytes + group * c.group_bytes + first;
-        for (int64_t p = 0; p < span; ++p) std::memcpy(at + p * c.pixel_bytes, quads + p, 4);
+        uint8_t* at = from + group * c.group_bytes + first;
+        int64_t left = c.width - column;
+        for (int64_t p = 0; p < span; ++p, at += c.pixel_bytes) {
+          if (left-- == 0) at += border, left = c.width - 1;
+          std::memcpy(at, quads + p, 4);
+        }
       }
     }
   }
@@ -100,42 +108,47 @@ void fill_from_planes(const Conv& c, const T* x, float factor, uint8_t offset, u
 
 // The same where the channels of a pixel lie together (channels_last).
 template <class T>
-void fill_from_pixels(const Conv& c, const T* x, float factor, uint8_t offset, uint8_t* out) {
-  const int64_t of_group = c.channels / c.input_groups;
-  for (int64_t p = 0; p < c.width; ++p)
-    for (int64_t group = 0; group < c.input_groups; ++group)
-      quantize(x + p * c.x_pixel + group * of_group, of_group, factor, c.static_scale, c.zero_point,
-               offset, out + p * c.pixel_bytes + group * c.group_bytes);
+void fill_from_pixels(const Conv& c, const T* x, int64_t rows, float factor, uint8_t offset,
+                      uint8_t* out) {
+  const bool together = c.pixel_bytes == c.channels;  // no padding: a row at a time
+  const int64_t runs = together ? 1 : c.width, groups = together ? 1 : c.input_groups;
+  const int64_t run = together ? c.width * c.channels : c.channels / c.input_groups;
+  for (int64_t row = 0; row < rows; ++row, out += c.row_bytes)
+    for (int64_t p = 0; p < runs; ++p)
+      for (int64_t group = 0; group < groups; ++group, x += run)
+        quantize(x, run, factor, c.static_scale, c.zero_point, offset,
+                 out + p * c.pixel_bytes + group * c.group_bytes);
 }
 
+// Rows `begin` to `end` of the image, which has no border.
 template <class T>
-void fill_row_of(const Conv& c, int64_t image, int64_t y, float factor, uint8_t offset,
-                 uint8_t* out) {
+void fill_rows_of(const Conv& c, int64_t image, int64_t begin, int64_t end, uint8_t offset,
+                  uint8_t* out) {
   const T* x = static_cast<const T*>(c.x) + image * c.channels * c.height * c.width +
-               y * c.width * c.x_pixel;
+               begin * c.width * c.x_pixel;
   if (c.x_channel != 1 || c.channels == 1)
-    fill_from_planes(c, x, factor, offset, out);
+    fill_from_planes(c, x, end - begin, c.factor[image], offset, out);
   else
-    fill_from_pixels(c, x, factor, offset, out);
+    fill_from_pixels(c, x, end - begin, c.factor[image], offset, out);
 }
 
-void fill_row(const Conv& c, int64_t image, int64_t y, uint8_t offset) {
+void fill_rows(const Conv& c, int64_t image, int64_t begin, int64_t end, uint8_t offset) {
   if (c.depthwise) offset = 0;
-  uint8_t* out = c.images + image * c.image_bytes + y * c.row_bytes;
-  const float scale = c.scale[image];
-  const bool is_border = y < c.padding_h || y >= c.padding_h + c.height;
-  std::memset(out, static_cast<uint8_t>(c.zero_point + offset), c.row_bytes);
+  uint8_t* out = c.images + image * c.image_bytes;
+  const int zero = static_cast<uint8_t>(c.zero_point + offset);
+  std::memset(out + begin * c.row_bytes, zero, (end - begin) * c.row_bytes);
+  begin = std::max<int64_t>(begin - c.padding_h, 0);
+  end = std::min(end - c.padding_h, c.height);
   // Scale 0: all values are 0. NaN: the results are NaN whatever the bytes.
-  if (is_border || !(scale > 0.0f)) return;
-  out += c.padding_w * c.pixel_bytes;
-  y -= c.padding_h;
+  if (begin >= end || !(c.scale[image] > 0.0f)) return;
+  out += (begin + c.padding_h) * c.row_bytes + c.padding_w * c.pixel_bytes;
   switch (c.type) {
     case FloatType::float32:
-      return fill_row_of<float>(c, image, y, c.factor[image], offset, out);
+      return fill_rows_of<float>(c, image, begin, end, offset, out);
     case FloatType::bfloat16:
-      return fill_row_of<bfloat16>(c, image, y, c.factor[image], offset, out);
+      return fill_rows_of<bfloat16>(c, image, begin, end, offset, out);
     case FloatType::float16:
-      return fill_row_of<float16>(c, image, y, c.factor[image], offset, out);
+      return fill_rows_of<float16>(c, image, begin, end, offset, out);
   }
 }
 
@@ -318,7 +331,7 @@ void run(const Conv& c, const ConvPart& part, uint8_t offset) {
 namespace {
 template <class Simd>
 constexpr Int8Conv2dKernel conv_kernel() {
-  return {Simd::kOffset, largest, fill_row, sum_weights, run<Simd>};
+  return {Simd::kOffset, largest, fill_rows, sum_weights, run<Simd>};
 }
 }  // namespace
 

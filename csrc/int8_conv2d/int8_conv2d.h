@@ -76,8 +76,8 @@ struct Int8Conv2dKernel {
   // The largest magnitude of `count` values, as the bits of a float: infinity and NaN are greater
   // than all others.
   uint32_t (*largest)(const void* x, FloatType type, int64_t count);
-  // Quantises row `y` (of the padded ones) of an image.
-  void (*fill_row)(const Conv& conv, int64_t image, int64_t y, uint8_t offset);
+  // Quantises rows (of the padded ones) of an image.
+  void (*fill_rows)(const Conv& conv, int64_t image, int64_t begin, int64_t end, uint8_t offset);
   void (*sum_weights)(const Conv& conv, int64_t block_begin, int64_t block_end);
   void (*run)(const Conv& conv, const ConvPart& part, uint8_t offset);
 };

@@ -70,7 +70,11 @@ void convolve(const Int8Conv2dKernel& kernel, Conv& conv, int64_t batch,
   const int64_t rows = conv.height + 2 * conv.padding_h;
   const int64_t row_grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(conv.row_bytes, 1));
   torch::stable::parallel_for(0, batch * rows, row_grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernel.fill_row(conv, i / rows, i % rows, kernel.offset);
+    for (int64_t i = begin; i < end;) {
+      const int64_t first = i % rows, last = std::min(rows, first + end - i);
+      kernel.fill_rows(conv, i / rows, first, last, kernel.offset);
+      i += last - first;
+    }
   });
   const int64_t sum_grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(conv.block_bytes(), 1));
   torch::stable::parallel_for(0, weight_blocks, sum_grain, [&](int64_t begin, int64_t end) {
