@@ -8,6 +8,7 @@ from importlib import import_module
 
 from benchmarks.case import Comparison
 from benchmarks.gpu import convolutions, losses, rows
+from benchmarks.gpu.convolutions import Shape as Convolution
 from benchmarks.gpu.layers import Layer
 
 LINEAR = ("ternary_linear", "ternary24_linear", "int8_linear", "sparse24_linear")
@@ -26,7 +27,7 @@ class Plan:
     quantized: tuple[Shape, ...]  # (M, K), of the ops that quantise rows alone
     losses: tuple[tuple[int, int, str], ...] = ()  # (rows, classes, dtype)
     linear_losses: tuple[tuple[int, int, int], ...] = ()  # (rows, width, classes)
-    convolutions: tuple[convolutions.Shape, ...] = ()
+    convolutions: tuple[Convolution, ...] = ()
 
     def comparisons(
         self, ops: Sequence[str], device: str, rotated: int
