@@ -16,6 +16,7 @@ from test_int8_conv2d import inputs as conv_inputs
 from torch import Tensor
 from trine import ops
 from trine.ops.int8_conv2d import reference as conv
+from trine.ops.int8_embedding import reference as embedding
 from trine.ops.int8_linear import reference as int8
 from trine.ops.norm_quantize_rows import reference as norms
 from trine.ops.quantize_rows import reference as rows
@@ -43,6 +44,14 @@ CONVOLUTIONS = (
     (2, 37, 37, (3, 5), 37, (1, 2), (1, 2), (1, 1), 21, 20),
 )
 # Rows that 8, 32, 128, 512 and 1024 threads work on, and longer ones.
+# (indices, V, D): a slice of a warp and several, rows of y that begin at whole chunks and not.
+EMBEDDINGS = (
+    ((3,), 50, 1),
+    ((2, 70), 9, 384),
+    ((5,), 7, 1030),
+    ((300,), 1000, 4096),
+    ((0, 2), 3, 8),
+)
 ROW_LENGTHS = (0, 1, 37, 256, 1001, 4096, 16384, 20001, 65537)
 
 
@@ -90,6 +99,10 @@ def calls() -> Iterator[Call]:
     for norm in ("rms", "layer"):
         x, *rest, eps = norms.example_inputs(norm, 1000, 136, torch.bfloat16)
         yield norm_call(norm, inputs=(x, *(values.float() for values in rest), eps))
+    for i, (shape, v, d) in enumerate(EMBEDDINGS):
+        for index in (torch.int64, torch.int32):
+            inputs = embedding.example_inputs(shape, v, d, DTYPES[i % 3], index)
+            yield Call("int8_embedding", embedding.int8_embedding, inputs)
     for i, (m, n, k) in enumerate((*FEW_ROWS, *MANY_ROWS, *EMPTY)):
         dtype, bias = DTYPES[i % 3], i % 2 == 0
         inputs = int8.example_inputs(m, n, k, dtype, bias)

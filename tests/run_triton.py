@@ -30,6 +30,8 @@ from torch import Tensor
 from trine.ops import _triton_kernels
 from trine.ops.int8_conv2d import reference as conv
 from trine.ops.int8_conv2d.triton import int8_conv2d
+from trine.ops.int8_embedding import reference as embedding
+from trine.ops.int8_embedding.triton import int8_embedding
 from trine.ops.int8_linear import reference as int8
 from trine.ops.int8_linear.triton import int8_linear, int8_linear_rows
 from trine.ops.int8_weight_linear import reference as int8_weight
@@ -265,6 +267,14 @@ def try_softmax_kl(device: str) -> None:
             softmax_kl(*operator_arguments(student, teacher, **wrong))
 
 
+def try_int8_embedding(device: str) -> None:
+    for dtype in DTYPES:
+        for shape, d in (((3,), 1), ((2, 3), 37), ((), 128), ((4,), 1100), ((0, 2), 5), ((2,), 0)):
+            for index in (torch.int64, torch.int32):
+                arguments = embedding.example_inputs(shape, 7, d, dtype, index)
+                check(int8_embedding, embedding.int8_embedding, device, *arguments)
+
+
 def main(device: str) -> None:
     smallest_tiles()
     torch.manual_seed(0)
@@ -273,6 +283,7 @@ def main(device: str) -> None:
     try_int8_weight(device)
     try_int8_conv2d(device)
     try_softmax_kl(device)
+    try_int8_embedding(device)
     for dtype in DTYPES:
         for k in (1, 37, 130):
             check(quantize_rows, rows.quantize_rows, device, difficult_rows(k, dtype))

@@ -199,7 +199,6 @@ def test_every_module_that_can_be_rebuilt_is_rebuilt_as_it_was():
         nn.Unflatten(1, (2, 3)),
         trine.nn.ClusteredEmbedding(5, 6, 3, 2, 1),
         trine.nn.ClusteredLinear(6, 4, 2, 3, False),
-        trine.nn.Int8Conv2d(4, 6, (3, 1), (2, 1), 1, (2, 1), 2, False, static_input=True),
         trine.nn.LowRankEmbedding(5, 4, 2, 1),
         trine.nn.LowRankLinear(4, 6, 2, False, residual=True),
         trine.nn.QuantizingLayerNorm(6, 1e-6, True, False),
@@ -415,10 +414,13 @@ def other(index: int, layer: nn.Module):
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (other(0, nn.Linear(12, 21)), r"layer '0' has .* \(12, 21, True\) in the model"),
+        (
+            other(0, nn.Linear(12, 21)),
+            "layer '0' has out_features = 21 in the model, 20 in the file",
+        ),
         (
             other(0, nn.Linear(12, 20, bias=False)),
-            r"layer '0' has .* \(12, 20, False\) in the model",
+            "layer '0' has bias = False in the model, True in the file",
         ),
         (other(0, nn.Identity()), "the model has no linear layer '0', but the saved one has"),
         (

@@ -71,7 +71,9 @@ def test_a_wrong_recipe_is_refused(arguments, message):
 
 
 def test_a_description_with_other_keys_is_refused():
-    with pytest.raises(ValueError, match="expected a mapping with keys linear, conv and prefer"):
+    with pytest.raises(
+        ValueError, match="expected a mapping with keys linear, conv, embedding and prefer"
+    ):
         Recipe.from_dict({"linear": "int8", "bits": 4})
 
 
@@ -588,4 +590,4 @@ def test_the_report_prints_as_a_table():
     assert first.split()[:4] == ["first", "int8", "swapped", "3.00x"]
     assert last.split()[:3] == ["last", "float", "kept"]
     assert last.endswith("the recipe leaves it float")
-    assert total.startswith("1 of 2 layers swapped, model 0.00 -> 0.00 MB, linear layers 3.00x")
+    assert total.startswith("1 of 2 layers swapped, model 0.00 -> 0.00 MB, layers 3.00x")

@@ -125,6 +125,12 @@ GATES = {
         Gate("norm_q.*NormE1E.*Lb1E", (r"LDG\.E\.128", r"STG\.E", r"MUFU\.RSQ"), 80, 12),
         Gate("norm_q.*Lb0E", ("LDG", "STG", r"MUFU\.RSQ"), 96, 24),
     ),
+    "int8_embedding/cuda": (
+        # A chunk of y from 4 codes of a lane, or from 8 for 16-bit types, and one store.
+        Gate("kernelIfLb1E", (r"LDG\.E ", "I2F", r"STG\.E\.128"), 40, 1),
+        Gate("kernelIN.*Lb1E", (r"LDG\.E\.64", "I2F", "F2F", r"STG\.E\.128"), 40, 2),
+        Gate("int8_embedding_kernel.*Lb0E", ("LDG", "I2F", "STG"), 40, 3),
+    ),
     "softmax_kl/cuda": (
         # Of 16-bit logits: a plain KL, of which three blocks (forward) or two fit an SM, and the
         # rest. Exponentials are the multi-function unit's; of fp32 they are polynomials.

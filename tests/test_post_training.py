@@ -196,7 +196,7 @@ class TestPostTraining:
         for match, how in (
             ("rounding is 'up'", {"rounding": "up"}),
             ("layer '0' is to be 'sparse24'", {"recipe": Recipe("sparse24")}),
-            ("leave no linear layer or conv", {"recipe": Recipe("float")}),
+            ("leave no linear layer, conv", {"recipe": Recipe("float")}),
             ("takes a trine.Recipe; got str", {"recipe": "int8"}),
             ("there is no data", {"data": []}),
             ("NaN or infinity", {"data": x * torch.nan}),

@@ -126,8 +126,10 @@ def test_errors():
         QatConv2d(2, 2, 3, choice="ternary")
     with pytest.raises(ValueError, match="conv is 'ternary'"):
         Recipe(conv="ternary")
-    with pytest.raises(ValueError, match="leaves convolutions alone"):
-        trine.compress(nn.Linear(4, 4), Recipe(conv="int8"), torch.randn(2, 4))
+    with pytest.raises(
+        ValueError, match="'' is to be 'int8-static', whose scale is found from data"
+    ):
+        trine.compress(nn.Conv2d(2, 2, 3), Recipe(conv="int8-static"), torch.randn(1, 2, 5, 5))
     with pytest.raises(ValueError, match="give sample_inputs"):
         prepare_qat(nn.Conv2d(2, 2, 3), Recipe(conv="int8-static"))
     qat = prepared("int8")

@@ -38,7 +38,8 @@ def ptx(kernel, pointers: dict[str, str], constants: dict[str, object], capabili
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constexprs=constants)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    options = {"enable_fp_fusion": False, "sanitize_overflow": False, "debug": kernel.debug}
+    compiled = triton.compile(source, target=target, options=options)
     return compiled.asm["ptx"]
 
 
@@ -86,6 +87,13 @@ def static_images_ptx(capability: int) -> str:
 
 def dynamic_images_ptx(capability: int) -> str:
     return images_ptx(False, capability)
+
+
+def embedding_ptx(capability: int) -> str:
+    from trine.ops.int8_embedding.triton import int8_embedding_kernel
+
+    pointers = {"indices": "*i64", "codes": "*i8", "scale": "*fp32", "y": "*bf16"}
+    return ptx(int8_embedding_kernel, pointers, {"BLOCK": 1024}, capability)
 
 
 def ternary_ptx(capability: int) -> str:
@@ -177,6 +185,14 @@ def test_compiled_kernels_round_as_the_others(compile_kernel, capability):
         assert "sqrt.approx" not in code
     elif compile_kernel in PRODUCTS:
         assert re.search(r"\b(mma\.sync|wgmma\.mma_async)\S*\.s32\.s8\.s8", code)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_int8_embedding_rounds_and_asserts(capability):
+    code = embedding_ptx(capability)
+    assert re.search(r"\bmul\.(rn\.)?f32", code)
+    assert not re.search(r"\bfma\.", code)
+    assert "__assertfail" in code
 
 
 @pytest.mark.parametrize("capability", [80, 90])

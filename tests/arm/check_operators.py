@@ -43,6 +43,7 @@ OPS = (
     "quantize_rows",
     "norm_quantize_rows",
     "int8_conv2d",
+    "int8_embedding",
     "int8_linear",
     "int8_weight_linear",
     "ternary_linear",
@@ -54,6 +55,7 @@ OPS = (
     quantize_rows,
     norms,
     int8_conv2d,
+    int8_embedding,
     int8_linear,
     int8_weight_linear,
     ternary_linear,
@@ -266,6 +268,15 @@ def calls_of_int8_conv2d() -> Iterator[Call]:
         yield Call("int8_conv2d", tensors, same_bits(y), numbers, threads=threads)
 
 
+def calls_of_int8_embedding() -> Iterator[Call]:
+    sizes, indices = (0, 1, 7, 8, 9, 16, 37, 130), (torch.int64, torch.int32)
+    for d, dtype, index in product(sizes, DTYPES, indices):
+        *tensors, d, dtype = int8_embedding.example_inputs((9,), 5, d, dtype, index)
+        y = int8_embedding.int8_embedding(*tensors, d, dtype)
+        numbers = (float(d), float(TYPES.index(dtype)))
+        yield Call("int8_embedding", tuple(tensors), same_bits(y), numbers, threads=1 + d % 3)
+
+
 def calls_of_ternary_linear() -> Iterator[Call]:
     def call(x, packed, scale, bias=None, threads=1) -> Call:
         y = ternary_linear.ternary_linear(x, packed, scale, bias)
@@ -449,6 +460,7 @@ KERNELS = {
     "sparse24_linear (float values)": FLOAT,
     "sparse24_linear (int8 values)": INTEGER,
     "int8_conv2d": ["scalar", "dotprod"],
+    "int8_embedding": FLOAT,
     "int8_linear": INTEGER,
     "ternary_linear": INTEGER,
     "ternary24_linear": INTEGER,

@@ -129,6 +129,11 @@ std::vector<Tensor> run(const Call& call) {
                                  const Optional&, const Optional&)>("int8_linear")(
         call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3), call.tensors.at(4),
         call.tensors.at(5))};
+  if (call.op == "int8_embedding")
+    return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, ScalarType)>(
+        "int8_embedding")(call.tensor(0), call.tensor(1), call.tensor(2),
+                          static_cast<int64_t>(call.numbers.at(0)),
+                          static_cast<ScalarType>(int(call.numbers.at(1))))};
   if (call.op == "int8_conv2d") {
     const auto number = [&](size_t i) { return static_cast<int64_t>(call.numbers.at(i)); };
     const auto pair = [&](size_t i) { return std::vector<int64_t>{number(i), number(i + 1)}; };

@@ -183,6 +183,28 @@ Call int8_weight_linear(const Shape& shape, ScalarType type, int variant, Values
   };
 }
 
+// m rows of a table of n rows of k. 0: int64 indices; 1: int32.
+Call int8_embedding(const Shape& shape, ScalarType type, int variant, Values values) {
+  const auto [m, n, k] = shape;
+  const int64_t v = std::max<int64_t>(n, 1);
+  const Tensor indices({m}, variant == 1 ? ScalarType::Int : ScalarType::Long);
+  for (int64_t i = 0; i < m; ++i) {
+    // The last row among them.
+    const int64_t index = i == 0 ? v - 1 : random_in(0, v - 1);
+    if (variant == 1)
+      values_of<int32_t>(indices)[i] = int32_t(index);
+    else
+      values_of<int64_t>(indices)[i] = index;
+  }
+  const Tensor packed = int8_rows(v, k, trine::round_up(k, trine::kInt8Chunk), values);
+  const Tensor scale = floats({v}, ScalarType::Float, values);
+  return [=, k = k] {
+    return std::vector{
+        registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, ScalarType)>(
+            "int8_embedding")(indices, packed, scale, k, type)};
+  };
+}
+
 // Images of 7 x 5 under a kernel of 3 x 2. 0: dynamic, as many channels as there are columns; 1:
 // depthwise, channels last, no bias; 2: two groups, static with a zero point.
 Call int8_conv2d(const Shape& shape, ScalarType type, int variant, Values values) {
@@ -358,6 +380,7 @@ const std::vector<Op> kOps{
     {"int8_linear", 4, int8_linear, {{0, trine::kInt8MaxK}, {2, trine::kInt8MaxKStatic}}},
     {"int8_weight_linear", 3, int8_weight_linear, {}},
     {"int8_conv2d", 3, int8_conv2d, {}},
+    {"int8_embedding", 2, int8_embedding, {}},
     {"ternary_linear", 4, ternary_linear, {{0, trine::kTernaryMaxK}}},
     {"sparse24_linear", 4, sparse24_linear, {{3, trine::kSparse24Int8MaxK}}},
     {"ternary24_linear", 2, ternary24_linear, {{0, trine::kTernary24MaxK}}},

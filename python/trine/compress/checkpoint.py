@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from trine.compress.edits import apply, restore, skeleton
 from trine.compress.layers import (
     close_fast_paths,
-    is_linear,
+    float_layer,
     require_module,
-    signature,
 )
 from trine.compress.manifest import (
     Manifest,
@@ -28,7 +27,10 @@ from trine.compress.manifest import (
 from trine.compress.rebuild import build
 from trine.compress.save_pretrained import prepare_save_pretrained
 from trine.compress.tensors import tensor_slots, tensors_of
-from trine.nn import PackedLinear
+from trine.nn import PackedLayer
+
+# What can be replaced by a packed layer, for messages.
+_CALLED = {"Linear": "linear layer", "Conv2d": "convolution", "Embedding": "embedding"}
 
 
 def save(model: nn.Module, path: str | PathLike) -> None:
@@ -189,20 +191,33 @@ def _float_model(manifest: Manifest, like: Callable[[], nn.Module] | None) -> nn
     return model
 
 
-def _replacements(manifest: Manifest, model: nn.Module) -> dict[nn.Module, PackedLinear]:
+def _replacements(manifest: Manifest, model: nn.Module) -> dict[nn.Module, PackedLayer]:
     """The packed layers of the manifest by the float layers whose place they take."""
     modules = dict(model.named_modules())
     replacements = {}
     for name, packed in manifest.layers.items():
-        if name not in modules or not is_linear(modules[name]):
-            raise ValueError(f"the model has no linear layer {name!r}, but the saved one has")
-        if signature(modules[name]) != signature(packed):
-            raise ValueError(
-                f"layer {name!r} has (inputs, outputs, bias) {signature(modules[name])} in the "
-                f"model, {signature(packed)} in the saved one"
-            )
+        kind, saved = float_layer(packed)
+        here = float_layer(modules[name]) if name in modules else None
+        if here is None or here[0] != kind:
+            raise ValueError(f"the model has no {_CALLED[kind]} {name!r}, but the saved one has")
+        for key, value in here[1].items():
+            if value != saved[key]:
+                raise ValueError(
+                    f"layer {name!r} has {key} = {value} in the model, {saved[key]} in the file"
+                )
         replacements[modules[name]] = packed
+    _tie(manifest)
     return replacements
+
+
+def _tie(manifest: Manifest) -> None:
+    """Have packed layers hold the same tensors where those of the saved model did."""
+    for name, first in manifest.aliases.items():
+        (path, _, key), (other, _, other_key) = name.rpartition("."), first.rpartition(".")
+        if path in manifest.layers and other in manifest.layers:
+            mine, theirs = manifest.layers[path]._buffers, manifest.layers[other]._buffers
+            if key in mine and other_key in theirs and mine[key].shape == theirs[other_key].shape:
+                mine[key] = theirs[other_key]
 
 
 def _check_fit(

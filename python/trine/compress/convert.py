@@ -5,15 +5,16 @@ from torch import nn
 from trine.compress.edits import record, skeleton
 from trine.compress.layers import copy_model, require_module
 from trine.compress.packed_copy import packed_copy
+from trine.compress.ties import share_tables
 from trine.quantize.qat_layer import QatLayer
 
 
 def convert(model: nn.Module) -> nn.Module:
     """A copy of `model` in which every layer in training under quantisation is the packed one.
 
-    (`QatLinear` or `QatConv2d`, each the layer that it stands for, with the bias of the batch norm
-    that it has taken up.) Nothing else changes, and `model` is not touched. In evaluation mode both
-    give the same bits.
+    (`QatLinear`, `QatConv2d` or `QatEmbedding`, each the layer that it stands for, with the bias of
+    the batch norm that it has taken up; a table that several layers share is packed once.) Nothing
+    else changes, and `model` is not touched. In evaluation mode both give the same bits.
 
     Raises:
         ValueError: the model holds no QatLinear, a weight holds NaN or infinity, the model cannot
@@ -28,6 +29,7 @@ def convert(model: nn.Module) -> nn.Module:
             "use trine.compress on a model that was trained in float"
         )
     packed = {layer: _pack(name, layer) for name, layer in layers.items()}
+    share_tables(packed)
     small = packed_copy(model, packed)
     record(_in_floats(model), small)
     return small

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trine.compress.layers import copy_model, is_linear, signature
+from trine.compress.layers import copy_model, stands_for
 from trine.compress.tensors import tensors_of
 from trine.compress.trees import build_tree, describe_tree, refuse_explosion
-from trine.nn import PackedLinear
+from trine.nn import PackedLayer
 
 Edit = tuple[str, dict[str, Any]]
 
@@ -79,7 +79,8 @@ def restore(model: nn.Module, edits: list[Edit]) -> None:
 def difference(base: nn.Module, model: nn.Module) -> list[Edit] | None:
     """The edits that make `base` a model of the same structure; None where there are none such.
 
-    `base`, whose values have no meaning, is changed on the way. Packed layers count as linear ones.
+    `base`, whose values have no meaning, is changed on the way. Packed layers count as
+    those that they stand for.
     """
     if not _can_become(base, model):
         return None
@@ -234,7 +235,7 @@ class _Walk:
     def module(self, module: nn.Module, twin: nn.Module, name: str) -> None:
         self.names[module] = name
         self.used.add(twin)
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLayer):
             return
         for kind, value in _changes(module, twin):
             self.edit(name, kind, value)
@@ -269,21 +270,21 @@ class _Walk:
         packed = {
             twin: modules[name]
             for name, twin in self.base.named_modules(remove_duplicate=False)
-            if isinstance(modules.get(name), PackedLinear)
+            if isinstance(modules.get(name), PackedLayer)
         }
         (tensors, wanted), (_, found) = tensors_of(model), tensors_of(self.base, packed)
         for name in chain(tensors, wanted):
             if wanted.get(name) != found.get(name):
                 path, _, key = name.rpartition(".")
-                if isinstance(modules[path], PackedLinear):
+                if isinstance(modules[path], PackedLayer):
                     raise _Indescribable
                 self.edit(path, "ties", {key: wanted.get(name)})
 
 
 def _can_become(twin: nn.Module, module: nn.Module) -> bool:
     """Whether edits of its tensors and attributes make `twin` such a module."""
-    if isinstance(module, PackedLinear):
-        return is_linear(twin) and signature(module) == signature(twin)
+    if isinstance(module, PackedLayer):
+        return stands_for(module, twin)
     here, there = settings(module), settings(twin)
     changed = dict(_changes(module, twin)).get("attributes", {})
     return (
@@ -324,8 +325,8 @@ def same_structure(model: nn.Module, twin: nn.Module) -> bool:
 
 
 def _same_module(module: nn.Module, twin: nn.Module) -> bool:
-    if isinstance(module, PackedLinear):
-        return is_linear(twin) and signature(module) == signature(twin)
+    if isinstance(module, PackedLayer):
+        return stands_for(module, twin)
     return (
         type(module) is type(twin)
         and "forward" not in vars(module)

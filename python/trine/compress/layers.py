@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trine.nn import PackedLinear
+from trine.nn import Int8Conv2d, Int8Embedding, PackedLayer, PackedLinear
+from trine.nn.int8_conv import padding_in_pixels
 from trine.nn.packed import FLOAT_DTYPES, is_conv1d
 
 # All that `register_*_hook` writes, which a replacement takes over.
@@ -46,11 +48,39 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | PackedLinear) or is_conv1d(module)
 
 
+def float_layer(module: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """The class of torch.nn that a layer is of, or stands for, and the constructor's arguments.
+
+    For the layers that have a `PackedLayer`, and those; None for others. Where two have the same,
+    one can take the place of the other.
+    """
+    if isinstance(module, nn.Embedding | Int8Embedding):
+        names = ("num_embeddings", "embedding_dim", "padding_idx")
+        return "Embedding", {name: getattr(module, name) for name in names}
+    if isinstance(module, nn.Conv2d | Int8Conv2d):
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
+        try:
+            padding = (
+                module.padding if isinstance(module, Int8Conv2d) else padding_in_pixels(module)
+            )
+        except ValueError:
+            return None  # it has no packed form
+        arguments = {name: getattr(module, name) for name in names}
+        return "Conv2d", {**arguments, "padding": padding, "bias": module.bias is not None}
+    if not is_linear(module):
+        return None
+    k, n = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)
+    return "Linear", {"in_features": k, "out_features": n, "bias": module.bias is not None}
+
+
 def signature(layer: nn.Module) -> tuple[int, int, bool]:
     """K, N and whether there is a bias, of a layer for which `is_linear` holds."""
-    if is_conv1d(layer):
-        return (*layer.weight.shape, layer.bias is not None)
-    return layer.in_features, layer.out_features, layer.bias is not None
+    return tuple(float_layer(layer)[1].values())
+
+
+def stands_for(packed: PackedLayer, module: nn.Module) -> bool:
+    """Whether the packed layer can take the place of `module`, a float or a packed one."""
+    return float_layer(packed) == float_layer(module)
 
 
 def bytes_of(module: nn.Module) -> int:
@@ -64,25 +94,33 @@ def obstacles(model: nn.Module) -> dict[str, str]:
 
 
 def obstacles_of(
-    model: nn.Module, layers: Mapping[str, nn.Module], known: tuple[type[nn.Module], ...] = ()
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    known: tuple[type[nn.Module], ...] = (),
+    *,
+    together: bool = False,
 ) -> dict[str, str]:
     """Those of `layers` that must stay as they are, by name, each with the reason.
 
     They may be of any class of torch.nn with a weight and perhaps a bias, or Conv1D, or one of the
-    `known` classes.
+    `known` classes. With `together` all of them share one weight, which then is no reason, and are
+    packed at once; a bias may be shared, for packing copies it.
     """
     users = Counter(
         _memory(tensor)
         for module in model.modules()
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     )
-    found = {name: _obstacle(layer, users, known) for name, layer in layers.items()}
+    if together:
+        tied = {_memory(layer.weight): len(layers) for layer in layers.values()}
+        shared = {memory for memory, count in users.items() if count > tied.get(memory, count)}
+    else:
+        shared = {memory for memory, count in users.items() if count > 1}
+    found = {name: _obstacle(layer, shared, known) for name, layer in layers.items()}
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _obstacle(
-    layer: nn.Module, users: Mapping[int, int], known: tuple[type[nn.Module], ...]
-) -> str | None:
+def _obstacle(layer: nn.Module, shared: set[int], known: tuple[type[nn.Module], ...]) -> str | None:
     if parametrize.is_parametrized(layer):
         return "it has parametrizations"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -96,7 +134,7 @@ def _obstacle(
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if weight.numel() == 0:
         return "its weight is empty"
-    if any(t is not None and users[_memory(t)] > 1 for t in (weight, bias)):
+    if any(t is not None and _memory(t) in shared for t in (weight, bias)):
         return "its weight or bias is shared with another module"
     if layer._modules or (layer._parameters.keys() | layer._buffers.keys()) - {"weight", "bias"}:
         return "it holds more than weight and bias"

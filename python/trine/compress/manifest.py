@@ -22,7 +22,7 @@ from trine._C import version
 from trine.compress.edits import Edit, recorded
 from trine.compress.rebuild import describe
 from trine.compress.report import CompressionReport
-from trine.nn import PackedLinear, layer_kinds
+from trine.nn import PackedLayer, layer_kinds
 from trine.quantize.qat_layer import QatLayer
 
 FORMAT = "trine"
@@ -38,7 +38,7 @@ class Manifest:
 
     tensors: dict[str, dict[str, Any]]
     aliases: dict[str, str]
-    layers: dict[str, PackedLinear]
+    layers: dict[str, PackedLayer]
     model: dict[str, Any] | None
     report: CompressionReport | None
     edits: list[Edit]
@@ -105,7 +105,7 @@ def _hash_of(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def _empty_layer(kind: str, config: Mapping[str, Any]) -> PackedLinear:
+def _empty_layer(kind: str, config: Mapping[str, Any]) -> PackedLayer:
     if kind not in layer_kinds:
         raise ValueError(f"{kind!r} is no kind of layer here; known are {', '.join(layer_kinds)}")
     return layer_kinds[kind](**config, device="meta")
@@ -118,7 +118,7 @@ def manifest_of(model: nn.Module, tensors: Mapping[str, Tensor], aliases: dict) 
         tensors={name: tensor_entry(tensor) for name, tensor in tensors.items()},
         aliases=aliases,
         layers={
-            name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)
+            name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)
         },
         model=describe(model),
         report=report if isinstance(report, CompressionReport) else None,

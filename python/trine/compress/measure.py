@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from trine.compress.observe import Call
-from trine.nn import PackedLinear
 
 # Takes calls by name, gives seconds per call by the same names: evaluate.latency.alternate, or a
 # substitute that tests control.
@@ -24,18 +23,18 @@ class Measurements:
     _known: dict[tuple, tuple[float, float]] = field(default_factory=dict)
 
     def seconds(
-        self, layer: nn.Module, compressed: PackedLinear, choice: str, call: Call
+        self, layer: nn.Module, compressed: nn.Module, choice: str, call: Call
     ) -> tuple[float, float]:
         """Seconds per call of the float layer and of the compressed one, on random data."""
         device = layer.weight.device
         shape = tuple(layer.weight.shape)
-        kind = (type(layer), shape, layer.weight.dtype, device, layer.bias is not None)
+        has_bias = getattr(layer, "bias", None) is not None
+        kind = (type(layer), shape, layer.weight.dtype, device, has_bias)
+        if isinstance(layer, nn.Conv2d):
+            kind += (layer.stride, layer.padding, layer.dilation, layer.groups)
         case = (kind, choice, call)
         if case not in self._known:
-            # A generator of its own: the caller's random state stays as it is.
-            generator = torch.Generator().manual_seed(0)
-            x = torch.randn(call.rows, compressed.in_features, generator=generator)
-            x = x.to(device, call.dtype)
+            x = call.example(layer)
             # forward, not the call: the user's hooks are for the user's data.
             with torch.autocast(device.type, call.autocast, enabled=call.autocast is not None):
                 seconds = self.timer(

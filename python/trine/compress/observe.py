@@ -1,25 +1,55 @@
-"""What each linear layer is called with in a run over sample inputs."""
+"""What each layer is called with in a run over sample inputs."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trine.calibration.probe import probing, run
+from trine.compress.layers import signature
 
 
 @dataclass(frozen=True)
 class Call:
-    """One way to call a linear layer: with x of that many rows (all but the last dimension)."""
+    """One way to call a layer.
+
+    rows: of x, all but its last dimension; for an embedding indices, for a convolution images.
+    """
 
     rows: int
     dtype: torch.dtype
     autocast: torch.dtype | None  # the dtype that autocast imposes on the call, None without it
+    image: tuple[int, int] | None = None  # height and width, for a convolution
+    channels_last: bool = False
+
+    @classmethod
+    def of(cls, layer: nn.Module, x: Tensor) -> Call:
+        if isinstance(layer, nn.Embedding):
+            return cls(x.numel(), x.dtype, None)
+        if isinstance(layer, nn.Conv2d):
+            last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+            last = last and not x.is_contiguous()
+            images, size = x.shape[:-3].numel(), tuple(x.shape[-2:])
+            return replace(call_of(x), rows=images, image=size, channels_last=last)
+        return call_of(x)
+
+    def example(self, layer: nn.Module) -> Tensor:
+        """Random data for such a call; the caller's random state stays as it is."""
+        generator, device = torch.Generator().manual_seed(0), layer.weight.device
+        if isinstance(layer, nn.Embedding):
+            v = layer.num_embeddings
+            return torch.randint(v, (self.rows,), generator=generator).to(device, self.dtype)
+        if isinstance(layer, nn.Conv2d):
+            x = torch.randn(self.rows, layer.in_channels, *self.image, generator=generator)
+            layout = torch.channels_last if self.channels_last else torch.contiguous_format
+            return x.to(device, self.dtype).contiguous(memory_format=layout)
+        k = signature(layer)[0]
+        return torch.randn(self.rows, k, generator=generator).to(device, self.dtype)
 
 
 def call_of(x: Tensor) -> Call:
@@ -61,7 +91,7 @@ def observe(
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if x.numel():
-                calls[name][call_of(x)] += 1
+                calls[name][Call.of(module, x)] += 1
 
         return hook
 

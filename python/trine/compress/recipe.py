@@ -1,4 +1,4 @@
-"""What is to become of a model's linear layers: which layer gets which kind, and what decides."""
+"""What is to become of a model's layers: which layer gets which kind, and what decides."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ PACKED = (
 TRAINED = ("int8-static", "int8-lsq", "ternary-ttq")
 CHOICES = (*PACKED, *TRAINED, "float")
 OF_CONVOLUTIONS = ("int8", "int8-static", "float")
+OF_EMBEDDINGS = ("int8", "float")
 PREFERENCES = ("speed", "size")
+_ALLOWED = {"linear": CHOICES, "conv": OF_CONVOLUTIONS, "embedding": OF_EMBEDDINGS}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which compressed kind each linear layer and each 2-d convolution is meant to get.
+    """Which compressed kind each linear layer, 2-d convolution and embedding is meant to get.
 
     linear: one choice for every layer, or a mapping from patterns of layer names to choices, as in
         ``{"lm_head": "float", "*.mlp.*": "sparse24", "*": "int8"}``. Choices are "int8",
@@ -33,10 +35,12 @@ class Recipe:
         columns of a row share one scale, not the whole row or weight.
         Patterns are those of fnmatch, case-sensitive, tried in order: the first that matches the
         layer's whole name decides. A layer that none matches stays float.
-    conv: the same for nn.Conv2d: "int8", "int8-static" or "float". `compress` leaves convolutions
-        alone; `prepare_qat` and `post_training` take them.
-    prefer: "speed" swaps a layer only where the compressed one is measured faster; "size" wherever
-        it is smaller.
+    conv: the same for nn.Conv2d: "int8", "float" and, with training or data, "int8-static".
+    embedding: the same for nn.Embedding: "int8" or "float". Where its table is the weight of linear
+        layers, too, all become int8 or none: they go on sharing it, and `linear` must say "int8"
+        for them.
+    prefer: "speed" swaps a layer only where the compressed one is measured faster, an embedding
+        where it is not slower; "size" wherever it is smaller.
 
     Raises ValueError for an unknown choice, pattern or preference, and a wrong group size.
     """
@@ -44,11 +48,12 @@ class Recipe:
     linear: str | Mapping[str, str] = "int8"
     prefer: str = "speed"
     conv: str | Mapping[str, str] = "float"
+    embedding: str | Mapping[str, str] = "float"
 
     def __post_init__(self) -> None:
         if self.prefer not in PREFERENCES:
             raise ValueError(f"Recipe: prefer is {self.prefer!r}; it must be one of {PREFERENCES}")
-        for kind, allowed in (("linear", CHOICES), ("conv", OF_CONVOLUTIONS)):
+        for kind, allowed in _ALLOWED.items():
             _check_choices(getattr(self, kind), kind, allowed)
             if isinstance(getattr(self, kind), Mapping):
                 # A private copy: the caller's mapping may change, a recipe does not.
@@ -62,18 +67,23 @@ class Recipe:
         """The choice for the convolution of that name, "float" where no pattern matches."""
         return _choice_for(name, self.conv)
 
+    def embedding_choice(self, name: str) -> str:
+        """The choice for the embedding of that name, "float" where no pattern matches."""
+        return _choice_for(name, self.embedding)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the order of the patterns is part of it."""
-        kinds = {"linear": self.linear, "conv": self.conv}
+        kinds = {kind: getattr(self, kind) for kind in _ALLOWED}
         plain = {key: v if isinstance(v, str) else dict(v) for key, v in kinds.items()}
         return {**plain, "prefer": self.prefer}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The recipe that `to_dict` described; ValueError for anything else."""
-        if not isinstance(data, Mapping) or set(data) - {"linear", "conv", "prefer"}:
+        if not isinstance(data, Mapping) or set(data) - {*_ALLOWED, "prefer"}:
             raise ValueError(
-                f"Recipe: expected a mapping with keys linear, conv and prefer, got {data!r}"
+                f"Recipe: expected a mapping with keys {', '.join(_ALLOWED)} and prefer, "
+                f"got {data!r}"
             )
         return cls(**data)
 

@@ -26,18 +26,23 @@ def require_place_for_report(model: nn.Module, caller: str) -> None:
 
 @dataclass(frozen=True)
 class ShapeTiming:
-    """A layer at one shape that it was seen with: how often, and the seconds per call."""
+    """A layer at one shape that it was seen with: how often, and the seconds per call.
+
+    rows: of x, all but its last dimension; for an embedding indices, for a convolution images of
+    the size in `image`.
+    """
 
     rows: int
     dtype: str
     calls: int
     float_seconds: float
     compressed_seconds: float
+    image: tuple[int, int] | None = None  # height and width
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer: what the recipe chose, whether it was swapped, and the reason.
+    """One layer: what the recipe chose, whether it was swapped, and the reason.
 
     `timings` is empty where nothing was measured. `bytes_after` is what the layer takes in the
     compressed model, so it equals `bytes_before` for a layer that was kept.
@@ -69,7 +74,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """The recipe, all linear layers, and the bytes of the whole model before and after."""
+    """The recipe, the layers of which it speaks, and the bytes of the model before and after."""
 
     recipe: Recipe
     layers: tuple[LayerReport, ...]
@@ -83,7 +88,7 @@ class CompressionReport:
 
     @property
     def speedup(self) -> float | None:
-        """How many times as fast the measured linear layers are together, with those kept that
+        """How many times as fast the measured layers are together, with those kept that
         were kept; None where nothing was measured."""
         measured = [layer for layer in self.layers if layer.timings]
         now = sum(s.compressed_seconds if s.swapped else s.float_seconds for s in measured)
@@ -106,7 +111,7 @@ class CompressionReport:
         layers = []
         for row in data["layers"]:
             fields = {key: value for key, value in row.items() if key != "ratio"}
-            fields["timings"] = tuple(ShapeTiming(**timing) for timing in row["timings"])
+            fields["timings"] = tuple(map(_timing, row["timings"]))
             layers.append(LayerReport(**fields))
         recipe = Recipe.from_dict(data["recipe"])
         return cls(recipe, tuple(layers), data["model_bytes_before"], data["model_bytes_after"])
@@ -120,12 +125,17 @@ class CompressionReport:
             result = "swapped" if layer.swapped else "kept"
             rows.append((layer.name, layer.choice, result, speed, size, layer.reason))
         lines = aligned(rows)
-        speed = "" if self.speedup is None else f", linear layers {self.speedup:.2f}x as fast"
+        speed = "" if self.speedup is None else f", layers {self.speedup:.2f}x as fast"
         lines.append(
             f"{self.swapped} of {len(self.layers)} layers swapped, model "
             f"{self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB{speed}"
         )
         return "\n".join(lines)
+
+
+def _timing(data: Mapping[str, Any]) -> ShapeTiming:
+    image = data.get("image")
+    return ShapeTiming(**{**data, "image": image and tuple(image)})
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,8 +8,7 @@ from types import MethodType
 from torch import nn
 
 from trine.compress.edits import recorded
-from trine.nn import PackedLinear
-from trine.nn.packed import PackedModule
+from trine.nn import PackedLayer
 
 
 def prepare_save_pretrained(model: nn.Module) -> None:
@@ -22,7 +21,7 @@ def prepare_save_pretrained(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "save_pretrained") and (
             recorded(model) != []
-            or any(isinstance(child, PackedModule) for child in module.modules())
+            or any(isinstance(child, PackedLayer) for child in module.modules())
         ):
             reason = _reason_against(module, model)
             if reason is not None:
@@ -39,9 +38,6 @@ def _reason_against(module: nn.Module, model: nn.Module) -> str | None:
     library = sys.modules.get("transformers")
     if library is None or not isinstance(module, library.PreTrainedModel):
         return f"the from_pretrained of {type(module).__name__}"
-    for child in module.modules():
-        if isinstance(child, PackedModule) and not isinstance(child, PackedLinear):
-            return f"from_pretrained, which can make linear layers but no {type(child).__name__},"
     stored = getattr(module.config, "quantization_config", None)
     if stored is not None and getattr(stored, "quant_method", None) != "trine":
         return "a quantisation method beside trine"

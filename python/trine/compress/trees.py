@@ -10,15 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from trine.compress.layers import signature
+from trine.compress.layers import float_layer
 from trine.nn import (
     ClusteredEmbedding,
     ClusteredLinear,
-    Int8Conv2d,
     LowRankConv2d,
     LowRankEmbedding,
     LowRankLinear,
-    PackedLinear,
+    PackedLayer,
     QuantizingLayerNorm,
     QuantizingRMSNorm,
 )
@@ -66,8 +65,6 @@ MODULES: dict[type[nn.Module], str] = {
     nn.Softmax: "dim",
     nn.Tanh: "",
     nn.Unflatten: "dim unflattened_size",
-    Int8Conv2d: "in_channels out_channels kernel_size stride padding dilation groups bias "
-    "static_input",
     LowRankEmbedding: "num_embeddings embedding_dim rank padding_idx",
     ClusteredEmbedding: "num_embeddings embedding_dim bits group padding_idx",
     ClusteredLinear: "in_features out_features bits group bias",
@@ -90,10 +87,9 @@ def describe_tree(
     """
     if module in seen:
         return {"same_as": seen[module]}
-    if isinstance(module, PackedLinear):
-        in_features, out_features, bias = signature(module)
-        arguments = {"in_features": in_features, "out_features": out_features, "bias": bias}
-        description = {"class": "Linear", "arguments": arguments}
+    if isinstance(module, PackedLayer):
+        kind, arguments = float_layer(module)
+        description = {"class": kind, "arguments": arguments}
     elif type(module) in _CONTAINERS:
         children = {
             key: describe_tree(child, seen, f"{name}.{key}" if name else key)

@@ -10,24 +10,28 @@ from transformers import PreTrainedModel
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from trine.compress.layers import signature
+from trine.compress.layers import float_layer
 from trine.compress.recipe import TRAINED, Recipe
-from trine.nn import PackedLinear, layer_kinds
+from trine.hugging_face.ties import declare_ties
+from trine.nn import PackedLayer, layer_kinds
 
 METHOD = "trine"
 
 
 @register_quantization_config(METHOD)
 class TrineConfig(QuantizationConfigMixin):
-    """What `from_pretrained(..., quantization_config=TrineConfig(...))` makes of linear layers.
+    """What `from_pretrained(..., quantization_config=TrineConfig(...))` makes of a model.
 
     Args:
         linear: as in `trine.Recipe`: one choice for every layer, of those that need no training
             ("int8", "int8-weight", "ternary", "ternary-twn", "sparse24", "sparse24-int8",
             "ternary24", and with a group size, as in "int8-weight-g128"), or a
             mapping from patterns of layer names to choices.
+        embedding: the same for nn.Embedding: "int8" or "float". Where its table is tied to the
+            output layer both are packed and share it, if `linear` says "int8" for that layer.
         modules_to_not_convert: names of modules that stay float, as in transformers' other
-            configurations; None is transformers' own choice, the output layer and tied weights.
+            configurations; None is transformers' own choice, the output layer and tied weights
+            (of linear layers; `embedding` decides for embeddings and what is tied to them).
         layers: what the layers of a checkpoint are, by name: kind and options. Written when a model
             is quantised; not for use by hand.
 
@@ -40,6 +44,7 @@ class TrineConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         quant_method: str = METHOD,
+        embedding: str | Mapping[str, str] = "float",
     ) -> None:
         if quant_method != METHOD:
             raise ValueError(
@@ -56,7 +61,8 @@ class TrineConfig(QuantizationConfigMixin):
                     f"{', '.join(layer_kinds)}"
                 )
         self.quant_method = METHOD
-        self.linear = Recipe(linear).linear
+        recipe = Recipe(linear, embedding=embedding)
+        self.linear, self.embedding = recipe.linear, recipe.embedding
         choices = (linear,) if isinstance(linear, str) else linear.values()
         for choice in choices:
             if choice in TRAINED:
@@ -67,27 +73,31 @@ class TrineConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert and list(modules_to_not_convert)
         self.layers = layers and {name: dict(entry) for name, entry in layers.items()}
 
+    def with_layers(self, layers: Mapping[str, Mapping[str, Any]]) -> TrineConfig:
+        """The same choices, and what became of the layers."""
+        return TrineConfig(
+            self.linear, self.modules_to_not_convert, layers, embedding=self.embedding
+        )
+
 
 def layers_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What `TrineConfig.layers` says of a model with packed layers."""
     return {
         name: {"kind": layer.kind, **_options(layer)}
         for name, layer in model.named_modules()
-        if isinstance(layer, PackedLinear)
+        if isinstance(layer, PackedLayer)
     }
 
 
-def _options(layer: PackedLinear) -> dict[str, Any]:
-    of_every_linear = ("in_features", "out_features", "bias", "dtype")
-    return {key: value for key, value in layer.config().items() if key not in of_every_linear}
+def _options(layer: PackedLayer) -> dict[str, Any]:
+    of_the_model = {*float_layer(layer)[1], "dtype"}
+    return {key: value for key, value in layer.config().items() if key not in of_the_model}
 
 
-def empty_layer(linear: nn.Module, entry: Mapping[str, Any]) -> PackedLinear:
+def empty_layer(layer: nn.Module, entry: Mapping[str, Any]) -> PackedLayer:
     """The packed layer of `entry` in the shape of a float one, without values."""
-    k, n, bias = signature(linear)
-    options = {key: value for key, value in entry.items() if key != "kind"}
-    kind = layer_kinds[entry["kind"]]
-    return kind(k, n, bias, **options, device="meta", dtype=linear.weight.dtype)
+    options = {key: value for key, value in entry.items() if key != "kind"} | float_layer(layer)[1]
+    return layer_kinds[entry["kind"]](**options, device="meta", dtype=layer.weight.dtype)
 
 
 def describe_packed_layers(model: nn.Module) -> None:
@@ -100,9 +110,9 @@ def describe_packed_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and id(module.config) not in described:
             described.add(id(module.config))
+            declare_ties(module)
             stored, layers = getattr(module.config, "quantization_config", None), layers_of(module)
             if isinstance(stored, TrineConfig) and layers:
-                choices = (stored.linear, stored.modules_to_not_convert)
-                module.config.quantization_config = TrineConfig(*choices, layers)
+                module.config.quantization_config = stored.with_layers(layers)
             elif stored is None and layers:
                 module.config.quantization_config = TrineConfig("float", layers=layers)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from trine.nn import PackedLinear
+from trine.nn import PackedLayer
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -11,7 +11,7 @@ def check_loaded(model: nn.Module) -> None:
     transformers itself only warns, and leaves what lay in memory.
     """
     for name, layer in model.named_modules():
-        if not isinstance(layer, PackedLinear):
+        if not isinstance(layer, PackedLayer):
             continue
         for key, tensor in layer.named_buffers():
             if not getattr(tensor, "_is_hf_initialized", False):  # its mark of what was loaded

@@ -5,11 +5,12 @@ from torch import nn
 from trine.nn.clustered import ClusteredEmbedding, ClusteredLinear
 from trine.nn.int8 import Int8Linear
 from trine.nn.int8_conv import Int8Conv2d
+from trine.nn.int8_embedding import Int8Embedding
 from trine.nn.int8_weight import Int8WeightLinear
 from trine.nn.low_rank import LowRankConv2d, LowRankLinear
 from trine.nn.low_rank_embedding import LowRankEmbedding
 from trine.nn.normed_ternary import NormedTernaryLinear
-from trine.nn.packed import PackedLinear
+from trine.nn.packed import PackedLayer, PackedLinear
 from trine.nn.quantizing_norm import QuantizingLayerNorm, QuantizingRMSNorm
 from trine.nn.sparse24 import Sparse24Linear
 from trine.nn.ternary import TernaryLinear
@@ -21,12 +22,14 @@ __all__ = [
     "ClusteredEmbedding",
     "ClusteredLinear",
     "Int8Conv2d",
+    "Int8Embedding",
     "Int8Linear",
     "Int8WeightLinear",
     "LowRankConv2d",
     "LowRankEmbedding",
     "LowRankLinear",
     "NormedTernaryLinear",
+    "PackedLayer",
     "PackedLinear",
     "QuantizingLayerNorm",
     "QuantizingRMSNorm",
@@ -38,7 +41,7 @@ __all__ = [
     "pack_linear",
 ]
 
-layer_kinds: dict[str, type[PackedLinear]] = {
+layer_kinds: dict[str, type[PackedLayer]] = {
     layer.kind: layer
     for layer in (
         TernaryLinear,
@@ -46,6 +49,8 @@ layer_kinds: dict[str, type[PackedLinear]] = {
         NormedTernaryLinear,
         Int8Linear,
         Int8WeightLinear,
+        Int8Embedding,
+        Int8Conv2d,
         Sparse24Linear,
         Ternary24Linear,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
-    from trine.nn.packed import PackedLinear
+    from trine.nn.packed import PackedLayer
 
 # Reading these needs no values. Some models read them in every call: T5 casts to `wo.weight.dtype`.
 _METADATA = {
@@ -31,12 +31,12 @@ _METADATA = {
 class DenseWeight(Tensor):
     """The dense weight of a packed layer. Every operation on it gives a plain tensor."""
 
-    _layer: PackedLinear
+    _layer: PackedLayer
 
     @staticmethod
-    def __new__(cls, layer: PackedLinear) -> DenseWeight:
+    def __new__(cls, layer: PackedLayer) -> DenseWeight:
         weight = torch.Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=layer.dtype, device=layer.device
+            cls, layer.weight_shape(), dtype=layer.dtype, device=layer.device
         )
         weight._layer = layer
         return weight

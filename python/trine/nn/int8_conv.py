@@ -1,9 +1,11 @@
 """2-d convolution with an int8 weight; activations are quantised to int8 inside."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from trine.nn.packed import FLOAT_DTYPES, PackedModule
+from trine.nn.packed import FLOAT_DTYPES, PackedLayer
 from trine.ops import int8_conv2d, pack_conv2d, unpack_conv2d
 from trine.ops.int8_conv2d.pack import packed_shape
 from trine.quantize.weights import int8_absmax
@@ -11,7 +13,7 @@ from trine.quantize.weights import int8_absmax
 Pair = tuple[int, int]
 
 
-class Int8Conv2d(PackedModule):
+class Int8Conv2d(PackedLayer):
     """conv2d(x, codes * weight_scale) + bias, on `trine.ops.int8_conv2d`.
 
     Buffers: packed_weight int8 (see `pack_conv2d`), weight_scale float32 [out_channels], bias or
@@ -24,6 +26,8 @@ class Int8Conv2d(PackedModule):
             one scale per image, found at run time.
         device, dtype: as for torch.nn.Conv2d; float32, bfloat16 or float16.
     """
+
+    kind = "int8-conv2d"
 
     packed_weight: Tensor
     weight_scale: Tensor
@@ -55,7 +59,7 @@ class Int8Conv2d(PackedModule):
                 f"Int8Conv2d: groups = {groups} must divide the {in_channels} input and the "
                 f"{out_channels} output channels"
             )
-        packed = packed_shape(self._weight_shape(), groups)
+        packed = packed_shape(self.weight_shape(), groups)
         self._add_buffer("packed_weight", packed, torch.int8, device)
         self._add_buffer("weight_scale", (out_channels,), torch.float32, device)
         self._add_buffer("bias", (out_channels,) if bias else None, self._dtype, device)
@@ -127,14 +131,12 @@ class Int8Conv2d(PackedModule):
         layer._set_input_grid(input_scale, input_zero_point, codes.device)
         return layer
 
-    def _weight_shape(self) -> tuple[int, int, int, int]:
+    def weight_shape(self) -> tuple[int, int, int, int]:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight [out, in / groups, kh, kw] that the packed one stands for."""
-        codes = unpack_conv2d(self.packed_weight, self._weight_shape())
-        return (codes * self.weight_scale[:, None, None, None]).to(self.dtype)
+    def _dense_weight(self) -> Tensor:
+        codes = unpack_conv2d(self.packed_weight, self.weight_shape())
+        return codes * self.weight_scale[:, None, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.with_bias(x, self._buffers["bias"])
@@ -160,12 +162,19 @@ class Int8Conv2d(PackedModule):
         )
         return y if x.dim() == 4 else y[0]
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"groups={self.groups}, bias={self.bias is not None}, static_input={self.static_input}"
-        )
+    def config(self) -> dict[str, Any]:
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "bias": self.bias is not None,
+            "static_input": self.static_input,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
 
 def padding_in_pixels(conv: nn.Conv2d) -> Pair:

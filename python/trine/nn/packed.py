@@ -12,14 +12,17 @@ from trine.nn.dense_weight import DenseWeight
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class PackedModule(nn.Module):
-    """A module whose compressed weight lies in buffers, with the dtypes that its kernel needs.
+class PackedLayer(nn.Module):
+    """A layer whose compressed weight lies in buffers, with the dtypes that its kernel needs.
+
+    It takes the place of a layer of torch.nn; a checkpoint knows it by its `kind`.
 
     Only the buffers named in `float_buffers` follow `.half()` and `.to(dtype)`; codes and scales
     keep their dtype. Constructing one makes it empty, to be loaded; until then it gives NaN, so
     that a forgotten load shows.
     """
 
+    kind: ClassVar[str]
     float_buffers: tuple[str, ...] = ("bias",)
 
     bias: Tensor | None
@@ -67,7 +70,33 @@ class PackedModule(nn.Module):
     def device(self) -> torch.device:
         return next(tensor.device for tensor in self._buffers.values() if tensor is not None)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the packed one stands for, of the float layer's shape; read-only.
+
+        It is unpacked when its values are used, each time; its dtype and device cost nothing.
+        """
+        return self.dense_weight() if torch.compiler.is_compiling() else DenseWeight(self)
+
+    def dense_weight(self) -> Tensor:
+        """`weight` as a plain tensor of its own."""
+        return self._dense_weight().to(self.dtype)
+
+    def _dense_weight(self) -> Tensor:
+        raise NotImplementedError
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of `weight`."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """The constructor arguments that make this layer again, empty; JSON can hold them."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.config().items())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
         following = {id(self._buffers[name]) for name in self.float_buffers}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -119,13 +148,12 @@ class PackedModule(nn.Module):
         return tensor.dtype == self._buffers[name].dtype
 
 
-class PackedLinear(PackedModule):
+class PackedLinear(PackedLayer):
     """A linear layer with a frozen compressed weight, called like `torch.nn.Linear`.
 
     Gradients flow to the input alone. `from_linear` packs a dense layer.
     """
 
-    kind: ClassVar[str]
     takes_quantized_rows = False  # `trine.ops.QuantizedRows` in place of x
 
     def __init__(
@@ -135,17 +163,8 @@ class PackedLinear(PackedModule):
         self.in_features = in_features
         self.out_features = out_features
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight [out_features, in_features] that the packed one stands for; read-only.
-
-        It is unpacked when its values are used, each time; its dtype and device cost nothing.
-        """
-        return self.dense_weight() if torch.compiler.is_compiling() else DenseWeight(self)
-
-    def dense_weight(self) -> Tensor:
-        """`weight` as a plain tensor of its own."""
-        return self._dense_weight().to(self.dtype)
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         return self.with_bias(x, self._buffers["bias"])
@@ -163,15 +182,11 @@ class PackedLinear(PackedModule):
         """Calls the op. Reads `_buffers`: an attribute that nn.Module looks up costs 0.5 us."""
         raise NotImplementedError
 
-    def _dense_weight(self) -> Tensor:
-        raise NotImplementedError
-
     def _options(self) -> dict[str, Any]:
         """The constructor's arguments beyond those of nn.Linear, as JSON can hold them."""
         return {}
 
     def config(self) -> dict[str, Any]:
-        """The constructor arguments that make this layer again, empty; JSON can hold them."""
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -179,9 +194,6 @@ class PackedLinear(PackedModule):
             "dtype": str(self.dtype).removeprefix("torch."),
             **self._options(),
         }
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.config().items())
 
 
 def dense_parts(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,7 @@
 """The operators: functions on tensors, on whatever backend the tensors' device has."""
 
 from trine.ops.int8_conv2d import int8_conv2d, pack_conv2d, unpack_conv2d
+from trine.ops.int8_embedding import int8_embedding
 from trine.ops.int8_linear import int8_linear, pack_int8, unpack_int8
 from trine.ops.int8_weight_linear import int8_weight_linear
 from trine.ops.linear_softmax_kl import linear_softmax_kl
@@ -15,6 +16,7 @@ from trine.ops.ternary_linear import pack_ternary, ternary_linear, unpack_ternar
 __all__ = [
     "QuantizedRows",
     "int8_conv2d",
+    "int8_embedding",
     "int8_linear",
     "int8_weight_linear",
     "layer_norm_quantize_rows",

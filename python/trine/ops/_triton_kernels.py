@@ -14,6 +14,7 @@ OPS = {
     "quantize_rows": "quantize_rows",
     "rms_norm_quantize_rows": "norm_quantize_rows",
     "layer_norm_quantize_rows": "norm_quantize_rows",
+    "int8_embedding": "int8_embedding",
     "int8_linear": "int8_linear",
     "int8_linear_rows": "int8_linear",
     "int8_weight_linear": "int8_weight_linear",

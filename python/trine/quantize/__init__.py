@@ -6,6 +6,7 @@ from trine.quantize.post_training import post_training
 from trine.quantize.prepare import prepare_qat
 from trine.quantize.qat import QatLinear
 from trine.quantize.qat_conv import QatConv2d
+from trine.quantize.qat_embedding import QatEmbedding
 from trine.quantize.rounding import gptq
 from trine.quantize.schedule import QatSchedule
 from trine.quantize.smooth import smooth
@@ -14,6 +15,7 @@ from trine.quantize.weights import int8_absmax, ternary_absmean, ternary_twn, tw
 
 __all__ = [
     "QatConv2d",
+    "QatEmbedding",
     "QatLinear",
     "QatSchedule",
     "SteBias",

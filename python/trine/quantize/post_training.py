@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,9 @@ def post_training(
             `observer` finds here), "int8-weight" (activations stay floats), "ternary" or
             "ternary-twn" (these three also with a group size, as in "ternary-g128"); "float" leaves
             a layer alone. Its `conv` chooses for each nn.Conv2d:
-            "int8" (a scale for each image) or "int8-static".
+            "int8" (a scale for each image) or "int8-static". Its `embedding` chooses "int8" for an
+            nn.Embedding; the table is rounded to the nearest whatever `rounding` says, also where
+            it is the weight of linear layers, which go on sharing it.
         data: batches to calibrate with, as for `trine.calibrate`.
         rounding: of the weights; "nearest", or "gptq" (see `trine.quantize.gptq`).
         observer: of "int8-static": makes an observer of `trine.quantize.observers` for each layer.
@@ -80,7 +82,7 @@ def post_training(
 
     if rounding not in ROUNDINGS:
         raise ValueError(f"post_training: rounding is {rounding!r}; it must be one of {ROUNDINGS}")
-    chosen, skipped = _chosen_layers(model, recipe)
+    chosen, tables, skipped = _chosen_layers(model, recipe)
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         if isinstance(data, Iterator):
             data = list(islice(data, batches))  # it is read twice
@@ -89,7 +91,8 @@ def post_training(
             model = fold_batch_norm(model, batch_norms=pairs)
     work = copy_model(model, {}).eval()
     layers = {name: work.get_submodule(name) for name in chosen}
-    for name, layer in layers.items():
+    of_tables = {name: work.get_submodule(name) for name in tables}
+    for name, layer in (of_tables | layers).items():
         if not layer.weight.isfinite().all():
             raise ValueError(
                 f"post_training: the weight of layer {name!r} holds NaN or infinity; it cannot be "
@@ -106,14 +109,16 @@ def post_training(
             wanted["mean"] = ColumnMean()
         return Several(**wanted)
 
+    packed: dict[nn.Module, nn.Module] = _packed_tables(of_tables.values())
     how = {"layers": layers, "batches": batches, "progress": progress}
-    if rounding == "gptq" or correct_bias:
+    if not layers:
+        turns = ()
+    elif rounding == "gptq" or correct_bias:
         turns = in_turn(work, data, statistics, **how)
     else:
         seen = calibrate(work, data, statistics, **how)
         turns = ((name, layers[name], seen[name]) for name in layers)
 
-    packed: dict[nn.Module, nn.Module] = {}
     for name, layer, found in turns:
         codes, scale = _round(chosen[name], layer, rounding, found, damping)
         if correct_bias:
@@ -131,10 +136,14 @@ def post_training(
     return small
 
 
-def _chosen_layers(model: nn.Module, recipe: Recipe) -> tuple[dict[str, str], dict[str, str]]:
-    """The choice for each layer that is to be quantised, and why others are not."""
+def _chosen_layers(
+    model: nn.Module, recipe: Recipe
+) -> tuple[dict[str, str], list[str], dict[str, str]]:
+    """The choice for each layer that is to be quantised by what data shows, the embeddings and what
+    shares their tables, and why others are not quantised."""
     from trine.compress.layers import linear_layers, obstacles_of, require_module, signature
     from trine.compress.recipe import Recipe
+    from trine.compress.ties import tables_of
     from trine.nn.int8_conv import padding_in_pixels
 
     require_module(model, "post_training")
@@ -144,11 +153,12 @@ def _chosen_layers(model: nn.Module, recipe: Recipe) -> tuple[dict[str, str], di
     linear = linear_layers(model)
     choices = {name: recipe.choice(name) for name in linear}
     choices |= {name: recipe.conv_choice(name) for name in convolutions}
+    tables = tables_of(model, recipe)
     chosen: dict[str, str] = {}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = dict(tables.left_alone)
     blocked = obstacles_of(model, linear | convolutions)
     for name, choice in choices.items():
-        if choice == "float":
+        if choice == "float" or name in tables.followers:
             continue
         if split_group(choice)[0] not in GRIDS:
             raise ValueError(
@@ -165,13 +175,32 @@ def _chosen_layers(model: nn.Module, recipe: Recipe) -> tuple[dict[str, str], di
             chosen[name] = choice
         except ValueError as reason:
             skipped[name] = str(reason)
-    if not chosen:
+    if not chosen and not tables.together:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
-            "post_training: the recipe and the model leave no linear layer or convolution to "
-            "quantise" + (f" ({reasons})" if reasons else "")
+            "post_training: the recipe and the model leave no linear layer, convolution or "
+            "embedding to quantise" + (f" ({reasons})" if reasons else "")
         )
-    return chosen, skipped
+    return chosen, [name for names in tables.together.values() for name in names], skipped
+
+
+def _packed_tables(layers: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """Embeddings, and linear layers of the same tables, as they are packed; they themselves get
+    the values that the packed ones stand for, for the layers after them to see."""
+    from trine.compress.ties import share_tables
+    from trine.nn import Int8Embedding, Int8Linear
+
+    packed = {
+        layer: Int8Embedding.from_embedding(layer)
+        if isinstance(layer, nn.Embedding)
+        else Int8Linear.from_linear(layer)
+        for layer in layers
+    }
+    share_tables(packed)
+    with torch.no_grad():
+        for layer, made in packed.items():
+            layer.weight.copy_(made.dense_weight())
+    return packed
 
 
 def _round(

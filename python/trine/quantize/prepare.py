@@ -14,6 +14,7 @@ from trine.quantize.groups import misfit, split_group
 from trine.quantize.observers import MeanMagnitude, MinMax
 from trine.quantize.qat import QatLinear
 from trine.quantize.qat_conv import QatConv2d
+from trine.quantize.qat_embedding import QatEmbedding
 from trine.quantize.qat_layer import QatLayer
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ def prepare_qat(
     """A copy of `model` whose layers anticipate being packed as `recipe` says.
 
     The chosen nn.Linear layers become `QatLinear` layers, the chosen nn.Conv2d layers `QatConv2d`,
-    with the same parameters under the same names. Train the copy as usual, then call
-    `trine.convert`. Layers that cannot be replaced (their weight is shared, computed, or read by
-    another module; their padding has no kernel) and transformers' Conv1D stay float; the copy's
-    attribute `qat_skipped` names them with the reason.
+    the chosen nn.Embedding layers `QatEmbedding`, with the same parameters under the same names; a
+    table that an embedding shares with linear layers (see `trine.Recipe`) stays one parameter.
+    Train the copy as usual, then call `trine.convert`. Layers that cannot be replaced (their weight
+    is shared, computed, or read by another module; their padding has no kernel) and transformers'
+    Conv1D stay float; the copy's attribute `qat_skipped` names them with the reason.
 
     A batch norm that alone reads a chosen layer is folded into its weights, which are quantised as
     folded (see `FoldedNorm`), and an nn.Identity takes its place; the copy's attribute
@@ -43,7 +45,8 @@ def prepare_qat(
 
     Args:
         model: any module; it is not touched.
-        recipe: its `linear` and `conv` choose for each layer by name; `prefer` has no meaning here.
+        recipe: its `linear`, `conv` and `embedding` choose for each layer by name; `prefer` has no
+            meaning here.
         sample_inputs: data as for `trine.calibrate`, needed where a layer is to be "int8-static" or
             "int8-lsq": it says where the scale of their activations begins. Its first batch shows
             which batch norms can be folded; without it none is, but those of `batch_norms`.
@@ -67,18 +70,21 @@ def prepare_qat(
         require_module,
     )
     from trine.compress.recipe import Recipe
+    from trine.compress.ties import tables_of
 
     require_module(model, "prepare_qat")
     if not isinstance(recipe, Recipe):
         raise ValueError(f"prepare_qat takes a trine.Recipe; got {type(recipe).__name__}")
     replacements: dict[nn.Module, QatLayer] = {}
-    skipped: dict[str, str] = {}
+    copies: Copies = {}
+    tables = tables_of(model, recipe)
+    skipped: dict[str, str] = dict(tables.left_alone)
     blocked = obstacles(model)
     for name, layer in linear_layers(model).items():
         choice = recipe.choice(name)
         if choice == "float":
             continue
-        if name in blocked:
+        if name in blocked and name not in tables.followers:
             skipped[name] = blocked[name]
         elif not isinstance(layer, nn.Linear):
             skipped[name] = f"{type(layer).__name__} has no form for training under quantisation"
@@ -86,7 +92,7 @@ def prepare_qat(
             if reason := misfit(choice, layer.in_features):
                 raise ValueError(f"prepare_qat: layer {name!r} is to be {choice!r}, but {reason}")
             decay = pruned_decay if "24" in split_group(choice)[0] else 0.0
-            replacements[layer] = _qat_linear(layer, choice, decay)
+            replacements[layer] = _qat_linear(layer, choice, decay, copies)
     convolutions = {n: m for n, m in model.named_modules() if type(m) is nn.Conv2d}
     blocked = obstacles_of(model, convolutions)
     for name, layer in convolutions.items():
@@ -96,14 +102,18 @@ def prepare_qat(
         try:
             if name in blocked:
                 raise ValueError(blocked[name])
-            replacements[layer] = _qat_conv(layer, choice)
+            replacements[layer] = _qat_conv(layer, choice, copies)
         except ValueError as reason:
             skipped[name] = str(reason)
+    for name in (name for names in tables.together.values() for name in names):
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Embedding):
+            replacements[layer] = _qat_embedding(layer, copies)
     if not replacements:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
-            "prepare_qat: the recipe and the model leave no nn.Linear or nn.Conv2d to train under "
-            "quantisation" + (f" ({reasons})" if reasons else "")
+            "prepare_qat: the recipe and the model leave no nn.Linear, nn.Conv2d or nn.Embedding "
+            "to train under quantisation" + (f" ({reasons})" if reasons else "")
         )
     if isinstance(sample_inputs, Iterator):
         sample_inputs = list(sample_inputs)  # they are read twice
@@ -120,7 +130,7 @@ def prepare_qat(
     fixed = {name: qat for name, qat in chosen.items() if qat.has_one_input_scale}
     _begin_input_scales(model, fixed, sample_inputs)
     gone = {model.get_submodule(norm): nn.Identity() for norm in folded.values()}
-    prepared = copy_model(model, replacements | gone)
+    prepared = copy_model(model, {**replacements, **copies, **gone})
     close_fast_paths(prepared, QatLinear)
     prepared.qat_skipped, prepared.qat_folded = skipped, folded
     if folded:
@@ -129,7 +139,15 @@ def prepare_qat(
     return prepared
 
 
-def _qat_linear(linear: nn.Linear, choice: str, pruned_decay: float) -> QatLinear:
+# Parameters, and their copies: what several modules share they go on sharing.
+Copies = dict[nn.Parameter, nn.Parameter]
+
+
+def _copied(parameter: nn.Parameter | None, copies: Copies) -> nn.Parameter | None:
+    return None if parameter is None else copies.setdefault(parameter, copy.deepcopy(parameter))
+
+
+def _qat_linear(linear: nn.Linear, choice: str, pruned_decay: float, copies: Copies) -> QatLinear:
     layer = QatLinear(
         linear.in_features,
         linear.out_features,
@@ -139,13 +157,13 @@ def _qat_linear(linear: nn.Linear, choice: str, pruned_decay: float) -> QatLinea
         pruned_decay=pruned_decay,
     )
     layer.to_empty(device=linear.weight.device)
-    layer.weight = copy.deepcopy(linear.weight)
-    layer.bias = copy.deepcopy(linear.bias)
+    layer.weight = _copied(linear.weight, copies)
+    layer.bias = _copied(linear.bias, copies)
     layer.begin()
     return layer.train(linear.training)
 
 
-def _qat_conv(conv: nn.Conv2d, choice: str) -> QatConv2d:
+def _qat_conv(conv: nn.Conv2d, choice: str, copies: Copies) -> QatConv2d:
     layer = QatConv2d(
         conv.in_channels,
         conv.out_channels,
@@ -160,9 +178,22 @@ def _qat_conv(conv: nn.Conv2d, choice: str) -> QatConv2d:
         conv.weight.dtype,
         choice=choice,
     )
-    layer.weight = copy.deepcopy(conv.weight)
-    layer.bias = copy.deepcopy(conv.bias)
+    layer.weight = _copied(conv.weight, copies)
+    layer.bias = _copied(conv.bias, copies)
     return layer.train(conv.training)
+
+
+def _qat_embedding(embedding: nn.Embedding, copies: Copies) -> QatEmbedding:
+    layer = QatEmbedding(
+        embedding.num_embeddings,
+        embedding.embedding_dim,
+        embedding.padding_idx,
+        scale_grad_by_freq=embedding.scale_grad_by_freq,
+        sparse=embedding.sparse,
+        device="meta",
+    )
+    layer.weight = _copied(embedding.weight, copies)
+    return layer.train(embedding.training)
 
 
 def _begin_input_scales(model: nn.Module, layers: dict[str, QatLayer], sample_inputs: Any) -> None:
