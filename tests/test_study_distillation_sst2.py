@@ -50,14 +50,16 @@ def test_padding_does_not_count_in_the_lstm():
 
 
 def test_the_transfer_set_has_phrases_without_labels(data):
-    rows = transfer_set(Sst2.load(data, 200), Amounts(30, 80, 1, 1))
+    rows = transfer_set(Sst2.load(data, 200), Amounts(30, 80, 1, 1, least=1))
     assert len(rows) == 110
     assert (rows.labels == -100).sum() == 80
     assert torch.equal(rows.lengths, rows.lengths.sort().values)
 
 
 def test_the_study_ends_in_rows_with_goals(data, monkeypatch):
-    monkeypatch.setattr(distillation, "amounts_of", lambda arguments: Amounts(64, 64, 2, 2))
+    monkeypatch.setattr(
+        distillation, "amounts_of", lambda arguments: Amounts(64, 64, 2, 2, least=1)
+    )
     monkeypatch.setattr(distillation, "SEEDS", (0,))
     monkeypatch.setattr("sys.argv", ["sst2", "--quick", "--data", str(data)])
     distillation.main()
