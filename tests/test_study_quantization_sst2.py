@@ -28,7 +28,7 @@ from benchmarks.quantization.sst2 import (
 )
 from benchmarks.sst2 import Sst2
 
-AMOUNTS = Amounts(calibration=32, dev=8, unlabelled=32, int8_updates=3, ternary_updates=2)
+AMOUNTS = Amounts(32, dev=8, unlabelled=32, int8_updates=3, ternary_updates=2, least=1)
 
 
 @pytest.fixture(autouse=True)

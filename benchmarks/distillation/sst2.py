@@ -73,9 +73,8 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Amounts:
-    """labelled, unlabelled: phrases that students learn from, at most, of `least` tokens or more
-    (the sentences of test.tsv have 25 on average, the phrases of train.tsv 13). updates,
-    lstm_updates: of a layered student and of the BiLSTM."""
+    """labelled, unlabelled: phrases that students learn from, at most, of `least` tokens or more.
+    updates, lstm_updates: of a layered student and of the BiLSTM."""
 
     labelled: int
     unlabelled: int
@@ -86,10 +85,10 @@ class Amounts:
 
 def amounts_of(arguments: argparse.Namespace) -> Amounts:
     if arguments.quick:
-        return Amounts(labelled=300, unlabelled=1000, updates=20, lstm_updates=40, least=16)
+        return Amounts(labelled=300, unlabelled=1000, updates=20, lstm_updates=40, least=sst2.LONG)
     if arguments.whole:  # of the teacher's phrases; no others are left
         return Amounts(10**9, unlabelled=0, updates=6000, lstm_updates=12_000, least=1)
-    return Amounts(labelled=1000, unlabelled=12_000, updates=400, lstm_updates=800, least=16)
+    return Amounts(labelled=1000, unlabelled=12_000, updates=400, lstm_updates=800, least=sst2.LONG)
 
 
 class BiLstm(nn.Module):
@@ -195,9 +194,7 @@ def ways_of(name: str) -> list[str]:
 
 def transfer_set(data: Sst2, amounts: Amounts) -> Phrases:
     """With labels and without, by length: in this order answers are cached without padding."""
-    known, unknown = (
-        part.rows(part.lengths >= amounts.least) for part in (data.labelled, data.unlabelled)
-    )
+    known, unknown = (part.at_least(amounts.least) for part in (data.labelled, data.unlabelled))
     rows = known.rows(slice(amounts.labelled)) + unknown.rows(slice(amounts.unlabelled))
     return rows.rows(rows.lengths.argsort(stable=True))
 

@@ -64,24 +64,28 @@ TRAINED = ("INT8 static, QAT", ALONE, DISTILLED)
 @dataclass(frozen=True)
 class Amounts:
     """calibration: phrases that ranges and GPTQ are of. dev: phrases that the observer is chosen
-    on. unlabelled: phrases that the distilled see beside the labelled ones. Updates of each."""
+    on. unlabelled: phrases that the distilled see beside the labelled ones, of `least` tokens or
+    more. Updates of each."""
 
     calibration: int
     dev: int
     unlabelled: int
     int8_updates: int
     ternary_updates: int
+    least: int
 
 
 def amounts_of(arguments: argparse.Namespace) -> Amounts:
     if arguments.quick:
-        return Amounts(calibration=32, dev=100, unlabelled=2000, int8_updates=5, ternary_updates=10)
+        return Amounts(
+            32, dev=100, unlabelled=2000, int8_updates=5, ternary_updates=10, least=sst2.LONG
+        )
     if arguments.whole:  # no phrases without labels are left
         return Amounts(
-            calibration=1024, dev=10**9, unlabelled=0, int8_updates=600, ternary_updates=6000
+            1024, dev=10**9, unlabelled=0, int8_updates=600, ternary_updates=6000, least=1
         )
     return Amounts(
-        calibration=128, dev=500, unlabelled=16_000, int8_updates=20, ternary_updates=100
+        128, dev=500, unlabelled=12_000, int8_updates=20, ternary_updates=100, least=sst2.LONG
     )
 
 
@@ -153,7 +157,7 @@ def trained(name: str, task: Task, data: Sst2, amounts: Amounts, seed: int) -> n
         dense = copy.deepcopy(task.dense)
         objectives += [SoftTargets(TEMPERATURE), *sst2.inner_objectives(student, dense)]
         teacher = Frozen(dense, dtype=torch.bfloat16)
-        rows = rows + data.unlabelled.rows(slice(amounts.unlabelled))
+        rows = rows + data.unlabelled.at_least(amounts.least).rows(slice(amounts.unlabelled))
     distiller = Distiller(
         student,
         teacher,
@@ -307,11 +311,11 @@ def main() -> None:
         f"The float models are MiniLM-L6 fine-tuned on {len(data.labelled)} labelled phrases. "
         f"Static ranges are by {chosen['observer']}, over {amounts.calibration} phrases. What is "
         f"trained has {amounts.int8_updates} (INT8) or {amounts.ternary_updates} (ternary) updates "
-        f"of {BATCH} phrases, the distilled also sees {amounts.unlabelled} without label; ternary "
-        "weights begin half way between the float ones and those of GPTQ. Ternary are the linear "
-        "layers of the encoder; the word embeddings, half of the weights, stay in float and are "
-        "most of the bytes. The published models are larger and have all labels and far longer "
-        "training; TernaryBERT's embeddings are ternary, too."
+        f"of {BATCH} phrases, the distilled also sees {amounts.unlabelled} without label, of at "
+        f"least {amounts.least} tokens; ternary weights begin half way between the float ones and "
+        "those of GPTQ. Ternary are the linear layers of the encoder; the word embeddings, half of "
+        "the weights, stay in float and are most of the bytes. The published models are larger and "
+        "have all labels and far longer training; TernaryBERT's embeddings are ternary, too."
     )
     study.finish(rows_of(results, facts), notes=notes)
 
