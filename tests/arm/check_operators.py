@@ -21,13 +21,6 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "build/arm/operators"
 sys.path.insert(0, str(ROOT / "tests"))
-from linear_inputs import (  # noqa: E402
-    DTYPES,
-    SHAPES,
-    assert_same_bits,
-    assert_within_sum_bound,
-    difficult_rows,
-)
 
 
 def reference(op: str) -> types.ModuleType:
@@ -64,6 +57,15 @@ OPS = (
     softmax_kl,
 ) = map(reference, OPS)
 pack_conv2d = importlib.import_module("trine.ops.int8_conv2d.pack").pack_conv2d
+
+# Only now: it imports a reference, too.
+from linear_inputs import (  # noqa: E402
+    DTYPES,
+    SHAPES,
+    assert_same_bits,
+    assert_within_sum_bound,
+    difficult_rows,
+)
 
 # ---- calls ----
 
