@@ -33,7 +33,7 @@ def _op(variant: str, dtype: torch.dtype, baseline: str, group: int | None = Non
 OPS = [
     _op("fp32", torch.float32, "nn.Linear fp32"),
     _op("bf16", torch.bfloat16, "nn.Linear bf16"),
-    _op("bf16 g128", torch.bfloat16, "nn.Linear bf16", group=128),
+    _op("bf16 g64", torch.bfloat16, "nn.Linear bf16", group=64),
 ]
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from benchmarks import instructions, measure, results, roofline, run
 from benchmarks.bench_int8_linear import OPS as INT8_OPS
+from benchmarks.bench_int8_weight_linear import OPS as INT8_WEIGHT_OPS
 from benchmarks.bench_sparse24_linear import OPS as SPARSE_OPS
 from benchmarks.bench_ternary24_linear import OPS as TERNARY24_OPS
 from benchmarks.bench_ternary_linear import OPS as TERNARY_OPS
@@ -20,7 +21,7 @@ from benchmarks.measure import Timed, Timing, in_turns
 from benchmarks.table import standing
 
 CEILINGS = Ceilings(1, dram_gb_s=20, l3_gb_s=60, l2_gb_s=100, int8_gop_s=400, fp32_gflop_s=100)
-LINEAR_OPS = [*INT8_OPS, *TERNARY_OPS, *SPARSE_OPS, *TERNARY24_OPS]
+LINEAR_OPS = [*INT8_OPS, *INT8_WEIGHT_OPS, *TERNARY_OPS, *SPARSE_OPS, *TERNARY24_OPS]
 
 
 @pytest.fixture

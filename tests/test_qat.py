@@ -155,7 +155,10 @@ class TestForward:
         in_training, in_eval = qat.train()(x), qat.eval()(x)
         assert torch.equal(in_training[1], qat.bias)
         assert torch.equal(in_eval[1], qat.bias)
-        if choice != "sparse24":  # it reads only the columns that it stores
+        if choice == "int8-weight":  # a sum of floats may be infinite
+            assert not in_training[4:6].isfinite().any()
+            assert not in_eval[4:6].isfinite().any()
+        elif choice != "sparse24":  # it reads only the columns that it stores
             assert in_training[4:6].isnan().all()
             assert in_eval[4:6].isnan().all()
 
