@@ -199,8 +199,8 @@ MUTANTS += [
         Mutant(
             "tiles: offset forgotten",
             TERNARY_KERNEL,
-            "struct TernaryStage {\n  static constexpr int32_t kOffset = 1",
-            "struct TernaryStage {\n  static constexpr int32_t kOffset = 0",
+            "using Sum = int32_t;\n  static constexpr int32_t kOffset = 1",
+            "using Sum = int32_t;\n  static constexpr int32_t kOffset = 0",
         ),
         Mutant(
             "codes in the wrong order",

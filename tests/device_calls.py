@@ -4,6 +4,7 @@
 checker's, for instance. Inputs are made on the CPU, so that the op's own kernels are all that runs.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,13 +12,19 @@ from dataclasses import dataclass, field
 import torch
 import trine  # noqa: F401  (registers the operators)
 from devices import ABSENT, DEVICE, all_moved, is_visible
-from linear_inputs import DTYPES, assert_same_bits, exact_sparse24_inputs
+from linear_inputs import (
+    DTYPES,
+    assert_same_bits,
+    exact_int8_weight_inputs,
+    exact_sparse24_inputs,
+)
 from test_int8_conv2d import inputs as conv_inputs
 from torch import Tensor
 from trine import ops
 from trine.ops.int8_conv2d import reference as conv
 from trine.ops.int8_embedding import reference as embedding
 from trine.ops.int8_linear import reference as int8
+from trine.ops.int8_weight_linear import reference as int8_weight
 from trine.ops.norm_quantize_rows import reference as norms
 from trine.ops.quantize_rows import reference as rows
 from trine.ops.sparse24_linear import reference as sparse24
@@ -122,11 +129,16 @@ def calls() -> Iterator[Call]:
     for i, (m, n, k) in enumerate((*FEW_ROWS, *MANY_ROWS, *EMPTY)):
         inputs, scale = sparse24.example_inputs(m, n, k, DTYPES[i % 3], torch.int8, i % 2 == 0)
         yield Call("sparse24_linear", sparse24.sparse24_linear, inputs, scale)
+        inputs = exact_int8_weight_inputs(m, n, k, DTYPES[i % 3], i % 2 == 0)
+        yield Call("int8_weight_linear", int8_weight.int8_weight_linear, inputs)
         inputs = exact_sparse24_inputs(m, n, k, DTYPES[1 + i % 2], i % 3 == 0)
         yield Call("sparse24_linear", sparse24.sparse24_linear, inputs)
     for i, shape in enumerate(CONVOLUTIONS):
         inputs, options = conv_inputs(shape, DTYPES[i % 3], i % 2 == 0, i % 3 == 0, i % 4 < 2)
         yield Call("int8_conv2d", conv.int8_conv2d, inputs, options)
+    for dtype, (m, n, k, groups) in itertools.product(DTYPES, GROUPED):
+        inputs = exact_int8_weight_inputs(m, n, k, dtype, groups=groups)
+        yield Call("int8_weight_linear", int8_weight.int8_weight_linear, inputs)
     for m, n, k, groups in GROUPED:
         inputs = ternary.example_inputs(m, n, k, torch.float16, scale_shape=(n, groups))
         yield Call("ternary_linear", ternary.ternary_linear, inputs)

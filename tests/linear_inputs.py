@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from trine.ops.int8_weight_linear import reference as int8_weight
 from trine.ops.sparse24_linear import reference as sparse24
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +77,15 @@ def assert_within_sum_bound(
     assert (error[finite] <= bound[finite]).all(), (error / bound)[finite].max()
     special = certain & ~finite
     torch.testing.assert_close(actual[special], expected[special], rtol=0, atol=0, equal_nan=True)
+
+
+def exact_int8_weight_inputs(
+    m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, groups: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of `int8_weight_linear`, whose sums are exact in fp32 in any order."""
+    x, weight, scale, bias_values = int8_weight.example_inputs(m, n, k, dtype, bias, groups)
+    powers = torch.randint(-3, 0, scale.shape).float().exp2()
+    return torch.randint(-8, 9, x.shape).to(dtype), weight, powers, bias_values
 
 
 def exact_sparse24_inputs(

@@ -119,6 +119,15 @@ def test_sm80_fragments(sm80):
         copied = sm80.take(np.uint8, 32, unit)
         values = (np.arange(32 * unit) * 7 % 256).astype(np.uint8).reshape(32, unit)
         np.testing.assert_array_equal(copied, values * valid)
+    byte = np.arange(256)
+    np.testing.assert_array_equal(
+        sm80.take(np.float16, 256, 2), np.stack([byte - 128, 127 - byte], 1)
+    )
+    low, minus = byte % 128 + 128, (byte & 128) + 128  # the second of a pair twice as large
+    wide = sm80.take(np.uint16, 256, 2).astype(np.uint32) << 16
+    np.testing.assert_array_equal(
+        wide.view(np.float32), np.stack([low - minus, 2 * low - minus], 1)
+    )
     assert sm80.take(np.uint8, 3, 2**13).all()  # as exact as math.cuh says
     np.testing.assert_array_equal(
         sm80.take(np.float32, 7), [0, np.inf, 1, -np.inf, np.inf, np.inf, 0]

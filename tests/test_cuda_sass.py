@@ -177,6 +177,12 @@ GATES = {
         Gate("largest_kernel.*Lb0E", ("LDG",), 48, 3),
         Gate("conv_zero_point_kernel", ("LDG", r"STG\.E "), 40, 2),
     ),
+    "int8_weight_linear/cuda": (
+        # Two blocks of 256 threads fit an SM; of the tiles of 128 x 128 one.
+        Gate("few_rows_kernel", (r"HMMA\.16816\.F32", r"LDG\.E\.NA\.128"), 128, 8),
+        Gate("many_rows_kernel", (r"HMMA\.16816\.F32", "LDGSTS", "LDSM"), 168, 6),
+        Gate("float_kernel", ("FFMA", "LDS"), 80, 2),
+    ),
     "int8_linear/cuda_sm90a": (
         # Of the launch; setmaxnreg shares them out anew.
         Gate(

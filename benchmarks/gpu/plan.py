@@ -11,7 +11,13 @@ from benchmarks.gpu import convolutions, losses, rows
 from benchmarks.gpu.convolutions import Shape as Convolution
 from benchmarks.gpu.layers import Layer
 
-LINEAR = ("ternary_linear", "ternary24_linear", "int8_linear", "sparse24_linear")
+LINEAR = (
+    "ternary_linear",
+    "ternary24_linear",
+    "int8_linear",
+    "int8_weight_linear",
+    "sparse24_linear",
+)
 OPS = (*rows.IN_PYTORCH, *LINEAR, convolutions.OP, *losses.OPS)
 
 Shape = tuple[int, int]

@@ -20,6 +20,8 @@ namespace {
 // the other: 64 bytes for four k. Their units are swapped in pairs so that the four k's and eight
 // channels of a fragment fall in all 32 banks.
 struct ConvStage {
+  using Operands = S8;
+  using Sum = int32_t;
   static constexpr int kStageRowBytes = kStageK;
   static constexpr int kBlockBytes = int(kConvBlock) * kStageK;
   static constexpr int kQuadUnits = 4;  // of 16 bytes, in four k of a block
@@ -91,8 +93,8 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_kernel(DeviceConv conv) {
                  weight + block * block_bytes + from, block < blocks && from < block_bytes);
     }
   };
-  typename Tile::Sums sums = {};
-  multiply_stages<Tile, ConvStage>((values + kStageK - 1) / kStageK, load, sums);
+  typename Tile::template Sums<int32_t> sums = {};
+  multiply_stages<Tile, ConvStage>((values + kStageK - 1) / kStageK, load, sums, [](int64_t) {});
 
   struct Row {
     int64_t place, image;

@@ -24,6 +24,8 @@ struct Int8Chunk {
 };
 
 struct Int8Stage {
+  using Operands = S8;
+  using Sum = int32_t;
   static constexpr int32_t kOffset = 0;
   static constexpr int kStageRowBytes = kStageK;
   static __device__ __forceinline__ uint32_t unit_offset_of(int row, int unit) {

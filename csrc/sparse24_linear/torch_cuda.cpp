@@ -6,37 +6,6 @@ namespace trine {
 namespace {
 
 constexpr const char* kOp = "sparse24_linear";
-constexpr int64_t kUnit = 16;  // bytes that a kernel loads at a time
-
-// Rows of 16-bit x as the kernels read them: x itself where its rows begin and end at whole units,
-// a padded copy otherwise.
-class FloatInputOnDevice {
- public:
-  FloatInputOnDevice(const Tensor& x, const Matrix& rows)
-      : owner_(rows.owner), data_(rows.data), row_bytes_(rows.row_bytes) {
-    const int64_t element = kFloatBytes[static_cast<int>(rows.type)];
-    bytes_ = round_up(rows.k * element, kUnit);
-    const bool begin_whole =
-        reinterpret_cast<uintptr_t>(data_) % kUnit == 0 && (row_bytes_ % kUnit == 0 || rows.m == 1);
-    if (begin_whole && rows.k * element == bytes_) return;
-    const Tensor matrix = torch::stable::reshape(x, {rows.m, rows.k});
-    const int64_t padding = bytes_ / element - rows.k;
-    owner_ = padding > 0 ? torch::stable::pad(matrix, {0, padding}) : torch::stable::clone(matrix);
-    data_ = static_cast<const char*>(owner_.const_data_ptr());
-    row_bytes_ = bytes_;
-  }
-
-  void describe(DeviceSparse24& sparse) const {
-    sparse.linear.q = reinterpret_cast<const int8_t*>(data_);
-    sparse.linear.q_stride = round_up(row_bytes_, kUnit);  // that of a single row plays no role
-    sparse.x_bytes = bytes_;
-  }
-
- private:
-  Tensor owner_;
-  const char* data_;
-  int64_t row_bytes_, bytes_;
-};
 
 Sparse24Values type_of(const Tensor& values) {
   switch (values.scalar_type()) {
@@ -108,7 +77,9 @@ Tensor sparse24_linear_on_device(const Tensor& x, const Tensor& values, const Te
     run();
   } else {
     const FloatInputOnDevice input(x, rows);
-    input.describe(sparse);
+    linear.q = input.data();
+    linear.q_stride = round_up(input.row_bytes(), 16);  // that of a single row plays no role
+    sparse.x_bytes = input.bytes();
     run();
   }
   return y;

@@ -33,6 +33,8 @@ struct TernaryChunk {
 // Packed rows stay packed in shared memory: a fragment is a word, shared by the four lanes of its
 // row, shifted and masked.
 struct TernaryStage {
+  using Operands = S8;
+  using Sum = int32_t;
   static constexpr int32_t kOffset = 1;
   static constexpr int kStageRowBytes = kStageK / int(kTernaryPerByte);
   static __device__ __forceinline__ uint32_t unit_offset_of(int row, int) {

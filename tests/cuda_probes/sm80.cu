@@ -7,6 +7,7 @@
 #include "common/cuda/launch.cuh"
 #include "common/cuda/math.cuh"
 #include "common/cuda/matrix.cuh"
+#include "common/cuda/pairs.cuh"
 #include "probe_memory.cuh"
 
 namespace {
@@ -134,6 +135,16 @@ void print_multiply_sparse() {
   groups.print();
 }
 
+// Each byte as a pair of 16-bit floats, and what it is less 128 or, as bfloat16, 256 in the sign's
+// place.
+__global__ void __launch_bounds__(32) probe_pairs(uint32_t* out) {
+  for (uint32_t i = threadIdx.x; i < 256; i += 32) {
+    out[i] = subtract_pair_float16(0x64006400u | i | (255 - i) << 16, 0x64806480u);
+    const uint32_t low = i % 128 | 0x4300u, minus = (i & 128) | 0xc300u;
+    out[256 + i] = multiply_add_pair_bfloat16(low | low << 16, 0x40003f80u, minus | minus << 16);
+  }
+}
+
 constexpr int kNumbers = 1 << 13;
 
 // The numbers of one sign and of ten exponents to either side of 1, of no obvious pattern.
@@ -197,6 +208,9 @@ int main() {
   launch("probe", probe_copy_async<uint32_t>, {1, 32}, nullptr, in.data<const uint32_t>(),
          words.data<uint32_t>());
   words.print();
+  ProbeMemory pairs(2 * 256 * 4);
+  launch("probe", probe_pairs, {1, 32}, nullptr, pairs.data<uint32_t>());
+  pairs.print();
   ProbeMemory right(3 * kNumbers), ends(7 * sizeof(float));
   launch("probe", probe_math, {1, 32}, nullptr, right.data<unsigned char>());
   right.print();

@@ -12,7 +12,8 @@
 // What bounds it: the rate of mma. sm_90 has wgmma, which is faster.
 //
 // A Weight says how its rows lie in a stage and become fragments of B:
-//   kOffset                     what its values carry above the true ones
+//   Operands, Sum               of its products
+//   kOffset                     what its values carry above the true ones, where they are integers
 //   kStageRowBytes              of a stage's 64 k of one row
 //   fragments(b, stage, n, step, lane)   b[0], b[1] of the 8 rows from n on, of k32 step `step`
 #pragma once
@@ -45,8 +46,13 @@ struct TileShape {
     return int(threadIdx.x) / kWarpThreads % kWarpsAcross * kWarpColumns;
   }
 
-  // Of a thread.
-  using Sums = int32_t[kRowTiles][kColumnTiles][4];
+  // Of a thread; sum 2 * half + i of a tile is of row lane / 4 + 8 * half and of column_of(j, i).
+  template <class Sum>
+  using Sums = Sum[kRowTiles][kColumnTiles][4];
+
+  static __device__ __forceinline__ int column_of(int j, int i) {
+    return warp_n() + 8 * j + int(threadIdx.x) % kWarpThreads % 4 * 2 + i;
+  }
 
   template <class Weight>
   static constexpr int kStageBytes = kRows * kStageK + kColumns * Weight::kStageRowBytes;
@@ -61,10 +67,12 @@ __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
 }
 
 // sums += A * B over `steps` stages. load(a, b, step) starts the copies of the calling thread that
-// fill a stage: its rows of A at `a`, B as the Weight wants it at `b`.
-template <class Shape, class Weight, class Load>
-__device__ __forceinline__ void multiply_stages(int64_t steps, const Load& load,
-                                                typename Shape::Sums& sums) {
+// fill a stage: its rows of A at `a`, B as the Weight wants it at `b`. after(step) is called when
+// the sums hold that step.
+template <class Shape, class Weight, class Load, class After>
+__device__ __forceinline__ void multiply_stages(
+    int64_t steps, const Load& load, typename Shape::template Sums<typename Weight::Sum>& sums,
+    const After& after) {
   constexpr int kStageABytes = Shape::kRows * kStageK;
   constexpr int kStageBytes = Shape::template kStageBytes<Weight>;
   TRINE_DYNAMIC_SHARED(stages);
@@ -92,7 +100,8 @@ __device__ __forceinline__ void multiply_stages(int64_t steps, const Load& load,
 #pragma unroll
       for (int i = 0; i < Shape::kRowTiles; ++i)
 #pragma unroll
-        for (int j = 0; j < Shape::kColumnTiles; ++j) multiply(S8{}, sums[i][j], a[i], b[j]);
+        for (int j = 0; j < Shape::kColumnTiles; ++j)
+          multiply(typename Weight::Operands{}, sums[i][j], a[i], b[j]);
     }
   };
 
@@ -109,15 +118,16 @@ __device__ __forceinline__ void multiply_stages(int64_t steps, const Load& load,
     if (next < steps) load_stage(int(next % kManyRowsStages), next);
     copy_async_commit();
     compute_stage(int(step % kManyRowsStages));
+    after(step);
   }
 }
 
 // Calls store(sum, row_of(m), column_of(n)) for the sums of the calling thread in the first `rows`
 // rows m and `columns` columns n of the tile.
-template <class Shape, class RowOf, class ColumnOf, class Store>
-__device__ __forceinline__ void for_each_sum(const typename Shape::Sums& sums, int64_t rows,
-                                             int64_t columns, const RowOf& row_of,
-                                             const ColumnOf& column_of, const Store& store) {
+template <class Shape, class Sum, class RowOf, class ColumnOf, class Store>
+__device__ __forceinline__ void for_each_sum(
+    const Sum (&sums)[Shape::kRowTiles][Shape::kColumnTiles][4], int64_t rows, int64_t columns,
+    const RowOf& row_of, const ColumnOf& column_of, const Store& store) {
   const int lane = int(threadIdx.x) % kWarpThreads;
   const auto row_in_tile = [&](int i, int half) {
     return Shape::warp_m() + 16 * i + 8 * half + lane / 4;
@@ -132,7 +142,7 @@ __device__ __forceinline__ void for_each_sum(const typename Shape::Sums& sums, i
   for (int j = 0; j < Shape::kColumnTiles; ++j)
 #pragma unroll
     for (int in_pair = 0; in_pair < 2; ++in_pair) {
-      const int n = Shape::warp_n() + 8 * j + 2 * (lane % 4) + in_pair;
+      const int n = Shape::column_of(j, in_pair);
       if (n >= columns) continue;
       const auto column = column_of(n);
 #pragma unroll
@@ -156,7 +166,7 @@ __global__ void __launch_bounds__(LinearTile::kThreads, 1) many_rows_kernel(Devi
   const int64_t steps =
       (linear.weight_stride + Weight::kStageRowBytes - 1) / Weight::kStageRowBytes;
 
-  LinearTile::Sums sums = {};
+  LinearTile::Sums<typename Weight::Sum> sums = {};
   const auto load = [&](unsigned char* a, unsigned char* b, int64_t step) {
     for (int i = int(threadIdx.x); i < kTile * kStageK / kCopyBytes; i += LinearTile::kThreads) {
       const int row = i / (kStageK / kCopyBytes), unit = i % (kStageK / kCopyBytes);
@@ -173,7 +183,7 @@ __global__ void __launch_bounds__(LinearTile::kThreads, 1) many_rows_kernel(Devi
                  n0 + row < linear.n && at < linear.weight_stride);
     }
   };
-  multiply_stages<LinearTile, Weight>(steps, load, sums);
+  multiply_stages<LinearTile, Weight>(steps, load, sums, [](int64_t) {});
 
   struct Column {
     int64_t n;

@@ -57,6 +57,36 @@ class QuantizedInputOnDevice {
   Tensor q_, scale_, sum_;
 };
 
+// Rows of floats as the kernels read them: x itself where its rows begin and end at whole units of
+// 16 bytes, a padded copy otherwise. Rows of fp32 may lie anywhere.
+class FloatInputOnDevice {
+ public:
+  FloatInputOnDevice(const Tensor& x, const Matrix& rows)
+      : owner_(rows.owner), data_(rows.data), row_bytes_(rows.row_bytes) {
+    constexpr int64_t kUnit = 16;
+    const int64_t element = kFloatBytes[static_cast<int>(rows.type)];
+    bytes_ = rows.type == FloatType::float32 ? rows.k * element : round_up(rows.k * element, kUnit);
+    const bool begin_whole =
+        reinterpret_cast<uintptr_t>(data_) % kUnit == 0 && (row_bytes_ % kUnit == 0 || rows.m == 1);
+    if (rows.type == FloatType::float32 || (begin_whole && rows.k * element == bytes_)) return;
+    const Tensor matrix = torch::stable::reshape(x, {rows.m, rows.k});
+    const int64_t padding = bytes_ / element - rows.k;
+    owner_ = padding > 0 ? torch::stable::pad(matrix, {0, padding}) : torch::stable::clone(matrix);
+    data_ = static_cast<const char*>(owner_.const_data_ptr());
+    row_bytes_ = bytes_;
+  }
+
+  // `bytes`: of a row, padded.
+  const int8_t* data() const { return reinterpret_cast<const int8_t*>(data_); }
+  int64_t row_bytes() const { return row_bytes_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  Tensor owner_;
+  const char* data_;
+  int64_t row_bytes_, bytes_;
+};
+
 inline void check_same_device(const char* op, const Tensor& x,
                               std::initializer_list<const Tensor*> others) {
   for (const Tensor* other : others)
