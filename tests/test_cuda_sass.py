@@ -178,8 +178,8 @@ GATES = {
         Gate("conv_zero_point_kernel", ("LDG", r"STG\.E "), 40, 2),
     ),
     "int8_weight_linear/cuda": (
-        # Two blocks of 256 threads fit an SM; of the tiles of 128 x 128 one.
-        Gate("few_rows_kernel", (r"HMMA\.16816\.F32", r"LDG\.E\.NA\.128"), 128, 8),
+        # Two blocks of 256 threads fit an SM, one with two tiles of rows; of 128 x 128 tiles one.
+        Gate("few_rows_kernel", (r"HMMA\.16816\.F32", r"LDG\.E\.NA\.128"), 144, 8),
         Gate("many_rows_kernel", (r"HMMA\.16816\.F32", "LDGSTS", "LDSM"), 168, 6),
         Gate("float_kernel", ("FFMA", "LDS"), 80, 2),
     ),

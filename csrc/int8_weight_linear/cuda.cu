@@ -34,10 +34,11 @@ constexpr int kWeightFewRows = 16;
 constexpr int kStepValues = 64;  // of k, that a warp takes at a time: no group cuts them
 constexpr int kStepsInFlight = kLoadsInFlight / 2;
 // Of an SM. Told nothing, ptxas waits for loads one after the other, to save registers for more.
-constexpr int kFewRowsBlocks = 2;
+// With two tiles of rows the registers of two blocks do not suffice.
+constexpr int few_rows_blocks(int batch_tiles) { return batch_tiles == 1 ? 2 : 1; }
 
 template <class Operands, int kBatchTiles, int kWarps, bool kGrouped>
-__global__ void __launch_bounds__(kWarps* kWarpThreads, kFewRowsBlocks)
+__global__ void __launch_bounds__(kWarps* kWarpThreads, few_rows_blocks(kBatchTiles))
     few_rows_kernel(DeviceWeightLinear problem) {
   const DeviceLinear& linear = problem.linear;
   TRINE_SHARED_ARRAY(float, partial, kWarps * kBatchTiles * kTileSums);
