@@ -93,6 +93,9 @@ class LowRankLinear(nn.Module):
         """The dense weight [N, K] that the layer stands for; read-only, made when it is used."""
         return self.dense_weight() if torch.compiler.is_compiling() else DenseWeight(self)
 
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
     def dense_weight(self) -> Tensor:
         """`weight` as a plain tensor; gradients flow through it to the factors."""
         product = self.second.weight @ self.first.weight
