@@ -7,6 +7,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Test files run side by side in so many processes; each may take 3 GB.
+JOBS ?= 2
 # Any torch >= 2.11 serves. This one is pinned so that two runs of the demo compare.
 TORCH ?= torch==2.13.0
 
@@ -21,7 +23,7 @@ demo: $(VENV)/.tools
 
 test: $(VENV)/.tools
 	$(BIN)/pip install --quiet --no-build-isolation '.[all]'
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 sanitize: $(VENV)/.tools
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DTRINE_SANITIZE=ON -DTRINE_CUDA=OFF \
