@@ -301,6 +301,8 @@ def main() -> None:
     )
     scale, amounts = sst2.scale_of(arguments, SEEDS[0]), amounts_of(arguments)
     data = Sst2.load(arguments.data, scale.labelled)
+    if arguments.quick:
+        data = replace(data, test=data.test.rows(slice(None, None, 4)))
     settings = {"amounts": asdict(amounts), "teacher": asdict(scale), "batch": BATCH}
     settings |= {"weights": WEIGHTS, "temperature": TEMPERATURE}
     settings |= {name: asdict(training_of(name, amounts, 0)) for name in STUDENTS}
