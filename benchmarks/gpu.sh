@@ -93,7 +93,8 @@ for kernels in csrc/*/cuda.cu; do
 done
 PROBES=(tests/test_cuda_probes.py)
 # They prove the kernels where no GPU is, and that their bugs would be found there: minutes.
-NO_GPU=(tests/test_cuda_{on_cpu,linear_on_cpu,norm_on_cpu,softmax_kl_on_cpu,sparse24_on_cpu,sass}.py)
+NO_GPU=(tests/test_cuda_{int8_conv2d,int8_embedding,int8_weight_linear,linear,norm}_on_cpu.py
+  tests/test_cuda_{softmax_kl,sparse24,ternary24}_on_cpu.py tests/test_cuda_{on_cpu,sass}.py)
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
 workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then

@@ -464,6 +464,7 @@ KERNELS = {
     "int8_conv2d": ["scalar", "dotprod"],
     "int8_embedding": FLOAT,
     "int8_linear": INTEGER,
+    "int8_weight_linear": FLOAT,
     "ternary_linear": INTEGER,
     "ternary24_linear": INTEGER,
 }
