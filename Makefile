@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Test files run side by side in so many processes; each may take 3 GB.
+# So many test files run side by side.
 JOBS ?= 2
 # Any torch >= 2.11 serves. This one is pinned so that two runs of the demo compare.
 TORCH ?= torch==2.13.0
