@@ -85,7 +85,7 @@ def amounts_of(arguments: argparse.Namespace) -> Amounts:
             1024, dev=10**9, unlabelled=0, int8_updates=600, ternary_updates=6000, least=1
         )
     return Amounts(
-        128, dev=500, unlabelled=12_000, int8_updates=20, ternary_updates=100, least=sst2.LONG
+        128, dev=500, unlabelled=12_000, int8_updates=20, ternary_updates=400, least=sst2.LONG
     )
 
 
