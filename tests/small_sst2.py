@@ -3,8 +3,11 @@
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from trine.demo.sentences import Encoder
+
+from benchmarks import sst2, study
 
 A = 5  # the token id of "a"
 
@@ -48,3 +51,13 @@ def write_data(folder: Path) -> None:
             lines.append(f"{' '.join(letters)} \t{int(positive)}")
         text = "\n".join(lines) + "\n"
         (folder / "sst2" / f"{name}.tsv").write_text(text, encoding="utf-8")
+
+
+def stand_in(patch: pytest.MonkeyPatch, folder: Path, layers: int) -> Path:
+    """Studies take the encoder and the data of `folder`, and write there; --data of it."""
+    patch.setattr(sst2, "TEACHERS", folder / "teachers")
+    patch.setattr(sst2, "load_encoder", lambda: make_encoder(layers))
+    patch.setattr(study, "FOLDER", folder)
+    patch.setattr(study, "UNFINISHED", folder / "unfinished")
+    write_data(folder)
+    return folder

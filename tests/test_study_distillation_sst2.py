@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from small_sst2 import make_encoder, write_data
+from small_sst2 import stand_in
 
-from benchmarks import sst2, study
+from benchmarks import sst2
 from benchmarks.distillation import sst2 as distillation
 from benchmarks.distillation.sst2 import STUDENTS, Amounts, BiLstm, new_student, transfer_set
 from benchmarks.sst2 import Sst2
@@ -19,12 +19,7 @@ def one_thread(threads):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    monkeypatch.setattr(sst2, "TEACHERS", tmp_path / "teachers")
-    monkeypatch.setattr(sst2, "load_encoder", lambda: make_encoder(layers=6))
-    monkeypatch.setattr(study, "FOLDER", tmp_path)
-    monkeypatch.setattr(study, "UNFINISHED", tmp_path / "unfinished")
-    write_data(tmp_path)
-    return tmp_path
+    return stand_in(monkeypatch, tmp_path, layers=6)
 
 
 def test_a_students_ways_begin_alike(data):

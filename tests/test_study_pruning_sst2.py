@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 import trine
-from small_sst2 import make_encoder, write_data
+from small_sst2 import make_encoder, stand_in
 from trine.distill import Training
 
-from benchmarks import sst2, study
+from benchmarks import sst2
 from benchmarks.pruning import sst2 as pruning
 from benchmarks.pruning.sst2 import (
     ONE_SHOT,
@@ -31,14 +31,9 @@ def one_thread(threads):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    monkeypatch.setattr(sst2, "TEACHERS", tmp_path / "teachers")
-    monkeypatch.setattr(sst2, "load_encoder", lambda: make_encoder(layers=2))
-    monkeypatch.setattr(study, "FOLDER", tmp_path)
-    monkeypatch.setattr(study, "UNFINISHED", tmp_path / "unfinished")
     monkeypatch.setattr(pruning, "LAYERS_LEFT", {2.0: 1, 1.5: 1})
     monkeypatch.setattr(pruning, "CALIBRATION", 64)
-    write_data(tmp_path)
-    return tmp_path
+    return stand_in(monkeypatch, tmp_path, layers=2)
 
 
 def test_each_way_leaves_what_its_name_says(data):

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from small_sst2 import make_encoder, write_data
+from small_sst2 import stand_in
 from trine.distill import Training
 from trine.nn import Int8Linear, TernaryLinear
 from trine.quantize import QatSchedule
 
-from benchmarks import sst2, study
+from benchmarks import sst2
 from benchmarks.quantization import sst2 as quantization
 from benchmarks.quantization.sst2 import (
     AFTER_TRAINING,
@@ -38,13 +38,8 @@ def one_thread(threads):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    monkeypatch.setattr(sst2, "TEACHERS", tmp_path / "teachers")
-    monkeypatch.setattr(sst2, "load_encoder", lambda: make_encoder(layers=1))
-    monkeypatch.setattr(study, "FOLDER", tmp_path)
-    monkeypatch.setattr(study, "UNFINISHED", tmp_path / "unfinished")
     monkeypatch.setattr(quantization, "TERNARY", {"*encoder.layer.*": "ternary-twn", "*": "int8"})
-    write_data(tmp_path)
-    return tmp_path
+    return stand_in(monkeypatch, tmp_path, layers=1)
 
 
 def task_of(rows: Sst2) -> Task:
