@@ -64,6 +64,7 @@ TINY = Plan(
     losses=((70, 40, "fp32"),),
     linear_losses=((5, 16, 40),),
     convolutions=((2, 4, 6, 3, 2, 2, 7),),
+    embeddings=((3, 50, 40),),
 )
 
 
@@ -88,6 +89,7 @@ def test_a_gpu_run_compares_ours_with_every_peer(no_gpu_needed, tmp_path, capsys
     assert ("torch._int_mm compiled", 2, 32) in names
     for op in ("quantize_rows", "rms_norm_quantize_rows", "layer_norm_quantize_rows"):
         assert {(op, 8, None), (f"{op} triton", 1, None)} <= names
+    assert {("int8_embedding", 3, None), ("embedding bf16", 3, None)} <= names
     for name in ("int8_conv2d", "conv2d bf16", "conv2d fp16"):
         assert (name, None, None) in names
     losses = [f"fp32 {divergence}" for divergence in DIVERGENCES]

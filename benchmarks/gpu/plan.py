@@ -7,8 +7,10 @@ from functools import cache, partial
 from importlib import import_module
 
 from benchmarks.case import Comparison
-from benchmarks.gpu import convolutions, losses, rows
+from benchmarks.gpu import convolutions, embeddings, losses, rows
 from benchmarks.gpu.convolutions import Shape as Convolution
+from benchmarks.gpu.embeddings import Shape as Embedding
+from benchmarks.gpu.goals import CLASSES
 from benchmarks.gpu.layers import Layer
 
 LINEAR = (
@@ -18,7 +20,7 @@ LINEAR = (
     "int8_weight_linear",
     "sparse24_linear",
 )
-OPS = (*rows.IN_PYTORCH, *LINEAR, convolutions.OP, *losses.OPS)
+OPS = (*rows.IN_PYTORCH, *LINEAR, convolutions.OP, embeddings.OP, *losses.OPS)
 
 Shape = tuple[int, int]
 Rows = tuple[int, ...]
@@ -34,6 +36,7 @@ class Plan:
     losses: tuple[tuple[int, int, str], ...] = ()  # (rows, classes, dtype)
     linear_losses: tuple[tuple[int, int, int], ...] = ()  # (rows, width, classes)
     convolutions: tuple[Convolution, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
     def comparisons(
         self, ops: Sequence[str], device: str, rotated: int
@@ -65,6 +68,8 @@ class Plan:
         for convolution in self.convolutions if convolutions.OP in ops else ():
             make = partial(convolutions.comparison, convolution, device, rotated)
             yield convolutions.OP, make
+        for embedding in self.embeddings if embeddings.OP in ops else ():
+            yield embeddings.OP, partial(embeddings.comparison, embedding, device)
         if "linear_softmax_kl" in ops:
             for shape in self.linear_losses:
                 yield "linear_softmax_kl", partial(losses.linear_softmax_kl, shape, device)
@@ -84,7 +89,7 @@ _OTHER = ((14336, 4096), (4096, 4096), (6912, 2560), (2560, 2560))
 # ResNet's layers, the first one of three channels, and a depthwise one.
 _RESNET = ((256, 256, 3, 1, 1, 14), (64, 64, 3, 1, 1, 56), (256, 64, 1, 1, 1, 56))
 _OTHERS = ((3, 64, 7, 1, 2, 224), (512, 512, 3, 1, 1, 7), (128, 128, 3, 128, 1, 28))
-_LOSS, _LINEAR_LOSS = (8192, 128256, "bf16"), (8192, 4096, 128256)
+_LOSS, _LINEAR_LOSS = (8192, CLASSES, "bf16"), (8192, 4096, CLASSES)
 
 FULL = Plan(
     layers=(
@@ -97,6 +102,8 @@ FULL = Plan(
     losses=(_LOSS, (4096, 32000, "fp32"), (4096, 32000, "bf16")),
     linear_losses=(_LINEAR_LOSS,),
     convolutions=tuple((batch, *layer) for batch in (1, 64) for layer in (*_RESNET, *_OTHERS)),
+    # A token, a sentence and a long batch, of Llama 3's table.
+    embeddings=tuple((m, CLASSES, 4096) for m in (1, 512, 16384)),
 )
 QUICK = Plan(
     layers=((_LARGE, _FEWER), (_CUBE, (*_FEWER, 8192))),
@@ -105,4 +112,5 @@ QUICK = Plan(
     losses=(_LOSS,),
     linear_losses=(_LINEAR_LOSS,),
     convolutions=tuple((64, *layer) for layer in _RESNET),
+    embeddings=((16384, CLASSES, 4096),),
 )
