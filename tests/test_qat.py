@@ -224,6 +224,19 @@ class TestGradient:
         if bias:
             assert relative_error(qat.bias.grad, grad.sum(0)) < 1e-6
 
+    def test_in_bfloat16_it_is_rounded_as_that_of_a_plain_layer(self, choice):
+        """Once for each factor and the result: three roundings of 2**-9."""
+        qat = prepared(choice)
+        x = torch.randn(8, 37).bfloat16().requires_grad_()
+        grad_y = torch.randn(8, 5).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = qat(x)
+        y.backward(grad_y)
+        rows, values = quantised_by_hand(choice, x.detach(), qat.weight.detach())
+        assert relative_error(x.grad, grad_y.double() @ values) < 3 * 2**-9
+        assert relative_error(qat.weight.grad, grad_y.double().T @ rows) < 3 * 2**-9
+        assert relative_error(qat.bias.grad, grad_y.double().sum(0)) < 1e-6
+
     def test_only_what_needs_a_gradient_gets_one(self, choice):
         qat = prepared(choice)
         qat.weight.requires_grad_(False)

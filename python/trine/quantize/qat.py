@@ -238,22 +238,28 @@ class _ThroughQuantization(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_step, _, _, _, *needs_learned = (
             ctx.needs_input_grad
         )
-        grad = grad_y.reshape(rows.shape[0], grad_y.shape[-1]).float()
+        grad = grad_y.reshape(rows.shape[0], grad_y.shape[-1])
+        # Products in bfloat16 where a plain linear layer has them, too; float16 lacks the range for
+        # gradients times scales.
+        grad = grad if grad.dtype == torch.bfloat16 else grad.float()
         grad_x = grad_weight = grad_bias = grad_step = None
         of_learned: list[Tensor | None] = [None] * len(learned)
         with without_autocast(grad):
             if needs_x or needs_step:
                 grad_x = sum(through_product(grad, term) for term in terms)
                 if ctx.is_static:
-                    grad_x, grad_step = through_grid(grad_x, inputs, input_scale, zero_point)
+                    grad_x, grad_step = through_grid(
+                        grad_x.float(), inputs, input_scale, zero_point
+                    )
                 grad_x = grad_x.to(ctx.x_dtype).reshape(ctx.x_shape)
             if needs_weight or any(needs_learned):
-                scaled = grad if row_scale is None else grad * row_scale[:, None]
-                grad_weight, found = scheme.gradients(scaled.T @ rows.float(), weight, learned)
+                scaled = grad if row_scale is None else (grad * row_scale[:, None]).to(grad.dtype)
+                of_dense = scaled.T @ rows.to(grad.dtype)
+                grad_weight, found = scheme.gradients(of_dense.float(), weight, learned)
                 grad_weight = grad_weight.to(weight.dtype)
                 of_learned = [found[name].to(learned[name].dtype) for name in learned]
             if needs_bias:
-                grad_bias = grad.sum(0).to(ctx.bias_dtype)
+                grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, grad_step, None, None, None, *of_learned
 
 

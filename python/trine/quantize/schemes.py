@@ -233,8 +233,8 @@ def product(rows: Tensor, row_scale: Tensor | None, term: Term) -> Tensor:
 
 
 def through_product(grad: Tensor, term: Term) -> Tensor:
-    """The gradient of the rows [M, K] in `product`, from that of its result float32 [M, N]."""
+    """The gradient of the rows [M, K] in `product`, from that of its result [M, N], in its dtype."""
     values, scale = term
     if scale is not None and scale.dim() < 2:
-        return (grad * scale) @ values.float()
-    return grad @ dense(values, scale)
+        return (grad * scale).to(grad.dtype) @ values.to(grad.dtype)
+    return grad @ dense(values, scale).to(grad.dtype)
