@@ -90,7 +90,7 @@ def test_goals_are_met_by_figures_alone():
 
 
 def test_the_study_ends_in_rows(data, monkeypatch):
-    monkeypatch.setattr(pruning, "amounts_of", lambda arguments: Amounts(2, 64))
+    monkeypatch.setattr(pruning, "amounts_of", lambda arguments: Amounts(2, 64, least=1))
     monkeypatch.setattr(pruning, "SEEDS", (0,))
     monkeypatch.setattr(pruning, "RATIOS", (0.5,))
     monkeypatch.setattr(pruning, "SHARES", (10,))
