@@ -8,6 +8,7 @@
 // A Weight has `kOffset` (what its values carry above the true ones), `kMaxTileRows` (the highest
 // tile there are registers for), `kRowStep` where a tile must begin at a multiple of so many rows,
 // `kStreamedRows` where so many rows, not just one, are faster on four streams of the weight,
+// `kFirstSum` where what accumulate_tile adds lacks something of each activation row (q, k): that;
 // where it is to be fetched ahead (elements, 64 of a row at a time, are counted from row 0 on)
 //   int64_t row_length() const;                       elements from row to row
 //   void prefetch(int64_t at, int64_t lines) const;   fetches so many times 64 of them into L2
@@ -152,6 +153,15 @@ class Ahead {
   int64_t at_, end_;
 };
 
+// What the sums of an activation row begin with.
+template <class Products>
+int32_t first_sum(const int8_t* q, int64_t k) {
+  if constexpr (requires { Products::kFirstSum; })
+    return Products::kFirstSum(q, k);
+  else
+    return 0;
+}
+
 // What a tile fetches at the 64 columns that begin `at` columns into its slice.
 template <FetchedAhead Weight>
 [[gnu::always_inline]] inline void fetch_step(const Weight& weight, const TileRows& x, int64_t at) {
@@ -171,7 +181,8 @@ template <class Weight, class Fetching = NothingAhead>
 void accumulate_block(int64_t rows, const Weight& weight, const TileRows& x, int64_t n_begin,
                       int64_t n_end, int64_t k, int32_t* sums, Fetching ahead = {}) {
   for (int64_t i = 0; i < rows; ++i)
-    std::fill_n(sums + i * kMaxBlockColumns, round_up(n_end - n_begin, kTileColumns), 0);
+    std::fill_n(sums + i * kMaxBlockColumns, round_up(n_end - n_begin, kTileColumns),
+                first_sum<Weight>(x.q + i * x.stride, k));
   constexpr int64_t kMostRows = Weight::kMaxTileRows;
   const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
   for_even_pieces(round_up(k, 64), slice_k(rows, k), 64, [&](int64_t begin, int64_t count) {

@@ -14,8 +14,10 @@
 //   void decode_row(int64_t n, ManyRows::Value* dense) const;  // writes round_up(k, 64) values
 // from a panel into which each block is decoded. ManyRows has
 //   Value                        of the weight, signed
-//   kLanes, kGroup, kMaxVectors  as above; a group fills a lane of 32 bits
+//   kLanes, kGroup, kMaxVectors  as above
+//   kGroupBytes                  that a group takes in an interleaved vector
 //   kColumns, kSliceK            weight rows and k of a tile
+//   kFirstSum(q, k)              what the sums of an activation row begin with; only where not 0
 //   kOffset                      what interleaved activations carry above the true ones
 //   interleave(q, stride, rows, groups, to, to_stride)
 //                                writes a vector for each group of `rows` rows; other lanes may
@@ -79,7 +81,7 @@ class InterleavedRows {
   int64_t groups() const { return groups_; }
 
  private:
-  static constexpr int64_t kVectorBytes = Vectors::kLanes * int64_t(sizeof(int32_t));
+  static constexpr int64_t kVectorBytes = Vectors::kGroupBytes;
 
   int64_t vectors() const { return (m_end_ - m_begin_ + Vectors::kLanes - 1) / Vectors::kLanes; }
 
@@ -146,6 +148,13 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
   DenseRows<Weight> dense(weight, k, columns);
   alignas(64) int32_t sums[Vectors::kMaxVectors * Vectors::kLanes * kManySums];
   alignas(64) int32_t weight_sums[kMaxBlockColumns];
+  constexpr bool kPrefilled = requires { Vectors::kFirstSum; };
+  std::optional<Scratch> first_sums;  // of each row
+  if constexpr (kPrefilled) {
+    first_sums.emplace((m_many - tile.m_begin) * int64_t(sizeof(int32_t)));
+    for (int64_t m = tile.m_begin; m < m_many; ++m)
+      first_sums->data<int32_t>()[m - tile.m_begin] = first_sum<Vectors>(x.q + m * x.stride, k);
+  }
   constexpr bool kSumWeight = Vectors::kOffset != 0;
   for (int64_t n = tile.n_begin; n < tile.n_end; n += columns) {
     const int64_t n_end = std::min(n + columns, tile.n_end);
@@ -161,6 +170,10 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
       const int64_t m_end = std::min(m + count * Vectors::kLanes, m_many);
       for (int64_t begin = n; begin < n_end; begin += together) {
         const int64_t end = std::min(begin + together, n_end);
+        if constexpr (kPrefilled)
+          for (int64_t i = m; i < m_end; ++i)
+            std::fill_n(sums + (i - m) * kManySums, round_up(end - begin, Vectors::kColumns),
+                        first_sums->data<int32_t>()[i - tile.m_begin]);
         int64_t group = 0;
         do {  // once even if k is 0
           const int64_t groups = std::min(kSliceGroups, activations.groups() - group);
@@ -174,7 +187,7 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
             with_count<Vectors::kMaxVectors>(count, [&](auto vectors) {
               Vectors::template accumulate<vectors>(w, Vectors::kColumns * dense.stride(),
                                                     activations.tile(first, count, group), groups,
-                                                    group == 0, sums + (j - begin));
+                                                    group == 0 && !kPrefilled, sums + (j - begin));
             });
           }
           group += kSliceGroups;

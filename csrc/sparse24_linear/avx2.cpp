@@ -16,6 +16,9 @@ namespace {
 struct SparseWeight : FetchedSparse {
   static constexpr int32_t kOffset = 0;
   static constexpr int64_t kMaxTileRows = kTileRows;
+  static constexpr auto kFirstSum = sum_below_zero;
+  using ManyRows = RowVectors;
+  static constexpr int64_t kManyRows = 8;
 
   int64_t whole_k = weight.chunks * kSparse24Columns;
 

@@ -1,17 +1,22 @@
-// Integer matrix products on AVX2: activations int8, weights int8 in [-127, 127].
+// Integer matrix products on AVX2: activations and weights int8.
 //
 //   y[m][n] = narrow(((float(acc) * x.scale[m]) * weight_scale[n]) + bias[n])
 //   acc     = sum over k of w[n][k] * q[m][k]              (exact)
 //
 // vpmaddubsw multiplies 32 unsigned by 32 signed bytes and adds pairs into int16, which saturates:
-// |q| times w with q's sign cannot get there, a pair is at most 2 * 128 * 127 < 2^15. Each pair sum
-// is widened to int32 at once.
+// |q| times w with q's sign cannot get there. The sign is given by inverting the bits of w, a free
+// choice of port where vpsignb competes with the multiplications, and ~w = -w - 1:
+//
+//   sum of w * q = sum of |q| * (q < 0 ? ~w : w) + sum of |q| where q < 0
+//
+// The last term belongs to a row of q: its sums begin with it. A pair lies in [-2 * 128 * 128,
+// 2 * 128 * 127], which int16 holds; it is widened to int32 at once.
 //
 // How a kernel uses this header (its file must be named avx2.cpp):
 //
 //   1. Describe the weight by a type. `PanelWeight` takes bytes in memory: rows of `stride`
 //      bytes, a multiple of 64, 32-byte aligned; row `first_n` at `data`. Bytes beyond k may be
-//      anything in [-127, 127]. Decode a block of block_columns(k) rows into a Scratch,
+//      anything. Decode a block of block_columns(k) rows into a Scratch,
 //      then
 //        integer_linear(x, PanelWeight{panel, stride, n}, k, {weight_scale}, out,
 //                       {tile.m_begin, tile.m_end, n, n + rows});
@@ -19,22 +24,24 @@
 //      `PackedInt8Weight` reads packed INT8 rows directly. Your own type needs
 //        static constexpr int32_t kOffset = 0;
 //        static constexpr int64_t kMaxTileRows = kTileRows;
+//        static constexpr auto kFirstSum = sum_below_zero;
 //        int64_t whole_k;                              // multiple of 32: load may be used below it
 //        Row row(int64_t n) const;                     // a pointer to row n, of any kind
 //        static __m256i load(Row row, int64_t k);      // bytes k .. k + 31 of the row
 //        __m256i load_tail(Row row, int64_t k) const;  // the same at whole_k, if k goes beyond it
 //        row_length, prefetch, touch                   // optional: see gemm_few_rows.h
+//      With `using ManyRows = RowVectors;` and a kManyRows it takes part in gemm_many_rows.h.
 //   2. Call integer_linear(x, weight, k, scaling, out, tile). x.q is zero from k to a multiple of
 //      64 (QuantizedInput does that). `Scaling` is {weight_scale}, {weight_scale, true} for one
 //      scale per tensor, and can subtract a column term from acc (zero points).
 //   For groups along k, or several weights in one output, take accumulate_block (int32 sums of up
 //   to kMaxTileRows rows and kMaxBlockColumns columns) and do your own scaling.
 //
-// What bounds it: the vector instructions: four per 32 products, of few rows (sign, multiply,
-// widen, add) as of many (two of multiply, add, see RowVectors). Zen 4 could start two
-// multiplications a cycle, 236 GOP/s; it gets through 2.4 to 2.9 of the four instructions, 140
-// GOP/s (few rows) and 160 (many). Both operands in int16 along k, six rows at a time, is the same
-// count: 150. With one row, the reading of the weight.
+// What bounds it: the vector instructions, four per 32 products (invert, multiply, widen, add), of
+// which two need one of Zen 4's two multipliers: 236 GOP/s. In registers alone the four reach 227
+// (with vpsignb 140; two pairs of vpmaddwd and add, 187). Measured with everything around it, from
+// the caches: 175 to 186 with 16 rows and more, 165 with 8, 150 with 4. fbgemm, which saturates,
+// needs three: 180 to 195 there. With one row, the reading of the weight.
 #pragma once
 
 #include <immintrin.h>
@@ -47,13 +54,45 @@
 namespace trine {
 namespace {
 
-// As many rows of four sums as the 16 registers hold beside the operands: the signed product needs
-// q and |q| of each row in registers.
+// As many rows of four sums as the 16 registers hold beside the operands: four of the weight, |q|
+// and the signs of q.
 inline constexpr int64_t kTileRows = 2;
+
+// Unsigned: sums of a damaged weight may wrap. Not __m256i, which has 64-bit lanes: gcc 12 spills
+// sums whose type changes at each instruction.
+using Uint32x8 = uint32_t __attribute__((vector_size(32)));
+
+// The bytes of q as vpmaddubsw takes them: |q|, and ones where a byte of the weight is to be
+// inverted. Where q is 0 they may be either.
+struct Signed {
+  __m256i magnitude, negative;
+};
+
+[[maybe_unused]] inline Signed signs_apart(__m256i q) {
+  return {_mm256_abs_epi8(q), _mm256_cmpgt_epi8(_mm256_set1_epi16(1), q)};
+}
+
+// sum + w * q - (what q has below zero), over 32 columns.
+[[gnu::always_inline]] inline Uint32x8 multiply_add(Uint32x8 sum, __m256i w, const Signed& q) {
+  const __m256i pairs = _mm256_maddubs_epi16(q.magnitude, _mm256_xor_si256(w, q.negative));
+  return sum + (Uint32x8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+// What a row of sums begins with: the |q| of all q below zero.
+[[maybe_unused]] inline int32_t sum_below_zero(const int8_t* q, int64_t k) {
+  __m256i sum = _mm256_setzero_si256();  // of 64-bit lanes
+  for (int64_t at = 0; at < k; at += 32) {
+    const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + at));
+    const __m256i below = _mm256_min_epi8(bytes, _mm256_setzero_si256());
+    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(_mm256_abs_epi8(below), _mm256_setzero_si256()));
+  }
+  return _mm_cvtsi128_si32(sum_lanes(sum, sum, sum, sum));
+}
 
 struct PanelWeight {
   static constexpr int32_t kOffset = 0;
   static constexpr int64_t kMaxTileRows = kTileRows;
+  static constexpr auto kFirstSum = sum_below_zero;
   using Row = const int8_t*;
 
   Row data;
@@ -68,29 +107,19 @@ struct PanelWeight {
   __m256i load_tail(Row row, int64_t k) const { return load(row, k); }
 };
 
-// Unsigned: sums of a damaged weight may wrap. Not __m256i, which has 64-bit lanes: gcc 12 spills
-// sums whose type changes at each instruction.
-using Uint32x8 = uint32_t __attribute__((vector_size(32)));
-
-// sum + w * q, over 32 columns. `magnitude` is |q|.
-[[maybe_unused]] inline Uint32x8 multiply_add(Uint32x8 sum, __m256i w, __m256i q,
-                                              __m256i magnitude) {
-  const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w, q));
-  return sum + (Uint32x8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-
-// Eight activation rows to a vector, for gemm_many_rows.h. Everything is widened to int16 first, so
-// that vpmaddwd adds up pairs of products: two instructions for 16 products, both exact. With signs
-// taken apart (multiply_add above) it is four for 32, of which three compete for two ports.
+// Eight activation rows to a vector, for gemm_many_rows.h: |q| and signs of four k of each.
 struct RowVectors {
-  using Value = int16_t;
+  using Value = int8_t;
   static constexpr int64_t kLanes = 8;
-  static constexpr int64_t kGroup = 2;
+  static constexpr int64_t kGroup = 4;
+  static constexpr int64_t kGroupBytes = 64;
   static constexpr int kMaxVectors = 2;
   static constexpr int64_t kColumns = 4;
-  // The activations of a slice, 16 KiB, stay in L1.
-  static constexpr int64_t kSliceK = 512;
+  // The activations of a slice, 128 KiB, stay in L2 beside the weight: two loads for sixteen
+  // instructions. Shorter slices, for L1, read the weight in shorter pieces, which is slower.
+  static constexpr int64_t kSliceK = 4096;
   static constexpr int32_t kOffset = 0;
+  static constexpr auto kFirstSum = sum_below_zero;
 
   static void interleave(const int8_t* q, int64_t stride, int64_t rows, int64_t groups, char* to,
                          int64_t to_stride) {
@@ -100,42 +129,55 @@ struct RowVectors {
       // Four groups of rows i and i + 4; then half h of column j holds group j of rows 4h .. 4h
       // + 3.
       const auto two_rows = [&](int64_t i) {
-        const auto widened = [&](int64_t r) {
-          return _mm_cvtepi8_epi16(_mm_loadu_si64(row[r] + group * kGroup));
+        const auto load = [&](int64_t r) {
+          return _mm_load_si128(reinterpret_cast<const __m128i*>(row[r] + group * kGroup));
         };
-        return _mm256_setr_m128i(widened(i), widened(i + 4));
+        return _mm256_setr_m128i(load(i), load(i + 4));
       };
       const Halves columns = transposed(two_rows(0), two_rows(1), two_rows(2), two_rows(3));
       const int64_t count = std::min<int64_t>(4, groups - group);
-      for (int64_t j = 0; j < count; ++j, to += to_stride)
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to), columns.v[j]);
+      for (int64_t j = 0; j < count; ++j, to += to_stride) {
+        const Signed apart = signs_apart(columns.v[j]);
+        auto* at = reinterpret_cast<__m256i*>(to);
+        _mm256_store_si256(at, apart.magnitude);
+        _mm256_store_si256(at + 1, apart.negative);
+      }
     }
   }
 
   // gcc keeps sums in registers only where everything is inlined when it first looks: by force.
   template <int kVectors>
-  [[gnu::noinline]] static void accumulate(const int16_t* const (&w)[kColumns], int64_t,
+  [[gnu::noinline]] static void accumulate(const int8_t* const (&w)[kColumns], int64_t ahead,
                                            const char* x, int64_t groups, bool first,
                                            int32_t* sums) {
     Uint32x8 acc[kVectors][kColumns];
     unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
       acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = Uint32x8{};
     });
-    for (int64_t group = 0; group < groups; ++group) {
-      __m256i q[kVectors];
+    const auto step = [&](int64_t group) __attribute__((always_inline)) {
+      Signed q[kVectors];
       unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
-        q[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + (group * kVectors + i) * 32));
+        const auto* at = reinterpret_cast<const __m256i*>(x + (group * kVectors + i) * kGroupBytes);
+        q[i] = {_mm256_load_si256(at), _mm256_load_si256(at + 1)};
       });
       unrolled<kColumns>([&](auto j) __attribute__((always_inline)) {
-        int32_t pair;
-        std::memcpy(&pair, w[j] + group * kGroup, sizeof(pair));
-        __m256i weight = _mm256_set1_epi32(pair);
+        int32_t bytes;
+        std::memcpy(&bytes, w[j] + group * kGroup, sizeof(bytes));
+        __m256i weight = _mm256_set1_epi32(bytes);
         asm("" : "+x"(weight));  // gcc would load it once for each vector
         unrolled<kVectors>([&](auto i) __attribute__((always_inline)) {
-          acc[i][j] += (Uint32x8)_mm256_madd_epi16(q[i], weight);
+          acc[i][j] = multiply_add(acc[i][j], weight, q[i]);
         });
       });
+    };
+    int64_t group = 0;
+    for (; group + 16 <= groups; group += 16) {  // a cache line of each weight row
+      unrolled<kColumns>([&](auto j) __attribute__((always_inline)) {
+        _mm_prefetch(w[j] + ahead + group * kGroup, _MM_HINT_T1);
+      });
+      for (int64_t i = 0; i < 16; ++i) step(group + i);
     }
+    for (; group < groups; ++group) step(group);
     const __m128i added_to = _mm_set1_epi32(first ? 0 : -1);
     unrolled<kVectors>([&](auto i) {
       const Halves rows = transposed((__m256i)acc[i][0], (__m256i)acc[i][1], (__m256i)acc[i][2],
@@ -173,8 +215,9 @@ struct RowVectors {
 struct PackedInt8Weight {
   static constexpr int32_t kOffset = 0;
   static constexpr int64_t kMaxTileRows = kTileRows;
+  static constexpr auto kFirstSum = sum_below_zero;
   using ManyRows = RowVectors;
-  static constexpr int64_t kManyRows = 16;
+  static constexpr int64_t kManyRows = 8;
   using Row = const int8_t*;
 
   Row data;
@@ -189,12 +232,6 @@ struct PackedInt8Weight {
     return k >= stride
                ? _mm256_setzero_si256()
                : _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + k)));
-  }
-  void decode_row(int64_t n, int16_t* dense) const {
-    for (int64_t k = 0; k < stride; k += 16) {
-      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row(n) + k));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(dense + k), _mm256_cvtepi8_epi16(bytes));
-    }
   }
   int64_t row_length() const { return stride; }
   // Inlined by force: gcc 12 drops a call whose only effect is a prefetch.
@@ -221,11 +258,11 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
     unrolled<kRows>([&](auto i) {
       const __m256i q =
           _mm256_load_si256(reinterpret_cast<const __m256i*>(x.q + i * x.stride + at));
-      const __m256i magnitude = _mm256_abs_epi8(q);
-      acc[i][0] = multiply_add(acc[i][0], w0, q, magnitude);
-      acc[i][1] = multiply_add(acc[i][1], w1, q, magnitude);
-      acc[i][2] = multiply_add(acc[i][2], w2, q, magnitude);
-      acc[i][3] = multiply_add(acc[i][3], w3, q, magnitude);
+      const Signed apart = signs_apart(q);
+      acc[i][0] = multiply_add(acc[i][0], w0, apart);
+      acc[i][1] = multiply_add(acc[i][1], w1, apart);
+      acc[i][2] = multiply_add(acc[i][2], w2, apart);
+      acc[i][3] = multiply_add(acc[i][3], w3, apart);
     });
   };
 

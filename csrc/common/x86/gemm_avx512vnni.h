@@ -83,6 +83,7 @@ struct RowVectors {
   using Value = int8_t;
   static constexpr int64_t kLanes = 16;
   static constexpr int64_t kGroup = 4;
+  static constexpr int64_t kGroupBytes = 64;
   static constexpr int kMaxVectors = 3;
   static constexpr int64_t kColumns = 8;  // with three vectors 24 sums on 11 loads
   // The activations of a slice, 192 KiB, stay in L2 beside the weight.
