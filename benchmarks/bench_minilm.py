@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import trine
 from torch import nn
 from trine.demo.sentences import embed, load_encoder, load_sentences
 from trine.nn import pack_linear
@@ -24,6 +25,7 @@ def comparisons(threads: int, quick: bool) -> Iterator[Comparison]:
     tokens = encoder.tokenize([" ".join(load_sentences(40))])
     tokens = {name: ids[:, :TOKENS].contiguous() for name, ids in tokens.items()}
     small = _in_int8(encoder.model)
+    fused = trine.fuse_activations(small, tokens)
     expected = embed(encoder.model, tokens)
     contestants, failures = [], {}
 
@@ -41,6 +43,7 @@ def comparisons(threads: int, quick: bool) -> Iterator[Comparison]:
     rivals = ("fp32 eager", "fp32 compiled", "ONNX Runtime INT8")
     ours = dict(op="minilm", rivals=rivals, baseline="fp32 eager")
     enter("INT8 eager", lambda: small, **ours)
+    enter("INT8 eager, GELU in the layers", lambda: fused, **ours)
     if quick:
         reason = "left out: compiling it takes too long for --quick"
         failures |= {"fp32 compiled": reason, "INT8 compiled": reason}

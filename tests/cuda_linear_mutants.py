@@ -61,7 +61,12 @@ SHARED_MUTANTS = (
         "partial, (kWarps - 1) * kTiles * kWarpThreads)",
         "outside of a shared array",
     ),
-    Mutant("tiles: missing barrier", MANY_ROWS, "    __syncthreads();\n", ""),
+    Mutant(
+        "tiles: missing barrier",
+        MANY_ROWS,
+        "    __syncthreads();\n    const int64_t next",
+        "    const int64_t next",
+    ),
     Mutant(
         "tiles: wrong wait count",
         MANY_ROWS,
@@ -353,8 +358,8 @@ MUTANTS += [
         Mutant(
             "stage never freed",
             INT8_SM90A,
-            "    ring.release(used - 1);\n    store",
-            "    store",
+            "    ring.release(used - 1);\n    const int64_t m0",
+            "    const int64_t m0",
             "deadlock",
         ),
         Mutant("freed before it is read", INT8_SM90A, "wgmma_wait<1>()", "wgmma_wait<2>()"),
@@ -430,4 +435,40 @@ MUTANTS += [
         Mutant("sums not cleared", TERNARY_SM90A, "step > 0 || product > 0", "true"),
         Mutant("offset forgotten", TERNARY_SM90A, "kOffset = 1", "kOffset = 0"),
     )
+]
+
+
+MUTANTS += [
+    sm90a_trial(
+        "int8_linear",
+        Mutant("never activated", INT8_SM90A, " == Activation::none", " <= Activation::gelu_tanh"),
+    ),
+    Trial(
+        "int8_linear",
+        Mutant(
+            "tiles: activated before all lanes wrote",
+            MANY_ROWS,
+            "      __syncwarp();\n      store_activated_rows",
+            "      store_activated_rows",
+        ),
+        seeds=(1, 2, 3),
+    ),
+    Trial(
+        "ternary_linear",
+        Mutant(
+            "activated with one rounding less",
+            "common/activation.h",
+            "((a - n * kTwoLn2High) - n * kTwoLn2Low)",
+            "(a - n * (kTwoLn2High + kTwoLn2Low))",
+        ),
+    ),
+    Trial(
+        "ternary_linear",
+        Mutant(
+            "groups: never activated",
+            TERNARY_KERNEL,
+            "activated(linear.activation, value)",
+            "value",
+        ),
+    ),
 ]

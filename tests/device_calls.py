@@ -21,6 +21,7 @@ from linear_inputs import (
 from test_int8_conv2d import inputs as conv_inputs
 from torch import Tensor
 from trine import ops
+from trine.ops.activation import CODES
 from trine.ops.int8_conv2d import reference as conv
 from trine.ops.int8_embedding import reference as embedding
 from trine.ops.int8_linear import reference as int8
@@ -67,7 +68,7 @@ class Call:
     op: str
     reference: Callable
     arguments: tuple  # on the CPU, as is what `expected` gives
-    options: dict[str, Tensor] = field(default_factory=dict)
+    options: dict[str, Tensor | str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         shapes = ["x".join(map(str, t.shape)) for t in self.arguments if isinstance(t, Tensor)][:2]
@@ -142,6 +143,14 @@ def calls() -> Iterator[Call]:
     for m, n, k, groups in GROUPED:
         inputs = ternary.example_inputs(m, n, k, torch.float16, scale_shape=(n, groups))
         yield Call("ternary_linear", ternary.ternary_linear, inputs)
+        yield Call("ternary_linear", ternary.ternary_linear, inputs, {"activation": "gelu"})
+    for i, (m, n, k) in enumerate((*FEW_ROWS, *MANY_ROWS)):
+        for j, activation in enumerate(CODES):
+            options, dtype = {"activation": activation}, DTYPES[(i + j) % 3]
+            inputs = int8.example_inputs(m, n, k, dtype)
+            yield Call("int8_linear", int8.int8_linear, inputs, options)
+            inputs = ternary.example_inputs(m, n, k, dtype)
+            yield Call("ternary_linear", ternary.ternary_linear, inputs, options)
 
 
 def main() -> int:

@@ -28,6 +28,8 @@ from test_softmax_kl_options import NAMES, log_probabilities
 from test_sparse24_linear import VALUES_DTYPES, assert_is_result
 from torch import Tensor
 from trine.ops import _triton_kernels
+from trine.ops.activation import CODES
+from trine.ops.activation.reference import activated
 from trine.ops.int8_conv2d import reference as conv
 from trine.ops.int8_conv2d.triton import int8_conv2d
 from trine.ops.int8_embedding import reference as embedding
@@ -298,6 +300,11 @@ def main(device: str) -> None:
                 expected = op_reference(x, *weight)
                 given = (*rows.quantize_rows(x), *weight, dtype)
                 check(op, lambda *_, y=expected: y, device, *given)
+            for activation, code in CODES.items():
+                for op, module in ((int8_linear, int8), (ternary_linear, ternary)):
+                    inputs = module.example_inputs(m, n, k, dtype)
+                    y = getattr(module, op.__name__)(*inputs, activation=activation)
+                    check(op, lambda *_, y=y: y, device, *inputs, code)
             check(int8_linear, int8.int8_linear, device, *int8.example_inputs(m, n, k, dtype))
             check(
                 ternary_linear,
@@ -322,6 +329,11 @@ def main(device: str) -> None:
     for n, k, groups in ((5, 128, 2), (17, 384, 2), (40, 192, 3)):
         arguments = ternary.example_inputs(3, n, k, scale_shape=(n, groups))
         check(ternary_linear, ternary.ternary_linear, device, *arguments)
+    grid = torch.cat([torch.linspace(-14, 14, 3001), torch.tensor([torch.nan, -torch.inf, 1e30])])
+    nothing, ones = torch.zeros(len(grid), 16, dtype=torch.int8), torch.ones(len(grid))
+    for activation, code in CODES.items():
+        y = activated(grid, activation)[None]
+        check(int8_linear, lambda *_, y=y: y, device, ones[None, :16], nothing, ones, grid, code)
     # Behind the operators, and gone from there again.
     arguments = [a.to(device) for a in int8.example_inputs(2, 3, 40)]
     with trine.backends.triton_kernels(device):

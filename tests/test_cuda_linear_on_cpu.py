@@ -3,7 +3,7 @@
 import functools
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from cuda_linear_mutants import MUTANTS, OPS
 from cuda_trials import Trial, assert_caught, outcomes
 from linear_inputs import DTYPES, difficult_rows
 from torch import Tensor
+from trine.ops.activation import CODES
 from trine.ops.int8_linear import reference as int8
 from trine.ops.ternary_linear import reference as ternary
 
@@ -55,6 +56,7 @@ class LinearCase:
     weight_scale: Tensor
     bias: Tensor | None
     static: tuple[Tensor, Tensor] | None = None
+    activation: str | None = None
 
     def encode(self) -> bytes:
         (m, k), n = self.x.shape, self.packed_weight.shape[0]
@@ -65,7 +67,8 @@ class LinearCase:
         tensors += [] if self.bias is None else [self.bias]
         tensors += self.static or ()
         raw = [t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors]
-        return struct.pack("<8q", *header, bias_type, self.static is not None) + b"".join(raw)
+        options = (self.static is not None) + 2 * CODES.get(self.activation, 0)
+        return struct.pack("<8q", *header, bias_type, options) + b"".join(raw)
 
     def decode(self, answer: bytes) -> list[Tensor]:
         m, n = self.x.shape[0], self.packed_weight.shape[0]
@@ -76,9 +79,10 @@ class LinearCase:
     def expected(self) -> list[Tensor]:
         inputs = self.x, self.packed_weight, self.weight_scale, self.bias
         if self.op == "ternary_linear":
-            return [ternary.ternary_linear(*inputs)]
+            return [ternary.ternary_linear(*inputs, activation=self.activation)]
         scale, zero_point = self.static or (None, None)
-        return [int8.int8_linear(*inputs, input_scale=scale, input_zero_point=zero_point)]
+        static = {"input_scale": scale, "input_zero_point": zero_point}
+        return [int8.int8_linear(*inputs, **static, activation=self.activation)]
 
 
 def int8_case(m: int, n: int, k: int, dtype: torch.dtype, zero_point: int | None) -> LinearCase:
@@ -87,6 +91,23 @@ def int8_case(m: int, n: int, k: int, dtype: torch.dtype, zero_point: int | None
         return LinearCase("int8_linear", x, weight, scale, bias)
     static = torch.tensor([0.02]), torch.tensor([zero_point], dtype=torch.int32)
     return LinearCase("int8_linear", x, weight, scale, bias, static)
+
+
+def activated_cases(
+    op: str, example_inputs: Callable[..., tuple], shapes: Sequence[tuple[int, int, int]]
+) -> list[LinearCase]:
+    """Every activation and every type of y among them."""
+    return [
+        LinearCase(
+            op, *example_inputs(*shape, DTYPES[i % 3]), activation=[*CODES][(i + i // 3) % 3]
+        )
+        for i, shape in enumerate(shapes)
+    ]
+
+
+# Of few rows and of whole tiles of y, with tails; then what sm_90a takes.
+ACTIVATED = ((1, 33, 100), (9, 20, 70), (3, 17, 64), (70, 19, 33), (130, 137, 64), (65, 40, 96))
+ACTIVATED_TILES = ((65, 257, 130), (130, 20, 64), (70, 24, 200))
 
 
 def int8_cases() -> list[LinearCase]:
@@ -108,7 +129,7 @@ def int8_cases() -> list[LinearCase]:
     x = torch.full((3, 4096), -3.0)
     weight = torch.full((4, 4096), -127, dtype=torch.int8)
     cases.append(LinearCase("int8_linear", x, weight, torch.ones(4), torch.randn(4).bfloat16()))
-    return cases
+    return cases + activated_cases("int8_linear", int8.example_inputs, ACTIVATED)
 
 
 def ternary_cases() -> list[LinearCase]:
@@ -132,7 +153,9 @@ def ternary_cases() -> list[LinearCase]:
         cases.append(
             LinearCase("ternary_linear", *ternary.example_inputs(m, n, k, scale_shape=(n, groups)))
         )
-    return cases
+    grouped = functools.partial(ternary.example_inputs, scale_shape=(5, 2))
+    cases += activated_cases("ternary_linear", grouped, [(9, 5, 128)] * 3)
+    return cases + activated_cases("ternary_linear", ternary.example_inputs, ACTIVATED)
 
 
 def int8_tile_cases() -> list[LinearCase]:
@@ -143,6 +166,7 @@ def int8_tile_cases() -> list[LinearCase]:
     x, weight, scale, bias = int8.example_inputs(66, 20, 40, torch.bfloat16)
     return [
         *cases,
+        *activated_cases("int8_linear", int8.example_inputs, ACTIVATED_TILES),
         LinearCase("int8_linear", x, weight, scale, bias),
         int8_case(70, 9, 70, torch.float16, 7),
     ]
@@ -158,7 +182,8 @@ def ternary_tile_cases() -> list[LinearCase]:
     ] + [
         LinearCase(
             "ternary_linear", *ternary.example_inputs(66, 20, 40, torch.bfloat16, True, (1,))
-        )
+        ),
+        *activated_cases("ternary_linear", ternary.example_inputs, ACTIVATED_TILES),
     ]
 
 

@@ -69,6 +69,22 @@ def _rows(k: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
+def test_activations_of_layers(activation, tmp_path):
+    """ReLU with equal bits; ONNX's GELU is another approximation of the same function."""
+    model = nn.Sequential(LAYERS["int8"](), TernaryLinear.from_linear(nn.Linear(33, 7))).eval()
+    for layer in model:
+        layer.activation = activation
+    x = torch.randn(4, 200)
+    to_onnx(model, tmp_path / "m.onnx", x, dynamic_shapes=({0: BATCH},))
+    y = _run(_session(tmp_path / "m.onnx"), x)
+    with torch.no_grad():
+        if activation == "relu":
+            assert torch.equal(y, model(x))
+        else:  # a step of int8 between the layers may round otherwise
+            torch.testing.assert_close(y, model(x), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_gives_equal_bits_for_other_shapes_than_the_example(name, tmp_path):
     layer = LAYERS[name]().eval()

@@ -13,9 +13,10 @@
 //   int64_t row_length() const;                       elements from row to row
 //   void prefetch(int64_t at, int64_t lines) const;   fetches so many times 64 of them into L2
 //   void touch(int64_t at, int64_t count) const;      touches their pages: see pages.h
-// and two functions beside it, found by its type:
+// and three functions beside it, found by its type:
 //   accumulate_tile<rows>(weight, x, n, last_n, k, sums)  sums[i][j] += row i of x . row n+j of w
 //   finish_sums(weight, finish, y, y_stride)              scales sums and writes them
+//   store_values(finish, values, y)                       writes as many floats
 #pragma once
 
 #include <algorithm>
@@ -23,6 +24,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/activate_all.h"
 #include "common/linear.h"
 #include "common/pages.h"
 #include "common/scratch.h"
@@ -94,6 +96,20 @@ struct Finish {
   const float* weight_scale;    // [columns], or one value
   bool per_tensor;
   const float* bias;  // [columns], or null
+
+  // Row i, `count` columns from n on, a multiple of 16.
+  Finish part(int64_t i, int64_t n, int64_t count) const {
+    Finish part = *this;
+    part.sums += i * sums_stride + n;
+    part.rows = 1;
+    part.columns = count;
+    part.x_sum += i;
+    part.x_scale += i;
+    if (column_minus != nullptr) part.column_minus += n;
+    if (!per_tensor) part.weight_scale += n;
+    if (bias != nullptr) part.bias += n;
+    return part;
+  }
 };
 
 // visit(first, count) for pieces of [0, total) of at most `most`, shared out evenly: with 6 at most
@@ -204,6 +220,21 @@ void accumulate_block(int64_t rows, const Weight& weight, const TileRows& x, int
   return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
 }
 
+// Writes the outputs of `finish` to y.
+template <class Weight, class T>
+void finish_activated(const Weight& weight, const Finish& finish, Activation activation, T* y,
+                      int64_t y_stride) {
+  if (activation == Activation::none) return finish_sums(weight, finish, y, y_stride);
+  alignas(64) float values[kMaxBlockColumns];
+  for (int64_t n = 0; n < finish.columns; n += kMaxBlockColumns)
+    for (int64_t i = 0; i < finish.rows; ++i) {
+      const Finish part = finish.part(i, n, std::min(kMaxBlockColumns, finish.columns - n));
+      finish_sums(weight, part, values, 0);
+      activate_all(activation, values, part.columns);
+      store_values(part, values, y + i * y_stride + n);
+    }
+}
+
 // Scales the sums of the outputs `piece` and writes them. Each row of sums stands `stride` from the
 // one before and is too high by offset * (sum of the activation row) and by column_minus (or null).
 template <class Weight>
@@ -225,11 +256,14 @@ void finish_rows(const QuantizedRows& x, const Weight& weight, const int32_t* su
   const int64_t at = m * out.stride + n;
   switch (out.type) {
     case FloatType::float32:
-      return finish_sums(weight, finish, static_cast<float*>(out.y) + at, out.stride);
+      return finish_activated(weight, finish, out.activation, static_cast<float*>(out.y) + at,
+                              out.stride);
     case FloatType::bfloat16:
-      return finish_sums(weight, finish, static_cast<bfloat16*>(out.y) + at, out.stride);
+      return finish_activated(weight, finish, out.activation, static_cast<bfloat16*>(out.y) + at,
+                              out.stride);
     case FloatType::float16:
-      return finish_sums(weight, finish, static_cast<float16*>(out.y) + at, out.stride);
+      return finish_activated(weight, finish, out.activation, static_cast<float16*>(out.y) + at,
+                              out.stride);
   }
 }
 

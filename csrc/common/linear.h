@@ -1,12 +1,13 @@
 // What the linear kernels share: their view of the activations, and of where the results go.
 //
 // Every integer kernel computes, in this order and with one rounding at each step,
-//   y[m][n] = narrow(((float(acc) * x.scale[m]) * weight_scale[n]) + bias[n])
-// so that all of them give the same bits.
+//   y[m][n] = narrow(activated(((float(acc) * x.scale[m]) * weight_scale[n]) + bias[n]))
+// so that all of them give the same bits; `activated` is the identity where an op has none.
 #pragma once
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/float_types.h"
 
 namespace trine {
@@ -32,6 +33,7 @@ struct LinearOutput {
   int64_t stride;  // elements from row to row
   FloatType type;
   const float* bias;  // [n], or null
+  Activation activation = Activation::none;
 };
 
 // The part of the result that one call of a kernel computes.

@@ -1,4 +1,5 @@
-// The last step of a linear kernel, one output at a time: add the bias, round once, write.
+// The last step of a linear kernel, one output at a time: add the bias, activate,
+// round once, write.
 #pragma once
 
 #include "common/linear.h"
@@ -8,6 +9,7 @@ namespace {
 
 [[maybe_unused]] inline void store(const LinearOutput& out, int64_t m, int64_t n, float value) {
   if (out.bias != nullptr) value = value + out.bias[n];
+  value = activated(out.activation, value);
   const int64_t at = m * out.stride + n;
   switch (out.type) {
     case FloatType::float32:

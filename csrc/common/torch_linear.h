@@ -189,6 +189,13 @@ inline std::optional<Float32Vector> read_bias(const std::optional<Tensor>& bias,
   return std::make_optional<Float32Vector>(*bias, op, "bias");
 }
 
+// The schemas' `int activation`: its place in Activation.
+inline Activation read_activation(int64_t activation, const char* op) {
+  check(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu_tanh), op,
+        ": activation must be 0 (none), 1 (relu), 2 (gelu) or 3 (gelu_tanh), it is ", activation);
+  return static_cast<Activation>(activation);
+}
+
 // Static activation quantisation: one scale and zero point for the whole tensor.
 struct StaticInput {
   float scale;

@@ -8,6 +8,8 @@
 //
 // What bounds it: the tensor cores. A stage is 8 products of 64 x 256 x 32, some 1000 cycles of
 // them.
+#include <type_traits>
+
 #include "common/cuda/finish.cuh"
 #include "common/cuda/pipeline.cuh"
 #include "common/cuda/wgmma.cuh"
@@ -29,12 +31,13 @@ constexpr int kWarpRows = 16, kOutBytes = 128, kOutStride = kOutBytes + 16;
 constexpr int kDynamicBytes = kStages * kStageBytes + kConsumerWarps * kWarpRows * kOutStride;
 
 // The 16 rows from m0 on and 256 columns from n0 on that a warp holds, 128 bytes of each row at a
-// time. `staging` is the warp's own.
-template <class T>
+// time. `staging` is the warp's own. What is to be activated stays float until then.
+template <class T, bool kActivates>
 __device__ __forceinline__ void store_sums(const DeviceLinear& linear, int64_t m0, int64_t n0,
                                            const int32_t (&sums)[kTileN / 2],
                                            unsigned char* staging) {
-  constexpr int kColumns = kOutBytes / int(sizeof(T)), kTiles = kColumns / 8;
+  using Staged = std::conditional_t<kActivates, float, T>;
+  constexpr int kColumns = kOutBytes / int(sizeof(Staged)), kTiles = kColumns / 8;
   const int lane = int(threadIdx.x) % kWarpThreads;
 #pragma unroll
   for (int part = 0; part < kTileN / kColumns; ++part) {
@@ -50,13 +53,17 @@ __device__ __forceinline__ void store_sums(const DeviceLinear& linear, int64_t m
         for (int half = 0; half < 2; ++half) {
           const int row = 8 * half + lane / 4;
           if (m0 + row < linear.m)
-            write_float(reinterpret_cast<T*>(staging + row * kOutStride) + in_part,
+            write_float(reinterpret_cast<Staged*>(staging + row * kOutStride) + in_part,
                         finished<0>(linear, sums[(part * kTiles + j) * 4 + 2 * half + column],
                                     m0 + row, scaling));
         }
       }
     __syncwarp();
-    store_rows<T, kWarpRows, kOutBytes, kOutStride>(linear, m0, n0 + part * kColumns, staging);
+    if constexpr (kActivates)
+      store_activated_rows<kWarpRows, kOutBytes, kOutStride>(linear, m0, n0 + part * kColumns,
+                                                             staging);
+    else
+      store_rows<T, kWarpRows, kOutBytes, kOutStride>(linear, m0, n0 + part * kColumns, staging);
     __syncwarp();
   }
 }
@@ -110,8 +117,12 @@ __global__ void __launch_bounds__(kRolesThreads, 1)
     wgmma_wait<0>();
     touch(sums);
     ring.release(used - 1);
-    store_sums<T>(problem.linear, first_row(tile) + warp * kWarpRows, tile.column * kTileN, sums,
-                  shared + kStages * kStageBytes + warp * kWarpRows * kOutStride);
+    const int64_t m0 = first_row(tile) + warp * kWarpRows, n0 = tile.column * kTileN;
+    unsigned char* const staging = shared + kStages * kStageBytes + warp * kWarpRows * kOutStride;
+    if (problem.linear.activation == Activation::none)
+      store_sums<T, false>(problem.linear, m0, n0, sums, staging);
+    else
+      store_sums<T, true>(problem.linear, m0, n0, sums, staging);
   };
   run_roles(problem, init, produce, consume);
 }

@@ -10,7 +10,7 @@ constexpr const char* kOp = "int8_linear";
 // `quantize` gives the rows of `shape`; it is called once everything is checked.
 template <class Quantize>
 Tensor multiply(const Tensor& like, const LinearShape& shape, const Tensor& packed_weight,
-                const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t activation,
                 const int32_t* zero_point, cudaStream_t stream, const Quantize& quantize) {
   const int64_t packed_k = check_int8_weight(kOp, shape.k, packed_weight, weight_scale);
   check_same_device(kOp, like, {&packed_weight, &weight_scale});
@@ -28,6 +28,7 @@ Tensor multiply(const Tensor& like, const LinearShape& shape, const Tensor& pack
   linear.weight_scale = static_cast<const float*>(scale.const_data_ptr());
   linear.y = y.mutable_data_ptr();
   linear.type = shape.type;
+  linear.activation = read_activation(activation, kOp);
   std::optional<Tensor> bias_values;
   if (bias) {
     check_same_device(kOp, like, {&*bias});
@@ -47,7 +48,7 @@ Tensor multiply(const Tensor& like, const LinearShape& shape, const Tensor& pack
 
 Tensor int8_linear_on_device(const Tensor& x, const Tensor& packed_weight,
                              const Tensor& weight_scale, const std::optional<Tensor>& bias,
-                             const std::optional<Tensor>& input_scale,
+                             int64_t activation, const std::optional<Tensor>& input_scale,
                              const std::optional<Tensor>& input_zero_point) {
   const DeviceGuard guard(x.get_device_index());
   check_static_input(kOp, input_scale, input_zero_point);
@@ -62,19 +63,20 @@ Tensor int8_linear_on_device(const Tensor& x, const Tensor& packed_weight,
     }
   }
   const cudaStream_t stream = current_stream(x);
-  return multiply(x, linear_shape(x, rows), packed_weight, weight_scale, bias,
+  return multiply(x, linear_shape(x, rows), packed_weight, weight_scale, bias, activation,
                   fixed ? fixed->zero_point : nullptr, stream,
                   [&] { return QuantizedInputOnDevice(x, rows, fixed, stream); });
 }
 
 Tensor int8_linear_rows_on_device(const Tensor& q, const Tensor& scale, const Tensor& sum,
                                   const Tensor& packed_weight, const Tensor& weight_scale,
-                                  const std::optional<Tensor>& bias, ScalarType dtype) {
+                                  const std::optional<Tensor>& bias, ScalarType dtype,
+                                  int64_t activation) {
   const DeviceGuard guard(q.get_device_index());
   const RowTensors rows = read_quantized_rows(q, scale, sum, kOp, kInt8MaxK);
   check_same_device(kOp, q, {&scale, &sum});
-  return multiply(q, linear_shape(rows, dtype, kOp), packed_weight, weight_scale, bias, nullptr,
-                  current_stream(q), [&] { return QuantizedInputOnDevice(rows); });
+  return multiply(q, linear_shape(rows, dtype, kOp), packed_weight, weight_scale, bias, activation,
+                  nullptr, current_stream(q), [&] { return QuantizedInputOnDevice(rows); });
 }
 
 }  // namespace

@@ -107,9 +107,9 @@ __global__ void __launch_bounds__(kGroupedWarps* kWarpThreads)
     const int64_t n = n0 + i / 2 * 8 + row, m = m0 + 2 * quarter + i % 2;
     if (n >= linear.n || m >= linear.m) continue;
     const float scaled = total[i] * linear.x_scale[m];
-    write_float(
-        linear.y, linear.type, m * linear.n + n,
-        linear.bias == nullptr ? scaled : scaled + read_float(linear.bias, linear.bias_type, n));
+    const float value =
+        linear.bias == nullptr ? scaled : scaled + read_float(linear.bias, linear.bias_type, n);
+    write_float(linear.y, linear.type, m * linear.n + n, activated(linear.activation, value));
   }
 }
 

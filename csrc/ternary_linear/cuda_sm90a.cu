@@ -12,6 +12,8 @@
 // What bounds it: the tensor cores, as long as the warpgroups take turns: one decodes (16 registers
 // a lane and step, some 40 instructions) while the other's products run. Within a warpgroup the two
 // cannot overlap: ptxas serialises products whose registers are written while others are pending.
+#include <type_traits>
+
 #include "common/cuda/finish.cuh"
 #include "common/cuda/pipeline.cuh"
 #include "common/cuda/wgmma.cuh"
@@ -60,11 +62,12 @@ __device__ __forceinline__ void decode(Fragments& a, const unsigned char* packed
 }
 
 // The 16 columns from n0 on and 256 rows from m0 on that a warp holds, transposed by way of
-// `staging`, the warp's own.
-template <class T>
+// `staging`, the warp's own. What is to be activated stays float until then.
+template <class T, bool kActivates>
 __device__ __forceinline__ void store_sums(const DeviceLinear& linear, int64_t m0, int64_t n0,
                                            const int32_t (&sums)[kTileRows / 2],
                                            unsigned char* staging) {
+  using Staged = std::conditional_t<kActivates, float, T>;
   const int lane = int(threadIdx.x) % kWarpThreads;
   ColumnScaling scaling[2] = {};
 #pragma unroll
@@ -83,13 +86,17 @@ __device__ __forceinline__ void store_sums(const DeviceLinear& linear, int64_t m
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           write_float(
-              reinterpret_cast<T*>(staging + row * kOutStride<T>) + 8 * half + lane / 4,
+              reinterpret_cast<Staged*>(staging + row * kOutStride<Staged>) + 8 * half + lane / 4,
               finished<kOffset>(linear, sums[(part * (kPartRows / 8) + j) * 4 + 2 * half + column],
                                 m, scaling[half]));
       }
     __syncwarp();
-    store_rows<T, kPartRows, kOutBytes<T>, kOutStride<T>>(linear, m0 + part * kPartRows, n0,
-                                                          staging);
+    if constexpr (kActivates)
+      store_activated_rows<kPartRows, kOutBytes<float>, kOutStride<float>>(
+          linear, m0 + part * kPartRows, n0, staging);
+    else
+      store_rows<T, kPartRows, kOutBytes<T>, kOutStride<T>>(linear, m0 + part * kPartRows, n0,
+                                                            staging);
     __syncwarp();
   }
 }
@@ -155,8 +162,13 @@ __global__ void __launch_bounds__(kRolesThreads, 1)
       touch(sums);
       ring.release(used);
     }
-    store_sums<T>(problem.linear, tile.row * kTileRows, first_column(tile) + warp * kWarpWeights,
-                  sums, packed_tiles + kPackedStages * kPackedBytes + warp * kStagingBytes);
+    const int64_t m0 = tile.row * kTileRows, n0 = first_column(tile) + warp * kWarpWeights;
+    unsigned char* const staging =
+        packed_tiles + kPackedStages * kPackedBytes + warp * kStagingBytes;
+    if (problem.linear.activation == Activation::none)
+      store_sums<T, false>(problem.linear, m0, n0, sums, staging);
+    else
+      store_sums<T, true>(problem.linear, m0, n0, sums, staging);
   };
   run_roles(problem, init, produce, consume);
 }

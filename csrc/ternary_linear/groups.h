@@ -2,6 +2,9 @@
 // and from float totals to outputs.
 #pragma once
 
+#include <algorithm>
+
+#include "common/activate_all.h"
 #include "common/linear.h"
 #include "ternary_linear/ternary_linear.h"
 
@@ -21,11 +24,23 @@ namespace {
 }
 
 template <class T>
-void finish_grouped_row(const float* totals, float x_scale, const float* bias, int64_t count,
-                        T* y) {
-  for (int64_t j = 0; j < count; ++j) {
-    const float value = totals[j] * x_scale;
-    narrow(bias == nullptr ? value : value + bias[j], y + j);
+void finish_grouped_row(const float* totals, float x_scale, const float* bias,
+                        Activation activation, int64_t count, T* y) {
+  const auto value = [&](int64_t j) {
+    const float scaled = totals[j] * x_scale;
+    return bias == nullptr ? scaled : scaled + bias[j];
+  };
+  if (activation == Activation::none) {
+    for (int64_t j = 0; j < count; ++j) narrow(value(j), y + j);
+    return;
+  }
+  constexpr int64_t kAtATime = 64;
+  float values[kAtATime];
+  for (int64_t first = 0; first < count; first += kAtATime) {
+    const int64_t some = std::min(kAtATime, count - first);
+    for (int64_t j = 0; j < some; ++j) values[j] = value(first + j);
+    activate_all(activation, values, some);
+    for (int64_t j = 0; j < some; ++j) narrow(values[j], y + first + j);
   }
 }
 
@@ -37,11 +52,14 @@ void finish_grouped_row(const float* totals, float x_scale, const float* bias, i
   const int64_t at = m * out.stride + n;
   switch (out.type) {
     case FloatType::float32:
-      return finish_grouped_row(totals, x_scale, bias, count, static_cast<float*>(out.y) + at);
+      return finish_grouped_row(totals, x_scale, bias, out.activation, count,
+                                static_cast<float*>(out.y) + at);
     case FloatType::bfloat16:
-      return finish_grouped_row(totals, x_scale, bias, count, static_cast<bfloat16*>(out.y) + at);
+      return finish_grouped_row(totals, x_scale, bias, out.activation, count,
+                                static_cast<bfloat16*>(out.y) + at);
     case FloatType::float16:
-      return finish_grouped_row(totals, x_scale, bias, count, static_cast<float16*>(out.y) + at);
+      return finish_grouped_row(totals, x_scale, bias, out.activation, count,
+                                static_cast<float16*>(out.y) + at);
   }
 }
 

@@ -23,11 +23,12 @@ constexpr TernaryLinearKernel kKernels[] = {
 // `quantize` gives the rows of `shape`; it is called once everything is checked.
 template <class Quantize>
 Tensor multiply(const Tensor& like, const LinearShape& shape, const Tensor& packed_weight,
-                const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t activation,
                 const Quantize& quantize) {
   const auto [n, words, group_size] =
       check_ternary_weight(kOp, shape.k, packed_weight, weight_scale);
 
+  const Activation kind = read_activation(activation, kOp);
   const Tensor weight = as_contiguous(packed_weight);
   const Tensor scale = as_contiguous(weight_scale);
   const auto bias_values = read_bias(bias, n, kOp);
@@ -44,24 +45,25 @@ Tensor multiply(const Tensor& like, const LinearShape& shape, const Tensor& pack
                              per_tensor,
                              group_size};
   const LinearOutput out{y.mutable_data_ptr(), n, shape.type,
-                         bias_values.has_value() ? bias_values->data() : nullptr};
+                         bias_values.has_value() ? bias_values->data() : nullptr, kind};
   parallel_tiles(shape.m, n, shape.k,
                  [&](const Tile& tile) { kernel.run(input.rows(), packed, out, tile); });
   return y;
 }
 
 Tensor ternary_linear_cpu(const Tensor& x, const Tensor& packed_weight, const Tensor& weight_scale,
-                          const std::optional<Tensor>& bias) {
+                          const std::optional<Tensor>& bias, int64_t activation) {
   const Matrix rows = as_matrix(x, kOp, "x", kTernaryMaxK);
-  return multiply(x, linear_shape(x, rows), packed_weight, weight_scale, bias,
+  return multiply(x, linear_shape(x, rows), packed_weight, weight_scale, bias, activation,
                   [&] { return QuantizedInput(rows, kTernaryChunk); });
 }
 
 Tensor ternary_linear_rows_cpu(const Tensor& q, const Tensor& scale, const Tensor& sum,
                                const Tensor& packed_weight, const Tensor& weight_scale,
-                               const std::optional<Tensor>& bias, ScalarType dtype) {
+                               const std::optional<Tensor>& bias, ScalarType dtype,
+                               int64_t activation) {
   const RowTensors rows = read_quantized_rows(q, scale, sum, kOp, kTernaryMaxK);
-  return multiply(q, linear_shape(rows, dtype, kOp), packed_weight, weight_scale, bias,
+  return multiply(q, linear_shape(rows, dtype, kOp), packed_weight, weight_scale, bias, activation,
                   [&] { return QuantizedInput(rows, kTernaryChunk); });
 }
 
@@ -70,11 +72,11 @@ Tensor ternary_linear_rows_cpu(const Tensor& q, const Tensor& scale, const Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
   m.def(
-      "ternary_linear(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias=None) -> "
-      "Tensor");
+      "ternary_linear(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias=None, "
+      "int activation=0) -> Tensor");
   m.def(
       "ternary_linear_rows(Tensor q, Tensor scale, Tensor sum, Tensor packed_weight, Tensor "
-      "weight_scale, Tensor? bias, ScalarType dtype) -> Tensor");
+      "weight_scale, Tensor? bias, ScalarType dtype, int activation=0) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
   m.impl("ternary_linear", TORCH_BOX(&trine::ternary_linear_cpu));

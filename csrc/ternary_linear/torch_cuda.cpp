@@ -10,8 +10,8 @@ constexpr const char* kOp = "ternary_linear";
 // `quantize` gives the rows of `shape`; it is called once everything is checked.
 template <class Quantize>
 Tensor multiply(const Tensor& like, const LinearShape& shape, const Tensor& packed_weight,
-                const Tensor& weight_scale, const std::optional<Tensor>& bias, cudaStream_t stream,
-                const Quantize& quantize) {
+                const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t activation,
+                cudaStream_t stream, const Quantize& quantize) {
   const auto [n, words, group_size] =
       check_ternary_weight(kOp, shape.k, packed_weight, weight_scale);
   check_same_device(kOp, like, {&packed_weight, &weight_scale});
@@ -29,6 +29,7 @@ Tensor multiply(const Tensor& like, const LinearShape& shape, const Tensor& pack
   linear.per_tensor = group_size == 0 && scale.numel() == 1;
   linear.y = y.mutable_data_ptr();
   linear.type = shape.type;
+  linear.activation = read_activation(activation, kOp);
   std::optional<Tensor> bias_values;
   if (bias) {
     check_same_device(kOp, like, {&*bias});
@@ -43,21 +44,23 @@ Tensor multiply(const Tensor& like, const LinearShape& shape, const Tensor& pack
 }
 
 Tensor ternary_linear_on_device(const Tensor& x, const Tensor& packed_weight,
-                                const Tensor& weight_scale, const std::optional<Tensor>& bias) {
+                                const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                                int64_t activation) {
   const DeviceGuard guard(x.get_device_index());
   const Matrix rows = as_matrix(x, kOp, "x", kTernaryMaxK);
   const cudaStream_t stream = current_stream(x);
-  return multiply(x, linear_shape(x, rows), packed_weight, weight_scale, bias, stream,
+  return multiply(x, linear_shape(x, rows), packed_weight, weight_scale, bias, activation, stream,
                   [&] { return QuantizedInputOnDevice(x, rows, std::nullopt, stream); });
 }
 
 Tensor ternary_linear_rows_on_device(const Tensor& q, const Tensor& scale, const Tensor& sum,
                                      const Tensor& packed_weight, const Tensor& weight_scale,
-                                     const std::optional<Tensor>& bias, ScalarType dtype) {
+                                     const std::optional<Tensor>& bias, ScalarType dtype,
+                                     int64_t activation) {
   const DeviceGuard guard(q.get_device_index());
   const RowTensors rows = read_quantized_rows(q, scale, sum, kOp, kTernaryMaxK);
   check_same_device(kOp, q, {&scale, &sum});
-  return multiply(q, linear_shape(rows, dtype, kOp), packed_weight, weight_scale, bias,
+  return multiply(q, linear_shape(rows, dtype, kOp), packed_weight, weight_scale, bias, activation,
                   current_stream(q), [&] { return QuantizedInputOnDevice(rows); });
 }
 

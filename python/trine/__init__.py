@@ -3,7 +3,7 @@
 from trine import backends, calibration, distill, export, factorize, nn, ops, prune, quantize
 from trine._C import version as __version__
 from trine.calibration import calibrate
-from trine.compress import Recipe, compress, fuse_norms, load, save
+from trine.compress import Recipe, compress, fuse_activations, fuse_norms, load, save
 from trine.compress.convert import convert
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "export",
     "factorize",
     "from_bitnet",
+    "fuse_activations",
     "fuse_norms",
     "load",
     "nn",

@@ -56,6 +56,7 @@ OPS = (
     ternary24_linear,
     softmax_kl,
 ) = map(reference, OPS)
+CODES = importlib.import_module("trine.ops.activation").CODES
 pack_conv2d = importlib.import_module("trine.ops.int8_conv2d.pack").pack_conv2d
 
 # Only now: it imports a reference, too.
@@ -159,6 +160,17 @@ def linear_cases() -> Iterator[tuple[tuple[int, int, int], torch.dtype, bool, in
         yield shape, DTYPES[i % 3], i % 2 == 0, 1 + i % 4
 
 
+def activated_cases() -> Iterator[tuple[str, tuple]]:
+    """Some of those cases, of all kinds, with each activation."""
+    for i, case in enumerate(linear_cases()):
+        if i % 2 == 0:
+            yield [*CODES][i // 2 % 3], case
+
+
+def code_of(activation: str | None) -> tuple[float]:
+    return (float(CODES.get(activation, 0)),)
+
+
 def calls_of_quantize_rows() -> Iterator[Call]:
     for dtype in DTYPES:
         for m, k in ((1, 1), (3, 7), (2, 8), (5, 37), (4, 64), (3, 1001), (0, 5), (2, 0)):
@@ -190,25 +202,33 @@ def calls_of_norm_quantize_rows() -> Iterator[Call]:
 def on_rows(call: Call, x: Tensor) -> Call:
     """The same call of a linear op, of rows quantised before."""
     tensors = (*quantize_rows.quantize_rows(x), *call.tensors[1:4])
-    number = float(TYPES.index(x.dtype))
-    return Call(f"{call.op}_rows", tensors, call.check, (number,), threads=call.threads)
+    numbers = (float(TYPES.index(x.dtype)), *call.numbers)
+    return Call(f"{call.op}_rows", tensors, call.check, numbers, threads=call.threads)
 
 
 def calls_of_int8_linear() -> Iterator[Call]:
-    def call(x, packed, scale, bias=None, static=None, threads=1) -> Call:
+    def call(x, packed, scale, bias=None, static=None, threads=1, activation=None) -> Call:
         tensors, options = (x, packed, scale, bias, None, None), {}
         if static is not None:
             input_scale, zero_point = torch.tensor(static[0]), torch.tensor(static[1]).int()
             tensors = (x, packed, scale, bias, input_scale, zero_point)
             options = {"input_scale": input_scale, "input_zero_point": zero_point}
-        y = int8_linear.int8_linear(x, packed, scale, bias, **options)
-        return Call("int8_linear", tensors, same_bits(y), threads=threads)
+        y = int8_linear.int8_linear(x, packed, scale, bias, **options, activation=activation)
+        return Call("int8_linear", tensors, same_bits(y), code_of(activation), threads=threads)
 
     for shape, dtype, bias, threads in linear_cases():
         x, *weight = int8_linear.example_inputs(*shape, dtype, bias)
         yield (dynamic := call(x, *weight, threads=threads))
         yield on_rows(dynamic, x)
         yield call(padded(x), *weight, (0.03, 5), threads)
+    for activation, (shape, dtype, bias, threads) in activated_cases():
+        x, *weight = int8_linear.example_inputs(*shape, dtype, bias)
+        yield (dynamic := call(x, *weight, threads=threads, activation=activation))
+        yield on_rows(dynamic, x)
+    values = torch.cat([torch.linspace(-14, 14, 999), torch.tensor([torch.nan, torch.inf, -0.0])])
+    nothing, ones = torch.zeros(len(values), 16, dtype=torch.int8), torch.ones(len(values))
+    for activation in CODES:
+        yield call(ones[None, :16], nothing, ones, values, activation=activation)
     for k, dtype in product((1, 37, 130), DTYPES):
         _, *weight = int8_linear.example_inputs(1, 7, k, dtype)
         for static in (None, (0.5, -128), (0.02, 100)):
@@ -280,9 +300,10 @@ def calls_of_int8_embedding() -> Iterator[Call]:
 
 
 def calls_of_ternary_linear() -> Iterator[Call]:
-    def call(x, packed, scale, bias=None, threads=1) -> Call:
-        y = ternary_linear.ternary_linear(x, packed, scale, bias)
-        return Call("ternary_linear", (x, packed, scale, bias), same_bits(y), threads=threads)
+    def call(x, packed, scale, bias=None, threads=1, activation=None) -> Call:
+        y = ternary_linear.ternary_linear(x, packed, scale, bias, activation=activation)
+        tensors, code = (x, packed, scale, bias), code_of(activation)
+        return Call("ternary_linear", tensors, same_bits(y), code, threads=threads)
 
     for shape, dtype, bias, threads in linear_cases():
         for scale_shape in ((), None):
@@ -293,6 +314,11 @@ def calls_of_ternary_linear() -> Iterator[Call]:
         for dtype in DTYPES:
             inputs = ternary_linear.example_inputs(m, n, k, dtype, True, (n, groups))
             yield call(*inputs, threads=m % 3 + 1)
+            yield call(*inputs, activation=[*CODES][m % 3])
+    for activation, (shape, dtype, bias, threads) in activated_cases():
+        x, *weight = ternary_linear.example_inputs(*shape, dtype, bias)
+        yield (called := call(x, *weight, threads=threads, activation=activation))
+        yield on_rows(called, x)
     for k, dtype in product((1, 37, 130), DTYPES):
         _, *weight = ternary_linear.example_inputs(1, 7, k, dtype)
         yield call(difficult_rows(k, dtype), *weight)

@@ -121,14 +121,15 @@ std::vector<Tensor> run(const Call& call) {
   }
   if (call.op == "int8_linear_rows" || call.op == "ternary_linear_rows")
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                 const Tensor&, const Optional&, ScalarType)>(call.op)(
+                                 const Tensor&, const Optional&, ScalarType, int64_t)>(call.op)(
         call.tensor(0), call.tensor(1), call.tensor(2), call.tensor(3), call.tensor(4),
-        call.tensors.at(5), static_cast<ScalarType>(int(call.numbers.at(0))))};
+        call.tensors.at(5), static_cast<ScalarType>(int(call.numbers.at(0))),
+        int64_t(call.numbers.at(1)))};
   if (call.op == "int8_linear")
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&,
-                                 const Optional&, const Optional&)>("int8_linear")(
-        call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3), call.tensors.at(4),
-        call.tensors.at(5))};
+                                 int64_t, const Optional&, const Optional&)>("int8_linear")(
+        call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3),
+        int64_t(call.numbers.at(0)), call.tensors.at(4), call.tensors.at(5))};
   if (call.op == "int8_embedding")
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, ScalarType)>(
         "int8_embedding")(call.tensor(0), call.tensor(1), call.tensor(2),
@@ -145,8 +146,12 @@ std::vector<Tensor> run(const Call& call) {
                            pair(0), pair(2), pair(4), number(6), number(7) != 0, call.tensors.at(4),
                            call.tensors.at(5))};
   }
-  if (call.op == "ternary_linear" || call.op == "ternary24_linear" ||
-      call.op == "int8_weight_linear")
+  if (call.op == "ternary_linear")
+    return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&,
+                                 int64_t)>(call.op)(call.tensor(0), call.tensor(1), call.tensor(2),
+                                                    call.tensors.at(3),
+                                                    int64_t(call.numbers.at(0)))};
+  if (call.op == "ternary24_linear" || call.op == "int8_weight_linear")
     return {registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
         call.op)(call.tensor(0), call.tensor(1), call.tensor(2), call.tensors.at(3))};
   if (call.op == "sparse24_linear")

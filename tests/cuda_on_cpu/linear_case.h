@@ -2,7 +2,7 @@
 // functions.
 //
 // A case: type of x and y, m, n, k, bytes of a packed row, number of weight scales, type of the
-// bias or -1, 1 if static, then x, packed weight, weight scales, bias, input scale, zero point. The
+// bias or -1, 1 if static plus twice the activation, then x, packed weight, weight scales, bias, input scale, zero point. The
 // answer: y.
 #pragma once
 
@@ -20,7 +20,8 @@ struct LinearCase {
   trine::FloatType type = static_cast<trine::FloatType>(read_number());
   int64_t m = read_number(), n = read_number(), k = read_number();
   int64_t packed_bytes = read_number(), scales = read_number(), bias_type = read_number();
-  bool fixed = read_number() != 0;
+  int64_t options = read_number();
+  bool fixed = options % 2 != 0;
   std::size_t size = std::size_t(trine::kFloatBytes[static_cast<int>(type)]);
   int64_t width = (k + trine::kActivationAlignment - 1) / trine::kActivationAlignment *
                   trine::kActivationAlignment;
@@ -68,6 +69,7 @@ struct LinearCase {
     linear.per_tensor = scales == 1 && n != 1;
     linear.y = y.data<void>();
     linear.type = type;
+    linear.activation = static_cast<trine::Activation>(options / 2);
     if (bias_type >= 0) {
       linear.bias = bias.data<void>();
       linear.bias_type = static_cast<trine::FloatType>(bias_type);

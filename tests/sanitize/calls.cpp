@@ -127,6 +127,8 @@ Call layer_norm_quantize_rows(const Shape& shape, ScalarType type, int variant, 
   };
 }
 
+constexpr int64_t kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3;
+
 // A linear op on rows that were quantised before.
 Call on_rows(const std::string& op, const Shape& shape, ScalarType type, const Tensor& packed,
              const Tensor& weight_scale, const Optional& bias, Values values) {
@@ -140,8 +142,8 @@ Call on_rows(const std::string& op, const Shape& shape, ScalarType type, const T
   return [=] {
     return std::vector{
         registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                             const Tensor&, const Optional&, ScalarType)>(op)(
-            q, scale, sum, packed, weight_scale, bias, type)};
+                             const Tensor&, const Optional&, ScalarType, int64_t)>(op)(
+            q, scale, sum, packed, weight_scale, bias, type, kGelu)};
   };
 }
 
@@ -160,10 +162,12 @@ Call int8_linear(const Shape& shape, ScalarType type, int variant, Values values
     zero_point.emplace(Tensor::Sizes{1}, ScalarType::Int);
     *values_of<int32_t>(*zero_point) = values == Values::extreme ? -128 : 7;
   }
+  const int64_t activation = variant == 0 ? kNone : variant == 1 ? kGeluTanh : kRelu;
   return [=] {
-    return std::vector{registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&,
-                                            const Optional&, const Optional&, const Optional&)>(
-        "int8_linear")(x, packed, scale, bias, input_scale, zero_point)};
+    return std::vector{
+        registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&, int64_t,
+                             const Optional&, const Optional&)>("int8_linear")(
+            x, packed, scale, bias, activation, input_scale, zero_point)};
   };
 }
 
@@ -264,9 +268,9 @@ Call ternary_linear(const Shape& shape, ScalarType type, int variant, Values val
   const Optional bias = bias_of(n, type, variant != 1, values);
   if (variant == 3) return on_rows("ternary_linear_rows", shape, type, packed, scale, bias, values);
   return [=] {
-    return std::vector{
-        registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&)>(
-            "ternary_linear")(x, packed, scale, bias)};
+    return std::vector{registered_as<Tensor(const Tensor&, const Tensor&, const Tensor&,
+                                            const Optional&, int64_t)>("ternary_linear")(
+        x, packed, scale, bias, variant == 1 ? kNone : kGelu)};
   };
 }
 

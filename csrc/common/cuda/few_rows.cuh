@@ -209,7 +209,8 @@ __global__ void __launch_bounds__(kWarps* kWarpThreads, kLeastBlocks<Weight, kBa
   store_added_sums<kWeightTiles, kBatchTiles, kWarps>(
       linear, n0, m0, reinterpret_cast<const int32_t*>(partial),
       [&](int32_t sum, int64_t m, int64_t n) {
-        return finished<Weight::kOffset>(linear, sum, m, column_scaling(linear, n));
+        return activated(linear.activation,
+                         finished<Weight::kOffset>(linear, sum, m, column_scaling(linear, n)));
       });
 }
 

@@ -61,6 +61,22 @@ __device__ __forceinline__ void store_rows(const DeviceLinear& linear, int64_t m
   }
 }
 
+// The same of floats that still are to be activated: one place for that code, a loop, where outputs
+// in registers would need a copy for each. A lane takes every 32nd float of a row.
+template <int kRows, int kRowBytes, int kStride>
+__device__ __forceinline__ void store_activated_rows(const DeviceLinear& linear, int64_t m0,
+                                                     int64_t n0, const unsigned char* staging) {
+  constexpr int kColumns = kRowBytes / int(sizeof(float));
+#pragma unroll 1
+  for (int i = int(threadIdx.x) % kWarpThreads; i < kRows * kColumns; i += kWarpThreads) {
+    const int64_t m = m0 + i / kColumns, n = n0 + i % kColumns;
+    if (m >= linear.m || n >= linear.n) continue;
+    const float value =
+        *reinterpret_cast<const float*>(staging + i / kColumns * kStride + i % kColumns * 4);
+    write_float(linear.y, linear.type, m * linear.n + n, activated(linear.activation, value));
+  }
+}
+
 // What an output adds and multiplies by its column; loaded once for many rows.
 struct ColumnScaling {
   int32_t minus;

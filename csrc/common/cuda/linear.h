@@ -1,6 +1,6 @@
 // What every integer linear kernel on a GPU is given. All pointers are to the device's memory.
 //
-//   y[m][n] = narrow(((float(acc) * x_scale[m]) * weight_scale[n]) + bias[n])
+//   y[m][n] = narrow(activated(((float(acc) * x_scale[m]) * weight_scale[n]) + bias[n]))
 //   acc     = sum over k of q[m][k] * w[n][k], exact in int32, less column_minus[n]
 //
 // with one rounding at each step, as on the CPU.
@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/cuda/stream.h"
 #include "common/float_types.h"
 
@@ -28,6 +29,7 @@ struct DeviceLinear {
   FloatType bias_type;
   void* y;  // [m][n] of type
   FloatType type;
+  Activation activation;
 };
 
 // A tile of the copy engine is 128 bytes wide; zeros to the end of the last one spare every kernel

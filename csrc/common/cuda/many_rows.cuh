@@ -185,6 +185,35 @@ __global__ void __launch_bounds__(LinearTile::kThreads, 1) many_rows_kernel(Devi
   };
   multiply_stages<LinearTile, Weight>(steps, load, sums, [](int64_t) {});
 
+  if (linear.activation != Activation::none) {
+    // Through shared memory, which the stages no longer need: 16 rows of a warp at a time.
+    constexpr int kBytes = LinearTile::kWarpColumns * int(sizeof(float)), kStride = kBytes + 16;
+    static_assert(LinearTile::kThreads / kWarpThreads * 16 * kStride <=
+                  kManyRowsStages * LinearTile::kStageBytes<Weight>);
+    TRINE_DYNAMIC_SHARED(stages);
+    const int lane = int(threadIdx.x) % kWarpThreads;
+    unsigned char* const staging = stages + int(threadIdx.x) / kWarpThreads * 16 * kStride;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < LinearTile::kRowTiles; ++i) {
+      const int64_t first_m = m0 + LinearTile::warp_m() + 16 * i;
+      const int64_t first_n = n0 + LinearTile::warp_n();
+#pragma unroll
+      for (int e = 0; e < LinearTile::kColumnTiles * 4; ++e) {
+        const int row = 8 * (e % 4 / 2) + lane / 4, in_row = 8 * (e / 4) + 2 * (lane % 4) + e % 2;
+        const int64_t m = first_m + row, n = first_n + in_row;
+        if (m < linear.m && n < linear.n)
+          *reinterpret_cast<float*>(staging + row * kStride + in_row * int(sizeof(float))) =
+              finished<Weight::kOffset>(linear, sums[i][e / 4][e % 4], m,
+                                        column_scaling(linear, n));
+      }
+      __syncwarp();
+      store_activated_rows<16, kBytes, kStride>(linear, first_m, first_n, staging);
+      __syncwarp();
+    }
+    return;
+  }
+
   struct Column {
     int64_t n;
     ColumnScaling scaling;

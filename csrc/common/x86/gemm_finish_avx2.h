@@ -23,6 +23,12 @@ namespace {
   return _mm_add_epi32(_mm256_castsi256_si128(abcd), _mm256_extracti128_si256(abcd, 1));
 }
 
+template <class T>
+void store_values(const Finish& f, const float* values, T* y) {
+  for (int64_t n = 0; n < f.columns; n += 8)
+    store_floats(load_floats(values + n, f.columns - n), y + n, f.columns - n);
+}
+
 // Adding -0 changes no float, as no bias must.
 template <class Weight, class T>
 void finish_sums(const Weight&, const Finish& f, T* y, int64_t y_stride) {

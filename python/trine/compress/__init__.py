@@ -2,12 +2,19 @@
 
 from trine.compress.checkpoint import load, save
 from trine.compress.compress import compress
+from trine.compress.fuse_activations import (
+    ActivationReport,
+    ActivationsReport,
+    fuse_activations,
+)
 from trine.compress.fuse_norms import fuse_norms
 from trine.compress.fusion_report import FusionReport, NormReport
 from trine.compress.recipe import Recipe
 from trine.compress.report import CompressionReport, LayerReport, ShapeTiming
 
 __all__ = [
+    "ActivationReport",
+    "ActivationsReport",
     "CompressionReport",
     "FusionReport",
     "LayerReport",
@@ -15,6 +22,7 @@ __all__ = [
     "Recipe",
     "ShapeTiming",
     "compress",
+    "fuse_activations",
     "fuse_norms",
     "load",
     "save",

@@ -14,6 +14,7 @@ import torch
 from onnxscript import ir
 from onnxscript.onnx_opset import opset20 as op
 
+from trine.ops.activation import CODES
 from trine.ops.norm_quantize_rows.reference import SUM_LANES
 from trine.ops.quantize_rows.reference import SMALLEST_ABSMAX
 
@@ -22,17 +23,28 @@ _FLOAT, _INT8 = ir.DataType.FLOAT, ir.DataType.INT8
 _INT32, _UINT32, _UINT8 = ir.DataType.INT32, ir.DataType.UINT32, ir.DataType.UINT8
 
 
-def int8_linear(x, packed_weight, weight_scale, bias=None, input_scale=None, input_zero_point=None):
+def int8_linear(
+    x,
+    packed_weight,
+    weight_scale,
+    bias=None,
+    activation=0,
+    input_scale=None,
+    input_zero_point=None,
+):
     k = x.shape[-1]
     if input_scale is not None:
         weight = _int8_weight(packed_weight, k)
-        return _as(_static(x, weight, weight_scale, bias, input_scale, input_zero_point), x.dtype)
-    return _as(_int8(*_quantize(_wide(x)), k, packed_weight, weight_scale, bias), x.dtype)
+        y = _static(x, weight, weight_scale, bias, input_scale, input_zero_point)
+    else:
+        y = _int8(*_quantize(_wide(x)), k, packed_weight, weight_scale, bias)
+    return _as(_activated(y, activation), x.dtype)
 
 
-def int8_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
+def int8_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype, activation=0):
     x_scale, rows = op.Unsqueeze(scale, _last()), op.Cast(q, to=_FLOAT)
-    return _as(_int8(rows, x_scale, q.shape[-1], packed_weight, weight_scale, bias), dtype)
+    y = _int8(rows, x_scale, q.shape[-1], packed_weight, weight_scale, bias)
+    return _as(_activated(y, activation), dtype)
 
 
 def int8_weight_linear(x, packed_weight, weight_scale, bias=None):
@@ -48,14 +60,15 @@ def int8_weight_linear(x, packed_weight, weight_scale, bias=None):
     return _as(_add(op.MatMul(_wide(x), op.Transpose(weight)), bias), x.dtype)
 
 
-def ternary_linear(x, packed_weight, weight_scale, bias=None):
+def ternary_linear(x, packed_weight, weight_scale, bias=None, activation=0):
     y = _ternary(*_quantize(_wide(x)), x.shape[-1], packed_weight, weight_scale, bias)
-    return _as(y, x.dtype)
+    return _as(_activated(y, activation), x.dtype)
 
 
-def ternary_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
+def ternary_linear_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype, activation=0):
     x_scale, rows = op.Unsqueeze(scale, _last()), op.Cast(q, to=_FLOAT)
-    return _as(_ternary(rows, x_scale, q.shape[-1], packed_weight, weight_scale, bias), dtype)
+    y = _ternary(rows, x_scale, q.shape[-1], packed_weight, weight_scale, bias)
+    return _as(_activated(y, activation), dtype)
 
 
 def quantize_rows(x):
@@ -194,6 +207,15 @@ def _by_group(q, codes, weight_scale, k: int):
         part = op.Mul(op.Cast(acc, to=_FLOAT), scale)
         total = part if total is None else op.Add(total, part)
     return total
+
+
+def _activated(y, code: int):
+    """ReLU has trine's bits. ONNX has no operation on bits: its GELU is another approximation."""
+    if code == CODES["relu"]:
+        return op.Relu(y)
+    if code:
+        return op.Gelu(y, approximate="tanh" if code == CODES["gelu_tanh"] else "none")
+    return y
 
 
 def _columns(weight, k: int):

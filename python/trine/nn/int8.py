@@ -5,14 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trine.nn.packed import PackedLinear, dense_parts
+from trine.nn.packed import PackedLinear, activation_option, dense_parts
 from trine.ops import int8_linear, pack_int8, unpack_int8
+from trine.ops.activation import activation_code
 from trine.ops.int8_linear.pack import CHUNK
 from trine.quantize.weights import int8_absmax
 
 
 class Int8Linear(PackedLinear):
-    """y = x @ (codes * weight_scale).T + bias, on `trine.ops.int8_linear`.
+    """y = activation(x @ (codes * weight_scale).T + bias), on `trine.ops.int8_linear`.
 
     Buffers: packed_weight int8 [N, 16 * ceil(K / 16)], weight_scale float32 [N], bias [N] or None,
     and, with `static_input`, input_scale float32 [1] and input_zero_point int32 [1].
@@ -23,6 +24,8 @@ class Int8Linear(PackedLinear):
         bias: whether the layer has one.
         static_input: the activations have one scale and zero point, fixed beforehand, instead of
             one scale per row, found at run time.
+        activation: None, "relu", "gelu" or "gelu_tanh", computed before the result is rounded; an
+            attribute that may be set later.
         device, dtype: as for torch.nn.Linear; float32, bfloat16 or float16.
     """
 
@@ -40,10 +43,13 @@ class Int8Linear(PackedLinear):
         bias: bool = True,
         *,
         static_input: bool = False,
+        activation: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, dtype)
+        activation_code(type(self).__name__, activation)
+        self.activation = activation
         packed_k = CHUNK * -(-in_features // CHUNK)
         self._add_buffer("packed_weight", (out_features, packed_k), torch.int8, device)
         self._add_buffer("weight_scale", (out_features,), torch.float32, device)
@@ -128,10 +134,12 @@ class Int8Linear(PackedLinear):
             bias,
             input_scale=buffers["input_scale"],
             input_zero_point=buffers["input_zero_point"],
+            activation=self.activation,
         )
 
     def _dense_weight(self) -> Tensor:
         return unpack_int8(self.packed_weight, self.in_features) * self.weight_scale[:, None]
 
     def _options(self) -> dict[str, Any]:
-        return {"static_input": self.input_scale is not None}
+        static = self.input_scale is not None
+        return {"static_input": static, **activation_option(self.activation)}

@@ -18,7 +18,8 @@ class NormedTernaryLinear(TernaryLinear):
     Buffers: those of `TernaryLinear`, and norm_weight [K].
 
     Args:
-        in_features, out_features, bias, granularity, device, dtype: as for `TernaryLinear`.
+        in_features, out_features, bias, granularity, activation, device, dtype: as for
+            `TernaryLinear`.
         eps: what the norm adds to the mean square.
     """
 
@@ -36,11 +37,18 @@ class NormedTernaryLinear(TernaryLinear):
         *,
         eps: float = 1e-6,
         granularity: str | int = "tensor",
+        activation: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__(
-            in_features, out_features, bias, granularity=granularity, device=device, dtype=dtype
+            in_features,
+            out_features,
+            bias,
+            granularity=granularity,
+            activation=activation,
+            device=device,
+            dtype=dtype,
         )
         self.eps = eps
         self._add_buffer("norm_weight", (in_features,), self._dtype, device)
@@ -71,7 +79,13 @@ class NormedTernaryLinear(TernaryLinear):
             rows = nn.functional.rms_norm(x, (self.in_features,), weight, self.eps)
         else:
             rows = QuantizedRows.of_rms_norm(x, weight, self.eps)
-        return ternary_linear(rows, buffers["packed_weight"], buffers["weight_scale"], bias)
+        return ternary_linear(
+            rows,
+            buffers["packed_weight"],
+            buffers["weight_scale"],
+            bias,
+            activation=self.activation,
+        )
 
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "eps": self.eps}

@@ -196,6 +196,11 @@ class PackedLinear(PackedLayer):
         }
 
 
+def activation_option(activation: str | None) -> dict[str, Any]:
+    """What `_options` says of it: nothing without one, as in checkpoints from before there was."""
+    return {} if activation is None else {"activation": activation}
+
+
 def dense_parts(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight [N, K] and bias of a dense layer that is to be packed, without their history.
 

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from trine.nn.codes import CodesLinear, granularity_of, shape_of_scale
-from trine.nn.packed import dense_parts
+from trine.nn.packed import activation_option, dense_parts
 from trine.ops import pack_ternary, ternary_linear, unpack_ternary
+from trine.ops.activation import activation_code
 from trine.ops.ternary_linear.pack import CHUNK
 from trine.quantize.weights import dense, ternary_absmean, ternary_twn
 
 
 class TernaryLinear(CodesLinear):
-    """y = x @ (codes * weight_scale).T + bias, on `trine.ops.ternary_linear`.
+    """y = activation(x @ (codes * weight_scale).T + bias), on `trine.ops.ternary_linear`.
 
     Buffers: packed_weight int32 [N, 4 * ceil(K / 64)], weight_scale float32 ([1], [N] or
     [N, K / group size], see `granularity`), bias [N] or None.
@@ -24,9 +25,11 @@ class TernaryLinear(CodesLinear):
         bias: whether the layer has one.
         granularity: how much of the weight shares one scale: "tensor" (BitNet), "row", or a group
             size, that many consecutive columns of a row (a multiple of 64 that divides K).
+        activation: None, "relu", "gelu" or "gelu_tanh", computed before the result is rounded; an
+            attribute that may be set later.
         device, dtype: as for torch.nn.Linear; float32, bfloat16 or float16.
 
-    Raises ValueError for another granularity or dtype.
+    Raises ValueError for another granularity, activation or dtype.
     """
 
     kind = "ternary"
@@ -41,11 +44,14 @@ class TernaryLinear(CodesLinear):
         bias: bool = True,
         *,
         granularity: str | int = "tensor",
+        activation: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, dtype)
         self.granularity = granularity
+        activation_code(type(self).__name__, activation)
+        self.activation = activation
         words = CHUNK // 16 * -(-in_features // CHUNK)
         scale_shape = shape_of_scale("TernaryLinear", granularity, out_features, in_features)
         self._add_buffer("packed_weight", (out_features, words), torch.int32, device)
@@ -77,13 +83,19 @@ class TernaryLinear(CodesLinear):
 
     def _run_op(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers = self._buffers
-        return ternary_linear(x, buffers["packed_weight"], buffers["weight_scale"], bias)
+        return ternary_linear(
+            x,
+            buffers["packed_weight"],
+            buffers["weight_scale"],
+            bias,
+            activation=self.activation,
+        )
 
     def _dense_weight(self) -> Tensor:
         return dense(unpack_ternary(self.packed_weight, self.in_features), self.weight_scale)
 
     def _options(self) -> dict[str, Any]:
-        return {"granularity": self.granularity}
+        return {"granularity": self.granularity, **activation_option(self.activation)}
 
     @staticmethod
     def _granularity_of(weight_scale: Tensor, n: int, k: int) -> str | int:

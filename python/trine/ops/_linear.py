@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from trine.ops import activation as activations
 from trine.ops._checks import FLOAT_DTYPES, in_forward_mode, refuse_tangents
 
 
@@ -47,6 +48,7 @@ def linear_with_gradient(
     x: Tensor,
     bias: Tensor | None,
     *weight: Tensor | None,
+    activation: int = 0,
 ) -> Tensor:
     """y = run(x, bias, *weight), with the gradients to x and bias of y = x @ dense.T + bias.
 
@@ -57,6 +59,9 @@ def linear_with_gradient(
     (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432); gradients are computed in
     float32 and rounded once, to the dtype of x and of bias.
 
+    With an `activation` (see `trine.ops.activation`) it is run(..., activation=activation), and the
+    backward pass computes once more what the activation was applied to.
+
     Raises ValueError where a tensor in `weight` requires a gradient.
     """
     if needs_grad(*weight):
@@ -64,30 +69,37 @@ def linear_with_gradient(
             "a linear op gives no gradient to a packed weight or its scales; train a dense weight "
             "and pack it afterwards, or detach them"
         )
-    return _LinearWithGradient.apply(run, dense_weight, x, bias, *weight)
+    return _LinearWithGradient.apply(run, dense_weight, activation, x, bias, *weight)
 
 
 class _LinearWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, dense_weight, x, bias, *weight):
-        y = run(x, bias, *weight)  # first, because it checks everything
+    def forward(ctx, run, dense_weight, activation, x, bias, *weight):
+        # First, because it checks everything.
+        y = run(x, bias, *weight, activation=activation) if activation else run(x, bias, *weight)
+        ctx.run = run
+        ctx.activation = activation
         ctx.dense_weight = dense_weight
         ctx.k = x.shape[-1]
         ctx.x_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(*weight)
+        ctx.save_for_backward(*((x, bias) if activation else ()), *weight)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        _, _, x_needs_grad, bias_needs_grad, *weight = ctx.needs_input_grad
+        _, _, _, x_needs_grad, bias_needs_grad, *_ = ctx.needs_input_grad
         grad_x = grad_bias = None
-        grad_y = grad_y.float()
+        grad_y, weight = grad_y.float(), ctx.saved_tensors
+        if ctx.activation:
+            before = ctx.run(*weight).float()
+            grad_y = activations.gradient(ctx.activation, grad_y, before)
+            weight = weight[2:]
         with without_autocast(grad_y):
             if x_needs_grad:
-                dense = ctx.dense_weight(ctx.k, *ctx.saved_tensors)
+                dense = ctx.dense_weight(ctx.k, *weight)
                 grad_x = (grad_y @ dense).to(ctx.x_dtype)
             if bias_needs_grad:
                 grad_bias = grad_y.sum_to_size(grad_y.shape[-1:]).to(ctx.bias_dtype)
-        return None, None, grad_x, grad_bias, *(None for _ in weight)
+        return None, None, None, grad_x, grad_bias, *(None for _ in weight)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trine.ops.activation.triton import activated
+
 # 1.5 * 2**23: floats of this size are one apart, so that adding it rounds half to even and leaves
 # the integer in the low bits.
 _ROUNDS_TO_INTEGER = tl.constexpr(12582912.0)
@@ -146,9 +148,12 @@ def scaled_sums(acc, x_scale, weight_scale, m, n, M, N):
 
 
 @triton.jit
-def store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS: tl.constexpr):
+def store_outputs(
+    y, scaled, bias, m, n, M, N, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr = 0
+):
     if HAS_BIAS:
         scaled = scaled + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    scaled = activated(scaled, ACTIVATION)
     at = y + m.to(tl.int64)[:, None] * N + n[None, :]
     narrowed = narrow(scaled, y.dtype.element_ty)
     tl.store(at, narrowed, mask=(m < M)[:, None] & (n < N)[None, :])

@@ -66,7 +66,12 @@ class QuantizedRows:
         return len(self.shape)
 
     def linear(
-        self, op, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+        self,
+        op,
+        packed_weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        activation: int = 0,
     ) -> Tensor:
         """[..., N], from the linear operator `op` on quantised rows."""
         if needs_grad(self.scale, packed_weight, weight_scale, bias):
@@ -77,5 +82,5 @@ class QuantizedRows:
         device = self.q.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.dtype
-        y = op(self.q, self.scale, self.sum, packed_weight, weight_scale, bias, dtype)
+        y = op(self.q, self.scale, self.sum, packed_weight, weight_scale, bias, dtype, activation)
         return y if len(self.shape) == 2 else y.reshape(*self.shape[:-1], y.shape[-1])

@@ -11,6 +11,7 @@ from trine.ops._checks import (
     explain_missing_kernel,
 )
 from trine.ops._linear import in_autocast_dtype, linear_with_gradient, needs_grad
+from trine.ops.activation import activation_code, check_code
 from trine.ops.int8_linear.pack import pack_int8, unpack_int8
 from trine.ops.quantized_rows import QuantizedRows
 
@@ -32,8 +33,9 @@ def int8_linear(
     *,
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """Multiply `x` by an INT8 weight: y = (acc * x_scale) * weight_scale + bias.
+    """Multiply `x` by an INT8 weight: y = activation((acc * x_scale) * weight_scale + bias).
 
     x is quantised inside: per row by its largest magnitude (see `quantize_rows`), or, where
     `input_scale` is given, with that scale and zero point for the whole tensor, as ONNX's
@@ -47,6 +49,9 @@ def int8_linear(
         bias: [N], floating, or None.
         input_scale: float32, one value; None quantises each row by itself.
         input_zero_point: int32, one value in [-128, 127]; only with `input_scale`.
+        activation: None, "relu", "gelu" (with the normal distribution's function) or "gelu_tanh",
+            applied in fp32 before the result is rounded; csrc/common/activation.h states the error.
+            In the backward pass it has the derivative of its formula.
 
     Returns:
         [..., N] in x's dtype (under autocast, in its dtype). A row of x that holds NaN or infinity
@@ -55,16 +60,17 @@ def int8_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit, K > 131072 (int32 could overflow; 65536 with
             `input_scale`), a packed weight or scale that requires a gradient, quantised x with
-            `input_scale`.
+            `input_scale`, another activation.
     """
+    code = 0 if activation is None else activation_code("int8_linear", activation)
     if isinstance(x, QuantizedRows):
         _check(input_scale is None, "input_scale is for x that is not quantised yet")
-        return x.linear(_op_on_rows, packed_weight, weight_scale, bias)
+        return x.linear(_op_on_rows, packed_weight, weight_scale, bias, code)
     x = in_autocast_dtype(x)
     weight = (packed_weight, weight_scale, input_scale, input_zero_point)
     if needs_grad(x, bias, *weight):
-        return linear_with_gradient(_run, _dense_weight, x, bias, *weight)
-    return _run(x, bias, *weight)
+        return linear_with_gradient(_run, _dense_weight, x, bias, *weight, activation=code)
+    return _run(x, bias, *weight, code)
 
 
 def _run(
@@ -74,14 +80,16 @@ def _run(
     weight_scale: Tensor,
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
+    activation: int = 0,
 ) -> Tensor:
     if input_scale is None and input_zero_point is None:
-        return _op(x, packed_weight, weight_scale, bias)  # keywords cost 1 us
+        return _op(x, packed_weight, weight_scale, bias, activation)  # keywords cost 1 us
     return _op(
         x,
         packed_weight,
         weight_scale,
         bias,
+        activation,
         input_scale=input_scale,
         input_zero_point=input_zero_point,
     )
@@ -93,7 +101,17 @@ def _dense_weight(k: int, packed_weight: Tensor, weight_scale: Tensor, *_) -> Te
 
 
 @torch.library.register_fake("trine::int8_linear")
-def _fake(x, packed_weight, weight_scale, bias=None, *, input_scale=None, input_zero_point=None):
+def _fake(
+    x,
+    packed_weight,
+    weight_scale,
+    bias=None,
+    activation=0,
+    *,
+    input_scale=None,
+    input_zero_point=None,
+):
+    check_code("int8_linear", activation)
     check_one_device(
         "int8_linear", x, packed_weight, weight_scale, bias, input_scale, input_zero_point
     )
@@ -102,7 +120,8 @@ def _fake(x, packed_weight, weight_scale, bias=None, *, input_scale=None, input_
 
 
 @torch.library.register_fake("trine::int8_linear_rows")
-def _fake_on_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
+def _fake_on_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype, activation=0):
+    check_code("int8_linear", activation)
     check_one_device("int8_linear", q, scale, sum, packed_weight, weight_scale, bias)
     check_quantized_rows("int8_linear", q, scale, sum, dtype, _MAX_K)
     n = _check_weight(q.shape[1], packed_weight, weight_scale, bias)

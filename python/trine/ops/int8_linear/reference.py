@@ -7,6 +7,7 @@ to fp32 once, in the order that the kernels keep.
 import torch
 from torch import Tensor
 
+from trine.ops.activation.reference import activated
 from trine.ops.quantize_rows.reference import quantize_rows, quantize_rows_static
 
 
@@ -18,6 +19,7 @@ def int8_linear(
     *,
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     k, n = x.shape[-1], packed_weight.shape[0]
     weight = packed_weight[:, :k].double()
@@ -31,7 +33,7 @@ def int8_linear(
     y = (acc * scale[:, None]) * weight_scale
     if bias is not None:
         y = y + bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+    return activated(y, activation).to(x.dtype).reshape(*x.shape[:-1], n)
 
 
 def example_inputs(

@@ -27,6 +27,7 @@ def int8_linear_kernel(
     row_bucket,
     HAS_MINUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -45,7 +46,7 @@ def int8_linear_kernel(
     if HAS_MINUS:
         acc -= tl.load(column_minus + n, mask=n < N, other=0)[None, :]
     scaled = scaled_sums(acc, x_scale, weight_scale, m, n, M, N)
-    store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS)
+    store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS, ACTIVATION)
 
 
 _tuned = _triton.tuned(int8_linear_kernel, "BLOCK_K", ("row_bucket", "N", "K"))
@@ -56,6 +57,7 @@ def int8_linear(
     packed_weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None = None,
+    activation: int = 0,
     *,
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
@@ -65,6 +67,7 @@ def int8_linear(
         packed_weight,
         weight_scale,
         bias,
+        activation,
         input_scale=input_scale,
         input_zero_point=input_zero_point,
     )
@@ -76,7 +79,7 @@ def int8_linear(
     minus = None
     if input_zero_point is not None:
         minus = (packed_weight.sum(1, dtype=torch.int32) * input_zero_point).to(torch.int32)
-    _multiply(y, q, x_scale, packed_weight, weight_scale, bias, minus)
+    _multiply(y, q, x_scale, packed_weight, weight_scale, bias, minus, activation)
     return y
 
 
@@ -88,11 +91,12 @@ def int8_linear_rows(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    activation: int = 0,
 ) -> Tensor:
-    y = check_rows_and_allocate(q, scale, sum, packed_weight, weight_scale, bias, dtype)
+    y = check_rows_and_allocate(q, scale, sum, packed_weight, weight_scale, bias, dtype, activation)
     if y.numel() > 0:
         rows = _triton.padded_rows(q)
-        _multiply(y, rows, scale.contiguous(), packed_weight, weight_scale, bias, None)
+        _multiply(y, rows, scale.contiguous(), packed_weight, weight_scale, bias, None, activation)
     return y
 
 
@@ -104,6 +108,7 @@ def _multiply(
     weight_scale: Tensor,
     bias: Tensor | None,
     minus: Tensor | None,
+    activation: int,
 ) -> None:
     weight = packed_weight.contiguous()
     (m, width), n = q.shape, weight.shape[0]
@@ -122,5 +127,6 @@ def _multiply(
         _triton.row_bucket(m),
         HAS_MINUS=minus is not None,
         HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
         **_triton.LAUNCH,
     )

@@ -17,6 +17,7 @@ from trine.ops._linear import (
     needs_grad,
     scaled_by_groups,
 )
+from trine.ops.activation import activation_code, check_code
 from trine.ops.quantized_rows import QuantizedRows
 from trine.ops.ternary_linear.pack import pack_ternary, unpack_ternary
 
@@ -35,15 +36,17 @@ def ternary_linear(
     packed_weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
 ) -> Tensor:
-    """Multiply `x` by a ternary weight: y = (acc * x_scale) * weight_scale + bias.
+    """Multiply `x` by a ternary weight: y = activation((acc * x_scale) * weight_scale + bias).
 
     Each row of x is quantised to int8 inside by its largest magnitude (see `quantize_rows`). The
     int32 sums are exact; scaling is in fp32 and rounds once to x's dtype, so every backend gives
     the same bits. With a weight_scale [N, G] the columns are cut into G equal groups, and
-    y = (sum over g, ascending, of acc_g * weight_scale[:, g]) * x_scale + bias. Gradients flow to
-    x and bias (straight-through). The scheme is that of BitNet b1.58 (Ma et al. 2024,
-    arXiv:2402.17764).
+    y = activation((sum over g, ascending, of acc_g * weight_scale[:, g]) * x_scale + bias).
+    Gradients flow to x and bias (straight-through). The scheme is that of BitNet b1.58 (Ma et al.
+    2024, arXiv:2402.17764).
 
     Args:
         x: [..., K], float32, bfloat16 or float16; or already quantised.
@@ -51,6 +54,9 @@ def ternary_linear(
         weight_scale: float32; one value ([] or [1]), one per row ([N]), or one per row and group
             ([N, G], where K / G is a multiple of 64).
         bias: [N], floating, or None.
+        activation: None, "relu", "gelu" (with the normal distribution's function) or "gelu_tanh",
+            applied in fp32 before the result is rounded; csrc/common/activation.h states the error.
+            In the backward pass it has the derivative of its formula.
 
     Returns:
         [..., N] in x's dtype (under autocast, in its dtype). A row of x that holds NaN or infinity
@@ -58,18 +64,27 @@ def ternary_linear(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, K > 2**22 (int32 could overflow), a packed
-            weight or scale that requires a gradient.
+            weight or scale that requires a gradient, another activation.
     """
+    code = 0 if activation is None else activation_code("ternary_linear", activation)
     if isinstance(x, QuantizedRows):
-        return x.linear(_op_on_rows, packed_weight, weight_scale, bias)
+        return x.linear(_op_on_rows, packed_weight, weight_scale, bias, code)
     x = in_autocast_dtype(x)
     if needs_grad(x, bias, packed_weight, weight_scale):
-        return linear_with_gradient(_run, _dense_weight, x, bias, packed_weight, weight_scale)
-    return _op(x, packed_weight, weight_scale, bias)
+        return linear_with_gradient(
+            _run, _dense_weight, x, bias, packed_weight, weight_scale, activation=code
+        )
+    return _op(x, packed_weight, weight_scale, bias, code)
 
 
-def _run(x: Tensor, bias: Tensor | None, packed_weight: Tensor, weight_scale: Tensor) -> Tensor:
-    return _op(x, packed_weight, weight_scale, bias)
+def _run(
+    x: Tensor,
+    bias: Tensor | None,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    activation: int = 0,
+) -> Tensor:
+    return _op(x, packed_weight, weight_scale, bias, activation)
 
 
 def _dense_weight(k: int, packed_weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -79,15 +94,21 @@ def _dense_weight(k: int, packed_weight: Tensor, weight_scale: Tensor) -> Tensor
 
 @torch.library.register_fake("trine::ternary_linear")
 def _fake(
-    x: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: int = 0,
 ) -> Tensor:
+    check_code("ternary_linear", activation)
     check_one_device("ternary_linear", x, packed_weight, weight_scale, bias)
     check_rows("ternary_linear", x, _MAX_K)
     return x.new_empty(*x.shape[:-1], _check_weight(x.shape[-1], packed_weight, weight_scale, bias))
 
 
 @torch.library.register_fake("trine::ternary_linear_rows")
-def _fake_on_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype):
+def _fake_on_rows(q, scale, sum, packed_weight, weight_scale, bias, dtype, activation=0):
+    check_code("ternary_linear", activation)
     check_one_device("ternary_linear", q, scale, sum, packed_weight, weight_scale, bias)
     check_quantized_rows("ternary_linear", q, scale, sum, dtype, _MAX_K)
     n = _check_weight(q.shape[1], packed_weight, weight_scale, bias)

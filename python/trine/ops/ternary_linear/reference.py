@@ -7,6 +7,7 @@ to fp32 once, in the order that the kernels keep.
 import torch
 from torch import Tensor
 
+from trine.ops.activation.reference import activated
 from trine.ops.quantize_rows.reference import quantize_rows
 
 
@@ -19,7 +20,12 @@ def decode(packed_weight: Tensor, k: int) -> Tensor:
 
 
 def ternary_linear(
-    x: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
 ) -> Tensor:
     k, n = x.shape[-1], packed_weight.shape[0]
     weight = decode(packed_weight, k)
@@ -37,7 +43,7 @@ def ternary_linear(
         y = (acc * scale[:, None]) * weight_scale
     if bias is not None:
         y = y + bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+    return activated(y, activation).to(x.dtype).reshape(*x.shape[:-1], n)
 
 
 def example_inputs(

@@ -49,6 +49,7 @@ def ternary_linear_kernel(
     PER_TENSOR: tl.constexpr,
     GROUPED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
@@ -73,21 +74,25 @@ def ternary_linear_kernel(
         # One scale for the whole tensor: that of row 0 for all of them.
         of_row = n * 0 if PER_TENSOR else n
         scaled = scaled_sums(acc, x_scale, weight_scale, m, of_row, M, N)
-    store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS)
+    store_outputs(y, scaled, bias, m, n, M, N, HAS_BIAS, ACTIVATION)
 
 
 _tuned = _triton.tuned(ternary_linear_kernel, "BLOCK_BYTES", ("row_bucket", "N", "WIDTH", "groups"))
 
 
 def ternary_linear(
-    x: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: int = 0,
 ) -> Tensor:
-    y = check_and_allocate(x, packed_weight, weight_scale, bias)
+    y = check_and_allocate(x, packed_weight, weight_scale, bias, activation)
     if y.numel() == 0:
         return y
     rows = _triton.as_rows(x)
     q, x_scale, _ = _triton.quantize(rows, _triton.padded(rows.shape[1]))
-    _multiply(y, q, x_scale, packed_weight, weight_scale, bias)
+    _multiply(y, q, x_scale, packed_weight, weight_scale, bias, activation)
     return y
 
 
@@ -99,11 +104,12 @@ def ternary_linear_rows(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    activation: int = 0,
 ) -> Tensor:
-    y = check_rows_and_allocate(q, scale, sum, packed_weight, weight_scale, bias, dtype)
+    y = check_rows_and_allocate(q, scale, sum, packed_weight, weight_scale, bias, dtype, activation)
     if y.numel() > 0:
         rows = _triton.padded_rows(q)
-        _multiply(y, rows, scale.contiguous(), packed_weight, weight_scale, bias)
+        _multiply(y, rows, scale.contiguous(), packed_weight, weight_scale, bias, activation)
     return y
 
 
@@ -114,6 +120,7 @@ def _multiply(
     packed_weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
+    activation: int,
 ) -> None:
     weight = packed_weight.contiguous().view(torch.uint8)
     (m, width), n = q.shape, weight.shape[0]
@@ -134,5 +141,6 @@ def _multiply(
         PER_TENSOR=not grouped and weight_scale.numel() == 1,
         GROUPED=grouped,
         HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
         **_triton.LAUNCH,
     )
