@@ -32,6 +32,12 @@ namespace trine {
 
 enum class Activation { none, relu, gelu, gelu_tanh };
 
+// gcc makes no vector instructions of a choice between floats where comparing them might trap.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#pragma GCC push_options
+#pragma GCC optimize("no-trapping-math")
+#endif
+
 namespace {  // kernel files include this: see float_types.h
 
 TRINE_ANYWHERE uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
@@ -61,22 +67,13 @@ TRINE_ANYWHERE float exp_of_minus_half(float a, float rest) {
   return float_of(bits_of(e) - (bits_of(shifted) << 23));  // e * 2^-n
 }
 
-// Without branches, by arithmetic on bits: so compilers make vector instructions of it under all
-// their settings. The bits of magnitudes order as the magnitudes do, with NaN above infinity.
-
-// x, or -0 where it is negative; a zero keeps its sign. (A NaN may become -0, but G is NaN then.)
-TRINE_ANYWHERE float positive_part(float x) {
-  const uint32_t negative = 0u - (bits_of(x) >> 31);
-  return float_of(bits_of(x) & (~negative | 0x80000000u));
-}
+// x, or -0 where it is negative; a zero keeps its sign.
+TRINE_ANYWHERE float positive_part(float x) { return x < 0.0f ? -0.0f : x; }
 
 // |x|, or `most` where that is less; NaN stays NaN.
 TRINE_ANYWHERE float magnitude_up_to(float most, float x) {
-  constexpr uint32_t kInfinity = 0x7f800000u;
-  const uint32_t t = bits_of(x) & 0x7fffffffu, cut = bits_of(most);
-  const uint32_t beyond = 0u - ((cut - t) >> 31), is_nan = 0u - ((kInfinity - t) >> 31);
-  const uint32_t kept = ~beyond | is_nan;
-  return float_of((t & kept) | (cut & ~kept));
+  const float t = float_of(bits_of(x) & 0x7fffffffu);
+  return most < t ? most : t;
 }
 
 TRINE_ANYWHERE float gelu(float x) {
@@ -120,4 +117,9 @@ TRINE_ANYWHERE float activated(Activation activation, float x) {
 }
 
 }  // namespace
+
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#pragma GCC pop_options
+#endif
+
 }  // namespace trine

@@ -16,7 +16,7 @@
 // and three functions beside it, found by its type:
 //   accumulate_tile<rows>(weight, x, n, last_n, k, sums)  sums[i][j] += row i of x . row n+j of w
 //   finish_sums(weight, finish, y, y_stride)              scales sums and writes them
-//   store_values(finish, values, y)                       writes as many floats
+//   store_values(finish, values, y, y_stride)             writes as many floats, rows in turn
 #pragma once
 
 #include <algorithm>
@@ -97,11 +97,11 @@ struct Finish {
   bool per_tensor;
   const float* bias;  // [columns], or null
 
-  // Row i, `count` columns from n on, a multiple of 16.
-  Finish part(int64_t i, int64_t n, int64_t count) const {
+  // `some_rows` rows from i on, `count` columns from n on, a multiple of 16.
+  Finish part(int64_t i, int64_t some_rows, int64_t n, int64_t count) const {
     Finish part = *this;
     part.sums += i * sums_stride + n;
-    part.rows = 1;
+    part.rows = some_rows;
     part.columns = count;
     part.x_sum += i;
     part.x_scale += i;
@@ -220,19 +220,25 @@ void accumulate_block(int64_t rows, const Weight& weight, const TileRows& x, int
   return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
 }
 
-// Writes the outputs of `finish` to y.
+// Writes the outputs of `finish` to y. Those that are to be activated wait as floats in the L1,
+// many at a time: the activations of one vector are a long chain of instructions, those of many
+// overlap.
 template <class Weight, class T>
 void finish_activated(const Weight& weight, const Finish& finish, Activation activation, T* y,
                       int64_t y_stride) {
   if (activation == Activation::none) return finish_sums(weight, finish, y, y_stride);
-  alignas(64) float values[kMaxBlockColumns];
-  for (int64_t n = 0; n < finish.columns; n += kMaxBlockColumns)
-    for (int64_t i = 0; i < finish.rows; ++i) {
-      const Finish part = finish.part(i, n, std::min(kMaxBlockColumns, finish.columns - n));
-      finish_sums(weight, part, values, 0);
-      activate_all(activation, values, part.columns);
-      store_values(part, values, y + i * y_stride + n);
+  constexpr int64_t kValues = 4 * kMaxBlockColumns;
+  alignas(64) float values[kValues];
+  for (int64_t n = 0; n < finish.columns; n += kMaxBlockColumns) {
+    const int64_t columns = std::min(kMaxBlockColumns, finish.columns - n);
+    const int64_t rows = kValues / columns;
+    for (int64_t i = 0; i < finish.rows; i += rows) {
+      const Finish part = finish.part(i, std::min(rows, finish.rows - i), n, columns);
+      finish_sums(weight, part, values, columns);
+      activate_all(activation, values, part.rows * columns);
+      store_values(part, values, y + i * y_stride + n, y_stride);
     }
+  }
 }
 
 // Scales the sums of the outputs `piece` and writes them. Each row of sums stands `stride` from the

@@ -181,9 +181,10 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
 }
 
 template <class T>
-void store_values(const Finish& f, const float* values, T* y) {
-  for (int64_t n = 0; n < f.columns; n += 8)
-    store_floats(load_floats(values + n, f.columns - n), y + n, f.columns - n);
+void store_values(const Finish& f, const float* values, T* y, int64_t y_stride) {
+  for (int64_t i = 0; i < f.rows; ++i, values += f.columns)
+    for (int64_t n = 0; n < f.columns; n += 8)
+      store_floats(load_floats(values + n, f.columns - n), y + i * y_stride + n, f.columns - n);
 }
 
 // Adding -0 changes no float, as no bias must.
