@@ -458,8 +458,8 @@ MUTANTS += [
         Mutant(
             "activated with one rounding less",
             "common/activation.h",
-            "((a - n * kTwoLn2High) - n * kTwoLn2Low)",
-            "(a - n * (kTwoLn2High + kTwoLn2Low))",
+            "p = p * t + 0x1.d5818ep-1f;",
+            "p = __builtin_fmaf(p, t, 0x1.d5818ep-1f);",
         ),
     ),
     Trial(

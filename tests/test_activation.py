@@ -43,17 +43,18 @@ def exact(activation: str, x: torch.Tensor) -> torch.Tensor:
     return x / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-BOUNDS = {"relu": (0.0, 0.0), "gelu": (2.0**-21, 2.0**-24), "gelu_tanh": (2.0**-22, 2.0**-90)}
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_error_against_float64(isa, activation):
     x = dense_grid()
     expected = exact(activation, x.double())
-    relative, tiny = BOUNDS[activation]
     error = (through_the_op(x, activation).double() - expected).abs()
-    allowed = relative * expected.abs().clamp(min=tiny)
-    assert (error <= allowed).all(), (error / allowed).max()
+    if activation == "relu":
+        assert (error == 0).all()
+    else:
+        # Denormals are a multiple of 2^-149.
+        allowed = 2.0**-19 * torch.maximum(expected.abs(), x.double().abs() / 2**8) + 2.0**-149
+        assert (error <= allowed).all(), (error / allowed).max()
+        assert (error[x.abs() < 8] <= 2.5e-7).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -65,7 +66,7 @@ def test_values_that_need_care(isa, activation):
     assert y[0] == inf
     assert y[2].isnan()
     assert y[3] == 0
-    assert (y[[1, 5, 9]].abs() < 2e-36).all()
+    assert (y[[1, 5, 9]].abs() < 1e-23).all()
     assert_same_bits(y[[4, 11]], x[[4, 11]])
     assert activated(torch.tensor(-0.0), activation).signbit()
 

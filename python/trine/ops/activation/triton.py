@@ -6,80 +6,70 @@ csrc/common/activation.h has the reasons for every step.
 import triton
 import triton.language as tl
 
-_TO_WHOLE = tl.constexpr(12582912.0)
-_LN2_HIGH = tl.constexpr(float.fromhex("0x1.62e4p+0"))
-_LN2_LOW = tl.constexpr(float.fromhex("0x1.7f7d1cp-19"))
-_HALF_LOG2_E = tl.constexpr(float.fromhex("0x1.715476p-1"))
-_E2 = tl.constexpr(float.fromhex("0x1.fffffcp-4"))
-_E3 = tl.constexpr(float.fromhex("-0x1.5554p-6"))
-_E4 = tl.constexpr(float.fromhex("0x1.55585ep-9"))
-_E5 = tl.constexpr(float.fromhex("-0x1.127528p-12"))
-_E6 = tl.constexpr(float.fromhex("0x1.6ada78p-16"))
-_P1 = tl.constexpr(float.fromhex("0x1.534976p-2"))
-_P2 = tl.constexpr(float.fromhex("0x1.a4e2e2p-4"))
-_P3 = tl.constexpr(float.fromhex("0x1.b2525cp-7"))
-_Q1 = tl.constexpr(float.fromhex("0x1.75e6c2p+0"))
-_Q2 = tl.constexpr(float.fromhex("0x1.bde4eep-1"))
-_Q3 = tl.constexpr(float.fromhex("0x1.072118p-2"))
-_Q4 = tl.constexpr(float.fromhex("0x1.105cd0p-5"))
-_A = tl.constexpr(float.fromhex("0x1.988454p+1"))
-_A_HIGH = tl.constexpr(float.fromhex("0x1.988p+1"))
-_A_LOW = tl.constexpr(float.fromhex("0x1.14cf50p-13"))
-_B = tl.constexpr(float.fromhex("0x1.2444f2p-3"))
-_B_HIGH = tl.constexpr(float.fromhex("0x1.244p-3"))
-_B_LOW = tl.constexpr(float.fromhex("0x1.3ca936p-17"))
-_MOST = tl.constexpr(13.0)
-_MOST_TANH = tl.constexpr(float.fromhex("0x1.3cccccp+3"))
+# The coefficients of 1, of both; of t, t^2, ... of GELU and of the one with tanh.
+_AT_ZERO = tl.constexpr(float.fromhex("0x1.d5818ep-1"))
+_G1 = tl.constexpr(float.fromhex("-0x1.769c6ep-4"))
+_G2 = tl.constexpr(float.fromhex("-0x1.058c2ap-5"))
+_G3 = tl.constexpr(float.fromhex("-0x1.60b8b0p-11"))
+_G4 = tl.constexpr(float.fromhex("0x1.8a64cep-10"))
+_G5 = tl.constexpr(float.fromhex("0x1.219df2p-15"))
+_G6 = tl.constexpr(float.fromhex("-0x1.fac0d6p-15"))
+_G7 = tl.constexpr(float.fromhex("0x1.f8638ep-18"))
+_G8 = tl.constexpr(float.fromhex("-0x1.410c5cp-22"))
+_T1 = tl.constexpr(float.fromhex("-0x1.769d80p-4"))
+_T2 = tl.constexpr(float.fromhex("-0x1.057030p-5"))
+_T3 = tl.constexpr(float.fromhex("-0x1.5bd14ep-11"))
+_T4 = tl.constexpr(float.fromhex("0x1.c59e3ep-10"))
+_T5 = tl.constexpr(float.fromhex("-0x1.08c300p-12"))
+_T6 = tl.constexpr(float.fromhex("0x1.a6afaep-13"))
+_T7 = tl.constexpr(float.fromhex("-0x1.745fc4p-13"))
+_T8 = tl.constexpr(float.fromhex("0x1.299642p-14"))
+_T9 = tl.constexpr(float.fromhex("-0x1.ea106ep-17"))
+_T10 = tl.constexpr(float.fromhex("0x1.9c7628p-20"))
+_T11 = tl.constexpr(float.fromhex("-0x1.1b7782p-24"))
 
 
 @triton.jit
-def _first_half(x):
-    return (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+def _magnitude_up_to(most, x):
+    return tl.where(tl.abs(x) > most, most, tl.abs(x))
 
 
 @triton.jit
-def _exp_of_minus_half(a, rest):
-    shifted = a * _HALF_LOG2_E + _TO_WHOLE
-    n = shifted - _TO_WHOLE
-    f = ((a - n * _LN2_HIGH) - n * _LN2_LOW) + rest
-    e = f * _E6 + _E5
-    e = e * f + _E4
-    e = e * f + _E3
-    e = e * f + _E2
-    e = e * f - 0.5
-    e = e * f + 1.0
-    bits = e.to(tl.int32, bitcast=True) - (shifted.to(tl.int32, bitcast=True) << 23)
-    return bits.to(tl.float32, bitcast=True)
+def _gelu_from(x, t, p):
+    p2 = p * p
+    p4 = p2 * p2
+    return tl.where(x < 0, -0.0, x) - t * (p4 * p4)
 
 
 @triton.jit
 def _gelu(x):
-    t = tl.where(tl.abs(x) > _MOST, _MOST, tl.abs(x))
-    high = _first_half(t)
-    square = high * high
-    rest = (t - high) * (t + high)
-    t2 = square + rest
-    p = (t * _P1 + 0.5) + t2 * (t * _P3 + _P2)
-    q = (t * _Q1 + 1.0) + t2 * ((t * _Q3 + _Q2) + t2 * _Q4)
-    return tl.where(x < 0, -0.0, x) - (t * _exp_of_minus_half(square, rest)) * tl.div_rn(p, q)
+    t = _magnitude_up_to(8.0, x)
+    p = t * _G8 + _G7
+    p = p * t + _G6
+    p = p * t + _G5
+    p = p * t + _G4
+    p = p * t + _G3
+    p = p * t + _G2
+    p = p * t + _G1
+    p = p * t + _AT_ZERO
+    return _gelu_from(x, t, p)
 
 
 @triton.jit
 def _gelu_tanh(x):
-    t = tl.where(tl.abs(x) > _MOST_TANH, _MOST_TANH, tl.abs(x))
-    high = _first_half(t)
-    low = t - high
-    square = high * high
-    rest = low * (t + high)
-    square_high = _first_half(square)
-    square_low = square - square_high
-    total = (square + rest) * _B + _A
-    total_high = _first_half(total)
-    total_low = ((_A_HIGH - total_high) + square_high * _B_HIGH) + (
-        ((square_low * _B_HIGH + square * _B_LOW) + rest * _B) + _A_LOW
-    )
-    e = _exp_of_minus_half(high * total_high, high * total_low + low * total)
-    return tl.where(x < 0, -0.0, x) - tl.div_rn(t * e, e + 1.0)
+    t = _magnitude_up_to(6.0, x)
+    p = t * _T11 + _T10
+    p = p * t + _T9
+    p = p * t + _T8
+    p = p * t + _T7
+    p = p * t + _T6
+    p = p * t + _T5
+    p = p * t + _T4
+    p = p * t + _T3
+    p = p * t + _T2
+    p = p * t + _T1
+    p = p * t + _AT_ZERO
+    return _gelu_from(x, t, p)
 
 
 @triton.jit
