@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -96,6 +97,7 @@ struct Finish {
   const float* weight_scale;    // [columns], or one value
   bool per_tensor;
   const float* bias;  // [columns], or null
+  float least;        // an output below it becomes it: 0 for ReLU, else -infinity
 
   // `some_rows` rows from i on, `count` columns from n on, a multiple of 16.
   Finish part(int64_t i, int64_t some_rows, int64_t n, int64_t count) const {
@@ -220,13 +222,13 @@ void accumulate_block(int64_t rows, const Weight& weight, const TileRows& x, int
   return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
 }
 
-// Writes the outputs of `finish` to y. Those that are to be activated wait as floats in the L1,
-// many at a time: the activations of one vector are a long chain of instructions, those of many
-// overlap.
+// Writes the outputs of `finish` to y. Those whose GELU is to be taken wait as floats in the L1,
+// many at a time: that of one vector is a long chain of instructions, those of many overlap.
 template <class Weight, class T>
 void finish_activated(const Weight& weight, const Finish& finish, Activation activation, T* y,
                       int64_t y_stride) {
-  if (activation == Activation::none) return finish_sums(weight, finish, y, y_stride);
+  if (activation == Activation::none || activation == Activation::relu)
+    return finish_sums(weight, finish, y, y_stride);
   constexpr int64_t kValues = 4 * kMaxBlockColumns;
   alignas(64) float values[kValues];
   for (int64_t n = 0; n < finish.columns; n += kMaxBlockColumns) {
@@ -248,17 +250,19 @@ void finish_rows(const QuantizedRows& x, const Weight& weight, const int32_t* su
                  int32_t offset, const int32_t* column_minus, const Scaling& scaling,
                  const LinearOutput& out, const Tile& piece) {
   const int64_t m = piece.m_begin, n = piece.n_begin;
-  const Finish finish{sums,
-                      stride,
-                      piece.m_end - m,
-                      piece.n_end - n,
-                      offset,
-                      x.sum + m,
-                      x.scale + m,
-                      column_minus,
-                      scaling.per_tensor ? scaling.weight_scale : scaling.weight_scale + n,
-                      scaling.per_tensor,
-                      out.bias == nullptr ? nullptr : out.bias + n};
+  const Finish finish{
+      sums,
+      stride,
+      piece.m_end - m,
+      piece.n_end - n,
+      offset,
+      x.sum + m,
+      x.scale + m,
+      column_minus,
+      scaling.per_tensor ? scaling.weight_scale : scaling.weight_scale + n,
+      scaling.per_tensor,
+      out.bias == nullptr ? nullptr : out.bias + n,
+      out.activation == Activation::relu ? 0.0f : -std::numeric_limits<float>::infinity()};
   const int64_t at = m * out.stride + n;
   switch (out.type) {
     case FloatType::float32:

@@ -2,8 +2,8 @@
 // functions.
 //
 // A case: type of x and y, m, n, k, bytes of a packed row, number of weight scales, type of the
-// bias or -1, 1 if static plus twice the activation, then x, packed weight, weight scales, bias, input scale, zero point. The
-// answer: y.
+// bias or -1, 1 if static plus twice the activation, then x, packed weight, weight scales, bias,
+// input scale, zero point. The answer: y.
 #pragma once
 
 #include <cstdlib>

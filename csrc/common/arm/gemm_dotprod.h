@@ -193,6 +193,10 @@ void finish_sums(const Weight&, const Finish& f, T* y, int64_t y_stride) {
   const auto subtract = [](int32x4_t a, int32x4_t b) { return vsubq_s32(a, b); };
   const auto multiply = [](float32x4_t a, float32x4_t b) { return vmulq_f32(a, b); };
   const auto add = [](float32x4_t a, float32x4_t b) { return vaddq_f32(a, b); };
+  // Not vmaxq, which has no -0 beside 0.
+  const auto at_least = [](float32x4_t least, float32x4_t a) {
+    return vbslq_f32(vcltq_f32(a, least), least, a);
+  };
   for (int64_t n = 0; n < f.columns; n += 8) {
     const int64_t lanes = std::min<int64_t>(8, f.columns - n);
     const Ints column_minus =
@@ -207,6 +211,7 @@ void finish_sums(const Weight&, const Finish& f, T* y, int64_t y_stride) {
       Floats value = both<Floats>([](int32x4_t a) { return vcvtq_f32_s32(a); }, acc);
       value = both<Floats>(multiply, value, all_lanes(f.x_scale[i]));
       value = both<Floats>(add, both<Floats>(multiply, value, weight_scale), bias);
+      value = both<Floats>(at_least, all_lanes(f.least), value);
       store_floats(value, y + i * y_stride + n, lanes);
     }
   }

@@ -356,7 +356,8 @@ void finish_sums(const Weight&, const Finish& f, T* y, int64_t y_stride) {
       const __m512i acc = _mm512_sub_epi32(_mm512_sub_epi32(sum, minus), column_minus);
       const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(f.x_scale[i]));
       const __m512 value = _mm512_add_ps(_mm512_mul_ps(scaled, weight_scale), bias);
-      store_floats(value, y + i * y_stride + n, lanes);
+      // Its second operand where one is NaN.
+      store_floats(_mm512_max_ps(_mm512_set1_ps(f.least), value), y + i * y_stride + n, lanes);
     }
   };
   int64_t n = 0;

@@ -47,7 +47,8 @@ void finish_sums(const Weight&, const Finish& f, T* y, int64_t y_stride) {
       const __m256i acc = _mm256_sub_epi32(_mm256_sub_epi32(sum, minus), column_minus);
       const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(f.x_scale[i]));
       const __m256 value = _mm256_add_ps(_mm256_mul_ps(scaled, weight_scale), bias);
-      store_floats(value, y + i * y_stride + n, lanes);
+      // Its second operand where one is NaN.
+      store_floats(_mm256_max_ps(_mm256_set1_ps(f.least), value), y + i * y_stride + n, lanes);
     }
   };
   int64_t n = 0;
