@@ -222,13 +222,12 @@ void accumulate_block(int64_t rows, const Weight& weight, const TileRows& x, int
   return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
 }
 
-// Writes the outputs of `finish` to y. Those whose GELU is to be taken wait as floats in the L1,
-// many at a time: that of one vector is a long chain of instructions, those of many overlap.
+// Writes GELUs of the outputs of `finish` to y. The outputs wait as floats in the L1, many at a
+// time: the GELU of one vector is a long chain of instructions, those of many overlap. A function
+// of its own, so that its array is no part of the frames of those that need none.
 template <class Weight, class T>
-void finish_activated(const Weight& weight, const Finish& finish, Activation activation, T* y,
-                      int64_t y_stride) {
-  if (activation == Activation::none || activation == Activation::relu)
-    return finish_sums(weight, finish, y, y_stride);
+[[gnu::noinline]] void finish_gelu(const Weight& weight, const Finish& finish,
+                                   Activation activation, T* y, int64_t y_stride) {
   constexpr int64_t kValues = 4 * kMaxBlockColumns;
   alignas(64) float values[kValues];
   for (int64_t n = 0; n < finish.columns; n += kMaxBlockColumns) {
@@ -241,6 +240,16 @@ void finish_activated(const Weight& weight, const Finish& finish, Activation act
       store_values(part, values, y + i * y_stride + n, y_stride);
     }
   }
+}
+
+// Writes the outputs of `finish` to y.
+template <class Weight, class T>
+void finish_activated(const Weight& weight, const Finish& finish, Activation activation, T* y,
+                      int64_t y_stride) {
+  if (activation == Activation::gelu || activation == Activation::gelu_tanh)
+    finish_gelu(weight, finish, activation, y, y_stride);
+  else
+    finish_sums(weight, finish, y, y_stride);
 }
 
 // Scales the sums of the outputs `piece` and writes them. Each row of sums stands `stride` from the

@@ -82,8 +82,10 @@ def _run(
     input_zero_point: Tensor | None,
     activation: int = 0,
 ) -> Tensor:
-    if input_scale is None and input_zero_point is None:
-        return _op(x, packed_weight, weight_scale, bias, activation)  # keywords cost 1 us
+    if input_scale is None and input_zero_point is None:  # keywords cost 1 us, one argument 0.4
+        if activation == 0:
+            return _op(x, packed_weight, weight_scale, bias)
+        return _op(x, packed_weight, weight_scale, bias, activation)
     return _op(
         x,
         packed_weight,

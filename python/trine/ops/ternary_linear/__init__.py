@@ -74,7 +74,7 @@ def ternary_linear(
         return linear_with_gradient(
             _run, _dense_weight, x, bias, packed_weight, weight_scale, activation=code
         )
-    return _op(x, packed_weight, weight_scale, bias, code)
+    return _run(x, bias, packed_weight, weight_scale, code)
 
 
 def _run(
@@ -84,6 +84,8 @@ def _run(
     weight_scale: Tensor,
     activation: int = 0,
 ) -> Tensor:
+    if activation == 0:  # one argument costs 0.4 us
+        return _op(x, packed_weight, weight_scale, bias)
     return _op(x, packed_weight, weight_scale, bias, activation)
 
 
