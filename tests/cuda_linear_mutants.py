@@ -456,10 +456,10 @@ MUTANTS += [
     Trial(
         "ternary_linear",
         Mutant(
-            "activated with one rounding less",
+            "GELU of negative values is theirs less the tail",
             "common/activation.h",
-            "p = p * t + 0x1.d5818ep-1f;",
-            "p = __builtin_fmaf(p, t, 0x1.d5818ep-1f);",
+            "return positive_part(x) - t",
+            "return x - t",
         ),
     ),
     Trial(

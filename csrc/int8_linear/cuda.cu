@@ -16,6 +16,7 @@ struct Int8Chunk {
   }
   static constexpr int kUnits = 1, kMostSets = 1;
   static constexpr int32_t kOffset = 0;
+  static constexpr bool kActivates = true;
   static constexpr int least_blocks(int batch_tiles) { return batch_tiles <= 4 ? 2 : 1; }
   template <int kSets>
   static __device__ __forceinline__ uint32_t fragment(const uint4 (&chunk)[1], int, int f) {

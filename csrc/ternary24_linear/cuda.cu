@@ -63,6 +63,7 @@ class Ternary24Chunk {
   static constexpr int kUnits = 16, kMostSets = 1;
   static constexpr int most_weight_tiles(int batch_tiles) { return batch_tiles == 1 ? 2 : 1; }
   static constexpr int32_t kOffset = 0;
+  static constexpr bool kActivates = false;
   static constexpr int least_blocks(int batch_tiles) { return batch_tiles <= 2 ? 2 : 1; }
 
   // The tables, for all threads of the block.

@@ -23,6 +23,7 @@ struct TernaryChunk {
   static constexpr int kUnits = 4;  // a word each
   static constexpr int kMostSets = 2;
   static constexpr int32_t kOffset = 1;
+  static constexpr bool kActivates = true;
   static constexpr int least_blocks(int batch_tiles) { return batch_tiles <= 2 ? 1 : 0; }
   template <int kSets>
   static __device__ __forceinline__ uint32_t fragment(const uint4 (&chunk)[1], int unit, int f) {

@@ -37,6 +37,7 @@
 //                  part alone; next_part<parts>(pieces) moves the next one there
 //   kMostBatchTiles, most_weight_tiles(batch_tiles)   of a block, for want of registers
 //   kOffset        what codes carry above the weights
+//   kActivates     whether its op has activations
 //   kMostSets      1, or 2: fragments may come in two sets, for sums of their own
 //   least_blocks(batch_tiles)   of eight warps that an SM holds without spilling, or 0
 //   fragment<kSets>(pieces, unit, f)   codes 4f .. 4f + 3 of a unit, as bytes, times 4^(f % kSets)
@@ -209,8 +210,8 @@ __global__ void __launch_bounds__(kWarps* kWarpThreads, kLeastBlocks<Weight, kBa
   store_added_sums<kWeightTiles, kBatchTiles, kWarps>(
       linear, n0, m0, reinterpret_cast<const int32_t*>(partial),
       [&](int32_t sum, int64_t m, int64_t n) {
-        return activated(linear.activation,
-                         finished<Weight::kOffset>(linear, sum, m, column_scaling(linear, n)));
+        const float value = finished<Weight::kOffset>(linear, sum, m, column_scaling(linear, n));
+        return Weight::kActivates ? activated(linear.activation, value) : value;
       });
 }
 
