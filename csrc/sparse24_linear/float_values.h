@@ -145,8 +145,10 @@ inline constexpr int64_t kSliceBytes = 24 << 10;
 // Weight rows whose sums are kept: with 64 rows of x they are 64 KiB.
 inline constexpr int64_t kBlockColumns = 256;
 // How many weight rows ahead values are fetched: the hardware does not foresee the jump from a
-// slice of one row to that of the next. Measured: up to twice as fast.
-inline constexpr int64_t kAhead = 2;
+// slice of one row to that of the next. Measured: with two up to twice as fast, with eight 1.4
+// times as fast again where a slice of a row takes no longer than 50 cycles (bf16, 8 rows from
+// memory).
+inline constexpr int64_t kAhead = 8;
 
 [[maybe_unused]] inline const float* as_floats(const float* values, int64_t, float*) {
   return values;
@@ -242,9 +244,11 @@ void large_block(const float* x, int64_t first_m, const WeightRows<T>& weight,
       const int64_t chunks = std::min(kSlice, weight.chunks - chunk);
       const float* columns = x + chunk * chunk_vectors<Simd>() * kBlock;
       for (int64_t row = n; row < n_end; ++row) {
-        const int64_t later = std::min(row + kAhead, n_end - 1);
-        __builtin_prefetch(weight.row_indices(later) + chunk * kSparse24Indices);
-        const T* upcoming = weight.row_values(later) + chunk * kSparse24Values;
+        const bool wraps = row + kAhead >= n_end;  // into the next slice
+        const int64_t later = std::min(row + kAhead - (wraps ? n_end - n : 0), n_end - 1);
+        const int64_t later_chunk = chunk + (wraps ? kSlice : 0);
+        __builtin_prefetch(weight.row_indices(later) + later_chunk * kSparse24Indices);
+        const T* upcoming = weight.row_values(later) + later_chunk * kSparse24Values;
         const T* values = weight.row_values(row) + chunk * kSparse24Values;
         const uint8_t* indices = weight.row_indices(row) + chunk * kSparse24Indices;
         float* to = sums + (row - n) * kBlock;
