@@ -41,7 +41,8 @@
 // which two need one of Zen 4's two multipliers: 236 GOP/s. In registers alone the four reach 227
 // (with vpsignb 140; two pairs of vpmaddwd and add, 187). Measured with everything around it, from
 // the caches: 175 to 186 with 16 rows and more, 165 with 8, 150 with 4. fbgemm, which saturates,
-// needs three: 180 to 195 there. With one row, the reading of the weight.
+// needs three: 180 to 195 there (FBGEMM_ENABLE_INSTRUCTIONS=AVX2 python -m benchmarks.run cpu
+// --op int8_linear --isa avx2). With one row, the reading of the weight.
 #pragma once
 
 #include <immintrin.h>
