@@ -30,7 +30,7 @@ def fuse(model: nn.Module, x: object = None) -> nn.Module:
 def reason(model: nn.Module, x: object = None) -> str:
     """Why the only activation was left alone."""
     small = fuse(model, x)
-    (row,) = small.activations_report.activations
+    (row,) = small.activations_report.modules
     assert not row.fused
     assert row.ratio is None
     assert type(small.get_submodule(row.name)) is type(model.get_submodule(row.name))
@@ -71,7 +71,7 @@ def test_measures_each_case_once_and_says_what_it_found():
     x = torch.randn(3, 8)
     small = trine.fuse_activations(model, [x, x, torch.randn(2, 5, 8)], timer=timer)
     assert len(asked) == 4  # two kinds of activation, 3 and 10 rows
-    first, _, last = small.activations_report.activations
+    first, _, last = small.activations_report.modules
     assert (first.name, first.layers, first.apart_seconds, first.fused_seconds) == (
         "1",
         ("0",),
@@ -81,7 +81,7 @@ def test_measures_each_case_once_and_says_what_it_found():
     assert first.reason == "measured 1.50 times as fast, with its layers"
     assert (last.name, last.fused, last.ratio) == ("5", True, 1.5)
     text = str(small.activations_report).splitlines()
-    assert text[1].split()[:3] == ["1", "fused", "0"]
+    assert text[1].split()[:3] == ["1", "fused", "1"]
     assert text[-1] == "3 of 3 activations fused"
 
 
@@ -90,9 +90,9 @@ def test_not_faster_is_left_alone():
     small = trine.fuse_activations(
         model, torch.randn(3, 8), timer=lambda _: {"apart": 1.0, "fused": 2.0}
     )
-    (row,) = small.activations_report.activations
+    (row,) = small.activations_report.modules
     assert (row.fused, small[0].activation) == (False, None)
-    (row,) = trine.fuse_activations(model, torch.randn(3, 8)).activations_report.activations
+    (row,) = trine.fuse_activations(model, torch.randn(3, 8)).activations_report.modules
     assert row.fused == (row.fused_seconds < row.apart_seconds)
 
 
@@ -161,7 +161,7 @@ def test_one_module_behind_several_layers():
     shared = nn.ReLU()
     model = nn.Sequential(packed(8, 8), shared, packed(8, 8, "ternary"), shared)
     small = fuse(model)
-    (row,) = small.activations_report.activations
+    (row,) = small.activations_report.modules
     assert row.layers == ("0", "2")
     assert [small[0].activation, small[2].activation] == ["relu", "relu"]
     assert type(small[1]) is nn.Identity

@@ -52,7 +52,7 @@ def fuse(model: nn.Module, x: object = None) -> nn.Module:
 def reason(model: nn.Module, x: object = None) -> str:
     """Why the only norm was left alone."""
     small = fuse(model, x)
-    (row,) = small.fusion_report.norms
+    (row,) = small.norms_report.modules
     assert not row.fused
     assert row.ratio is None
     assert type(small.get_submodule(row.name)) is type(model.get_submodule(row.name))
@@ -95,8 +95,8 @@ def test_measures_each_case_once_and_says_what_it_found():
     x = torch.randn(3, 8)
     small = trine.fuse_norms(model, [x, x, torch.randn(2, 5, 8)], timer=timer)
     assert len(asked) == 4  # two kinds of layers, 3 and 10 rows
-    first, second, last = small.fusion_report.norms
-    assert (first.name, first.readers, first.apart_seconds, first.fused_seconds) == (
+    first, second, last = small.norms_report.modules
+    assert (first.name, first.layers, first.apart_seconds, first.fused_seconds) == (
         "0.0",
         ("0.1",),
         9.0,
@@ -104,9 +104,9 @@ def test_measures_each_case_once_and_says_what_it_found():
     )
     assert first.reason == "measured 1.50 times as fast, with its readers"
     assert (second.fused, second.ratio, last.fused) == (True, 1.5, False)
-    assert small.fusion_report == FusionReport((first, second, last))
-    text = str(small.fusion_report).splitlines()
-    assert text[0].split() == ["norm", "result", "readers", "reason"]
+    assert small.norms_report == FusionReport("norm", (first, second, last))
+    text = str(small.norms_report).splitlines()
+    assert text[0].split() == ["norm", "result", "layers", "reason"]
     assert text[1].split()[:3] == ["0.0", "fused", "1"]
     assert text[3].split()[:2] == ["2", "kept"]
     assert text[-1] == "2 of 3 norms fused"
@@ -115,10 +115,10 @@ def test_measures_each_case_once_and_says_what_it_found():
 def test_not_faster_is_left_alone():
     (row,) = trine.fuse_norms(
         block(nn.LayerNorm(8)), torch.randn(3, 8), timer=lambda _: {"apart": 1.0, "fused": 2.0}
-    ).fusion_report.norms
+    ).norms_report.modules
     assert (row.fused, row.reason) == (False, "measured 0.50 times as fast, with its readers")
     small = trine.fuse_norms(block(nn.LayerNorm(8)), torch.randn(3, 8))  # whatever it finds
-    (row,) = small.fusion_report.norms
+    (row,) = small.norms_report.modules
     assert row.fused == (row.fused_seconds < row.apart_seconds)
 
 
@@ -173,10 +173,10 @@ def test_pre_norm_models(name, tmp_path):
         randomised(factory()).eval(), trine.Recipe("int8"), inputs, timer=says(2)
     )
     small = fuse(model, inputs)
-    (kept,) = (row for row in small.fusion_report.norms if not row.fused)
+    (kept,) = (row for row in small.norms_report.modules if not row.fused)
     assert kept.name == last
     assert " reads it (torch.Tensor." in kept.reason
-    assert small.fusion_report.fused == 4
+    assert small.norms_report.fused == 4
     with torch.no_grad():
         logits, expected = small(**inputs).logits, model(**inputs).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=ROUNDING)
@@ -193,8 +193,8 @@ def test_post_norm_models_are_left_alone():
     """A residual sum reads what the norm of BERT gives."""
     model = packed(hf.BertModel(hf.BertConfig(**TEXT), add_pooling_layer=False))
     small = fuse(model, IDS)
-    assert small.fusion_report.fused == 0
-    reasons = {row.name: row.reason for row in small.fusion_report.norms}
+    assert small.norms_report.fused == 0
+    reasons = {row.name: row.reason for row in small.norms_report.modules}
     residual = "'encoder.layer.0.output' (BertOutput) reads it (torch.Tensor.add)"
     assert reasons["encoder.layer.0.attention.output.LayerNorm"] == residual
     assert reasons["encoder.layer.1.output.LayerNorm"] == "the model returns it"
@@ -204,11 +204,11 @@ def test_post_norm_models_are_left_alone():
 
 def test_norms_of_other_roundings_are_left_alone():
     rounds = "in bfloat16 LlamaRMSNorm rounds twice, before it multiplies by the weight, too"
-    assert {row.reason for row in fuse(packed(llama().bfloat16()), IDS).fusion_report.norms} == {
+    assert {row.reason for row in fuse(packed(llama().bfloat16()), IDS).norms_report.modules} == {
         rounds
     }
     gemma = hf.GemmaForCausalLM(hf.GemmaConfig(**TEXT, head_dim=8, num_key_value_heads=4))
-    assert {row.reason for row in fuse(packed(gemma), IDS).fusion_report.norms} == {
+    assert {row.reason for row in fuse(packed(gemma), IDS).norms_report.modules} == {
         "GemmaRMSNorm computes something else than RMSNorm"
     }
 
@@ -242,7 +242,7 @@ class Reads(nn.Module):
 )
 def test_a_second_reader(other, expected):
     if expected is None:
-        assert fuse(Reads(other)).fusion_report.fused == 1
+        assert fuse(Reads(other)).norms_report.fused == 1
     else:
         assert reason(Reads(other)) == expected
 

@@ -2,23 +2,17 @@
 
 from trine.compress.checkpoint import load, save
 from trine.compress.compress import compress
-from trine.compress.fuse_activations import (
-    ActivationReport,
-    ActivationsReport,
-    fuse_activations,
-)
+from trine.compress.fuse_activations import fuse_activations
 from trine.compress.fuse_norms import fuse_norms
-from trine.compress.fusion_report import FusionReport, NormReport
+from trine.compress.fusion_report import FusionReport, ModuleFusion
 from trine.compress.recipe import Recipe
 from trine.compress.report import CompressionReport, LayerReport, ShapeTiming
 
 __all__ = [
-    "ActivationReport",
-    "ActivationsReport",
     "CompressionReport",
     "FusionReport",
     "LayerReport",
-    "NormReport",
+    "ModuleFusion",
     "Recipe",
     "ShapeTiming",
     "compress",

@@ -3,62 +3,22 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trine.compress.edits import record
+from trine.compress.fusion_report import FusionReport, ModuleFusion
 from trine.compress.layers import require_module
 from trine.compress.measure import Timer
 from trine.compress.observe import Call, as_batches, observe
 from trine.compress.packed_copy import packed_copy
 from trine.compress.readers import Readers, find_readers
-from trine.compress.report import aligned
 from trine.evaluate.latency import alternate
 from trine.nn import Int8Linear, TernaryLinear
 
 _WITH_ACTIVATION = (Int8Linear, TernaryLinear)
-
-
-@dataclass(frozen=True)
-class ActivationReport:
-    """One activation module: whether its layers compute it now, the reason, and where measured
-    those layers and the seconds of all calls of both, as they were and fused."""
-
-    name: str
-    fused: bool
-    reason: str
-    layers: tuple[str, ...] = ()
-    apart_seconds: float | None = None
-    fused_seconds: float | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times as fast it is fused; None where nothing was measured."""
-        return None if self.apart_seconds is None else self.apart_seconds / self.fused_seconds
-
-
-@dataclass(frozen=True)
-class ActivationsReport:
-    """All ReLU and GELU modules of the model."""
-
-    activations: tuple[ActivationReport, ...]
-
-    @property
-    def fused(self) -> int:
-        """The number of modules that were fused."""
-        return sum(activation.fused for activation in self.activations)
-
-    def __str__(self) -> str:
-        """A table of the modules, one a line, and a line of totals."""
-        rows = [("activation", "result", "layers", "reason")]
-        for each in self.activations:
-            result = "fused" if each.fused else "kept"
-            rows.append((each.name, result, ", ".join(each.layers), each.reason))
-        total = f"{self.fused} of {len(self.activations)} activations fused"
-        return "\n".join([*aligned(rows), total])
 
 
 def fuse_activations(
@@ -86,7 +46,7 @@ def fuse_activations(
         timer: takes calls by name, returns seconds per call by name.
 
     Returns:
-        The copy. Its attribute `activations_report`, an `ActivationsReport`, says for each module
+        The copy. Its attribute `activations_report`, a `FusionReport`, says for each module
         whether it was fused, the measured ratio and the reason; print it for a table.
 
     Raises:
@@ -106,7 +66,7 @@ def fuse_activations(
     readers = find_readers(model, nothing, frozenset(kinds), batches)
     calls = observe(model, {name: model.get_submodule(name) for name in kinds}, batches)
 
-    rows: list[ActivationReport] = []
+    rows: list[ModuleFusion] = []
     replacements: dict[nn.Module | Tensor, nn.Module | Tensor] = {}
     timings = _Timings(timer)
     for name, kind in kinds.items():
@@ -116,7 +76,7 @@ def fuse_activations(
         if reason is None and calls[name].total() != sum(readers[n].calls.total() for n in before):
             reason = "it reads other results, too"
         if reason is not None:
-            rows.append(ActivationReport(name, False, reason, before))
+            rows.append(ModuleFusion(name, False, reason, before))
             continue
         fused = {layers[n]: _with_activation(layers[n], kind) for n in before}
         apart_seconds = fused_seconds = 0.0
@@ -128,13 +88,13 @@ def fuse_activations(
                 fused_seconds += count * together
         pays = fused_seconds < apart_seconds
         reason = f"measured {apart_seconds / fused_seconds:.2f} times as fast, with its layers"
-        rows.append(ActivationReport(name, pays, reason, before, apart_seconds, fused_seconds))
+        rows.append(ModuleFusion(name, pays, reason, before, apart_seconds, fused_seconds))
         if pays:
             replacements |= {**fused, module: nn.Identity()}
 
     small = packed_copy(model, replacements).eval()
     record(model, small)
-    small.activations_report = ActivationsReport(tuple(rows))
+    small.activations_report = FusionReport("activation", tuple(rows))
     return small
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from trine.calibration.probe import probing, run
 from trine.compress.edits import record
-from trine.compress.fusion_report import FusionReport, NormReport
+from trine.compress.fusion_report import FusionReport, ModuleFusion
 from trine.compress.layers import obstacles_of, require_module
 from trine.compress.measure import Timer
 from trine.compress.observe import Call, as_batches
@@ -56,7 +56,7 @@ def fuse_norms(model: nn.Module, sample_inputs: Any, *, timer: Timer = alternate
         timer: takes calls by name, returns seconds per call by name.
 
     Returns:
-        The copy. Its attribute `fusion_report`, a `FusionReport`, says for each norm whether it was
+        The copy. Its attribute `norms_report`, a `FusionReport`, says for each norm whether it was
         fused, the measured ratio and the reason; print it for a table.
 
     Raises:
@@ -71,12 +71,12 @@ def fuse_norms(model: nn.Module, sample_inputs: Any, *, timer: Timer = alternate
     readers = find_readers(model, sources, frozenset(layers), batches)
 
     timings = _Timings(timer)
-    rows: list[NormReport] = []
+    rows: list[ModuleFusion] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for name, norm in norms.items():
         reason = left_alone.get(name) or _reason_of(readers[name])
         if reason:
-            rows.append(NormReport(name, False, reason))
+            rows.append(ModuleFusion(name, False, reason))
             continue
         fused = _fused(norm)
         of_norm = [layers[reader] for reader in readers[name].layers]
@@ -87,7 +87,7 @@ def fuse_norms(model: nn.Module, sample_inputs: Any, *, timer: Timer = alternate
 
     small = packed_copy(model, replacements).eval()
     record(model, small)
-    small.fusion_report = FusionReport(tuple(rows))
+    small.norms_report = FusionReport("norm", tuple(rows))
     if replacements:
         _try(small, batches)
     return small
@@ -214,13 +214,13 @@ def _measured(
     layers: list[PackedLinear],
     readers: Readers,
     timings: _Timings,
-) -> NormReport:
+) -> ModuleFusion:
     apart_seconds = fused_seconds = 0.0
     for call, count in readers.calls.items():
         apart, together = timings.seconds(norm, fused, layers, call)
         apart_seconds += count * apart
         fused_seconds += count * together
-    return NormReport(
+    return ModuleFusion(
         name,
         fused_seconds < apart_seconds,
         f"measured {apart_seconds / fused_seconds:.2f} times as fast, with its readers",

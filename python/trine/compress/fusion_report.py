@@ -1,4 +1,4 @@
-"""What fuse_norms did with each norm, and why: plain data that prints as a table."""
+"""What fuse_norms or fuse_activations did with each module, and why: prints as a table."""
 
 from __future__ import annotations
 
@@ -8,38 +8,41 @@ from trine.compress.report import aligned
 
 
 @dataclass(frozen=True)
-class NormReport:
-    """One norm: whether it was fused, the reason, and where measured its readers and the seconds of
-    all its calls together with theirs, as they were and fused."""
+class ModuleFusion:
+    """One norm or activation: whether it was fused with its layers, the reason, the layers (those
+    that read a norm, those that an activation reads), and where measured the seconds of all its
+    calls together with theirs, as they were and fused."""
 
     name: str
     fused: bool
     reason: str
-    readers: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
     apart_seconds: float | None = None
     fused_seconds: float | None = None
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast the fused norm is; None where nothing was measured."""
+        """How many times as fast it is fused; None where nothing was measured."""
         return None if self.apart_seconds is None else self.apart_seconds / self.fused_seconds
 
 
 @dataclass(frozen=True)
 class FusionReport:
-    """All norms of the model."""
+    """All modules of one kind, "norm" or "activation"."""
 
-    norms: tuple[NormReport, ...]
+    kind: str
+    modules: tuple[ModuleFusion, ...]
 
     @property
     def fused(self) -> int:
-        """The number of norms that were fused."""
-        return sum(norm.fused for norm in self.norms)
+        """The number of modules that were fused."""
+        return sum(module.fused for module in self.modules)
 
     def __str__(self) -> str:
-        """A table of the norms, one a line, and a line of totals."""
-        rows = [("norm", "result", "readers", "reason")]
-        for norm in self.norms:
-            result = "fused" if norm.fused else "kept"
-            rows.append((norm.name, result, str(len(norm.readers) or ""), norm.reason))
-        return "\n".join([*aligned(rows), f"{self.fused} of {len(self.norms)} norms fused"])
+        """A table of the modules, one a line, and a line of totals."""
+        rows = [(self.kind, "result", "layers", "reason")]
+        for module in self.modules:
+            result = "fused" if module.fused else "kept"
+            rows.append((module.name, result, str(len(module.layers) or ""), module.reason))
+        total = f"{self.fused} of {len(self.modules)} {self.kind}s fused"
+        return "\n".join([*aligned(rows), total])
