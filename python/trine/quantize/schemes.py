@@ -233,7 +233,7 @@ def product(rows: Tensor, row_scale: Tensor | None, term: Term) -> Tensor:
 
 
 def through_product(grad: Tensor, term: Term) -> Tensor:
-    """The gradient of the rows [M, K] in `product`, in the dtype of `grad`, its result's [M, N]."""
+    """From `grad`, that of the result [M, N] of `product`, and in its dtype: that of the rows."""
     values, scale = term
     if scale is not None and scale.dim() < 2:
         return (grad * scale).to(grad.dtype) @ values.to(grad.dtype)
