@@ -15,7 +15,7 @@ the same each time.
 import bisect
 import copy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import trine
@@ -110,6 +110,11 @@ class Task:
     example: dict[str, Tensor]
     ratios: dict[float, float]  # of heads and neurons, by how many times as fast it makes the model
 
+    @cached_property
+    def by_sparsegpt(self) -> nn.Module:
+        """The dense model, 2:4 by SparseGPT."""
+        return prune.sparsegpt(self.dense, self.calibration, (2, 4), layers=LAYERS)
+
 
 def shape_of(name: str, task: Task) -> nn.Module:
     """The dense model as that way of pruning leaves it, or begins with, before any training."""
@@ -122,9 +127,9 @@ def shape_of(name: str, task: Task) -> nn.Module:
             prune.wanda(dense, task.calibration, (2, 4), layers=LAYERS), LAYERS
         )
     if name == "2:4 SparseGPT":
-        return prune.as_sparse24(by_sparsegpt(task), LAYERS)
+        return prune.as_sparse24(task.by_sparsegpt, LAYERS)
     if name.startswith("2:4"):
-        return prune.sr_ste(by_sparsegpt(task) if "SparseGPT" in name else dense, LAYERS)
+        return prune.sr_ste(task.by_sparsegpt if "SparseGPT" in name else dense, LAYERS)
     if name.startswith("heads and neurons"):
         return without_parts(task, task.ratios[speed_of(name)])
     if name.startswith("layers"):
@@ -137,10 +142,6 @@ def shape_of(name: str, task: Task) -> nn.Module:
         moments = calibrate(dense, task.calibration, SecondMoment, layers=names)
         return factorize(dense, Parameters(0.5), Svd(moments), layers=LAYERS)
     return dense
-
-
-def by_sparsegpt(task: Task) -> nn.Module:
-    return prune.sparsegpt(task.dense, task.calibration, (2, 4), layers=LAYERS)
 
 
 def one_shot(model: nn.Module, criterion: prune.Criterion) -> None:
