@@ -233,13 +233,15 @@ class _StraightThrough(torch.autograd.Function):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
-def test_movement_by_straight_through_masks(soft, adam):
+@pytest.mark.parametrize("initial", [0.0, 0.02], ids=["from 0", "from magnitudes"])
+def test_movement_by_straight_through_masks(soft, adam, initial):
     """Weights and scores as parameters, masks in the forward pass, as Sanh et al. write it."""
     x, y = BATCHES[0][0].flatten(1), BATCHES[0][1]
     model = nn.Linear(32, 2, bias=False).double()
     weight = model.weight.detach().clone().requires_grad_()
-    scores = torch.zeros_like(weight, requires_grad=True)
-    penalty, limit = (0.01, -0.004) if soft else (0.0, None)
+    size = weight.detach().abs()
+    scores = (initial * size / size.mean()).requires_grad_()
+    penalty, limit = (0.01, initial - 0.004) if soft else (0.0, None)
 
     def optimizer_of(parameters):
         make = torch.optim.Adam if adam else torch.optim.SGD
@@ -248,7 +250,7 @@ def test_movement_by_straight_through_masks(soft, adam):
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     pruner = Pruner(
         model,
-        Movement(optimizer=optimizer_of, penalty=penalty),
+        Movement(optimizer=optimizer_of, penalty=penalty, initial=initial),
         scope=Threshold(limit) if soft else PerLayer(0.6),
         schedule=Cubic(0, 12),
         optimizer=optimizer,
@@ -354,8 +356,9 @@ def test_layers_that_cannot_be_pruned():
 def test_arguments_that_make_no_sense():
     with pytest.raises(ValueError, match="norm must be 1 or 2, it is 3"):
         Magnitude(3)
-    with pytest.raises(ValueError, match="learning_rate must be positive and penalty not negative"):
-        Movement(0.0)
+    for wrong in ({"learning_rate": 0.0}, {"penalty": -1.0}, {"initial": -1.0}):
+        with pytest.raises(ValueError, match="must be positive, penalty and initial not negative"):
+            Movement(**wrong)
     with pytest.raises(ValueError, match="loss and batches belong together"):
         SNIP(loss_of)
     with pytest.raises(ValueError, match=r"one size of the first dimension, they have \[2, 3\]"):

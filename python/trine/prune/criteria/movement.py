@@ -24,8 +24,14 @@ class Movement(Criterion):
     Hard movement pruning is this under a ratio, `PerLayer` or `Global`; soft movement pruning is
     this under `Threshold`, with `penalty` driving scores down.
 
+    With scores that begin at 0 the first masks are chosen by noise, and a trained network needs
+    thousands of updates to get over that. `initial` begins with magnitudes instead (Sehwag et al.
+    2020, arXiv:2002.10509): training then corrects what magnitude would choose.
+
     Args:
         learning_rate: of the scores, if `optimizer` is None.
+        initial: S begins at initial * |W| / mean(|W|) of the layer; 0, as in the paper, at 0. With
+            Adam, whose steps have the size of its rate, 1 is right for a few hundred updates.
         optimizer: made with the list of all layers' scores, e.g.
             lambda scores: torch.optim.AdamW(scores, 1e-2, weight_decay=0).
         penalty: lambda of the term lambda * sum(sigmoid(S)) of the loss, whose gradient is added;
@@ -42,13 +48,14 @@ class Movement(Criterion):
         *,
         optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
         penalty: float = 0.0,
+        initial: float = 0.0,
     ) -> None:
-        if learning_rate <= 0 or penalty < 0:
+        if not (learning_rate > 0 and penalty >= 0 and initial >= 0):
             raise ValueError(
-                "Movement: learning_rate must be positive and penalty not negative; they are "
-                f"{learning_rate} and {penalty}"
+                "Movement: learning_rate must be positive, penalty and initial not negative; they "
+                f"are {learning_rate}, {penalty} and {initial}"
             )
-        self.penalty = penalty
+        self.penalty, self.initial = penalty, initial
         self._make = optimizer or partial(torch.optim.SGD, lr=learning_rate)
         self._dense: dict[str, Tensor] = {}
         self._scores: dict[str, Tensor] = {}
@@ -58,8 +65,13 @@ class Movement(Criterion):
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
         # The weights with those that are pruned, which the model has as zeros.
         self._dense = {name: weight.clone() for name, weight in weights.items()}
-        self._scores = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        self._scores = {name: self._first(weight) for name, weight in weights.items()}
         self._optimizer = self._make(list(self._scores.values()))
+
+    def _first(self, weight: Tensor) -> Tensor:
+        size = weight.abs()
+        # A layer of zeros has no magnitudes to tell apart.
+        return size * (self.initial / size.mean().clamp_min(torch.finfo(size.dtype).tiny))
 
     @torch.no_grad()
     def collect(self, layers: Mapping[str, nn.Module]) -> None:
@@ -67,9 +79,10 @@ class Movement(Criterion):
         for name, layer in layers.items():
             if layer.weight.grad is not None:
                 score = self._scores[name]
-                slope = score.sigmoid()
                 score.grad = self._dense[name] * layer.weight.grad
-                score.grad += self.penalty * slope * (1 - slope)
+                if self.penalty:
+                    slope = score.sigmoid()
+                    score.grad += self.penalty * slope * (1 - slope)
                 self._seen.add(name)
         with torch.enable_grad():
             self._optimizer.step()
