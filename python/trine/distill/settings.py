@@ -98,7 +98,9 @@ class Training:
         if not groups:
             raise ValueError("the student has no parameters that require a gradient")
         if self.optimizer == "adamw":
-            return torch.optim.AdamW(groups)
+            # One pass over the weights for a dozen: a quarter of the time on a CPU. A scaler leaves
+            # it to such an optimiser to unscale gradients, which a pruner has to see before.
+            return torch.optim.AdamW(groups, fused=self.precision != "fp16")
         return torch.optim.SGD(groups, momentum=self.momentum, nesterov=self.momentum > 0)
 
     def updates(self, batches: int) -> int:

@@ -128,6 +128,7 @@ class Pruner:
             self._hook.remove()
         self.optimizer = optimizer
         self._hook = optimizer.register_step_pre_hook(lambda *_: self.collect())
+        self._clear_state()
         if self._earlier is not None and self.schedule.rewind == self.position:
             self._earlier = self._snapshot()
 
@@ -295,6 +296,7 @@ class Pruner:
         masks = self.granularity.masks(self.layers, kept)
         self._off = {of: (~mask).contiguous() for of, mask in masks.items() if not mask.all()}
         self._apply()
+        self._clear_state()
 
     def _pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """The parameters that are pruned, with what of them is."""
@@ -304,8 +306,12 @@ class Pruner:
     def _apply(self) -> None:
         for parameter, off in self._pruned():
             parameter.masked_fill_(off, 0)
-            if self.optimizer is None:
-                continue
+
+    def _clear_state(self) -> None:
+        """Once for each mask: afterwards gradients of 0 keep it so."""
+        if self.optimizer is None:
+            return
+        for parameter, off in self._pruned():
             for value in self.optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value.masked_fill_(off, 0)
