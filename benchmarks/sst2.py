@@ -230,15 +230,25 @@ def fine_tune(model: nn.Module, rows: Phrases, training: Training, batch: int = 
     return distiller.fit(rows.loader(batch)).eval()
 
 
+def hidden_states(student: nn.Module, teacher: nn.Module) -> Objective:
+    """Each layer of the student learns from what one of the teacher gives out, evenly spread. Both
+    models give these states out from now on."""
+    student.config.output_hidden_states = teacher.config.output_hidden_states = True
+    pairs = pairs_of_layers(student, teacher)
+    return HiddenStates([(f"hidden_states.{m + 1}", f"hidden_states.{g + 1}") for m, g in pairs])
+
+
 def inner_objectives(student: nn.Module, teacher: nn.Module) -> list[Objective]:
-    """Hidden states and attention maps, as TinyBERT has them: each layer of the student learns from
-    one of the teacher, evenly spread. Both models give them out from now on."""
-    for model in (student, teacher):
-        model.config.output_hidden_states = model.config.output_attentions = True
+    """Hidden states and attention maps, as TinyBERT has them. Both models give them out from now
+    on."""
+    student.config.output_attentions = teacher.config.output_attentions = True
+    maps = [(f"attentions.{m}", f"attentions.{g}") for m, g in pairs_of_layers(student, teacher)]
+    return [hidden_states(student, teacher), AttentionMaps(maps)]
+
+
+def pairs_of_layers(student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
     layers = uniform_layers(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    states = [(f"hidden_states.{m + 1}", f"hidden_states.{g + 1}") for m, g in enumerate(layers)]
-    maps = [(f"attentions.{m}", f"attentions.{g}") for m, g in enumerate(layers)]
-    return [HiddenStates(states), AttentionMaps(maps)]
+    return list(enumerate(layers))
 
 
 def logits_only(model: nn.Module) -> nn.Module:

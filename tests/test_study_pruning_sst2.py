@@ -20,6 +20,7 @@ from benchmarks.pruning.sst2 import (
     shape_of,
     speed_of,
     task_of,
+    training_of,
 )
 from benchmarks.sst2 import Sst2
 
@@ -61,6 +62,16 @@ def test_single_weights_are_pruned_to_the_share_in_the_name(name, updates):
     ratio = pruner.schedule.at(pruner.schedule.last).ratio(pruner.scope.ratio)
     assert ratio == pytest.approx(1 - share)
     assert all("encoder" in layer for layer in pruner.layers)
+
+
+def test_smaller_models_have_more_updates():
+    amounts = Amounts(10, 64, least=1)
+    updates = {name: training_of(name, amounts, 0).steps for name in TRAINED}
+    assert {n: u for n, u in updates.items() if u != 10} == {
+        f"{what} {speed}x, distilled": count
+        for what in ("heads and neurons", "layers")
+        for speed, count in (("2", 50), ("1.5", 20))
+    }
 
 
 def test_names_say_how_fast_and_of_what_form():
