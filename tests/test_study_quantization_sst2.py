@@ -1,6 +1,7 @@
 """The study of quantised encoders on SST-2, made small itself."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,12 +24,13 @@ from benchmarks.quantization.sst2 import (
     best_observer,
     follow_ranges,
     form_of,
+    phrases_of,
     rows_of,
     trained,
 )
 from benchmarks.sst2 import Sst2
 
-AMOUNTS = Amounts(32, dev=8, unlabelled=32, int8_updates=3, ternary_updates=2, least=1)
+AMOUNTS = Amounts(32, 8, few=50, unlabelled=32, int8_updates=3, ternary_updates=2, least=4)
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,18 @@ def test_each_way_leaves_the_layers_that_its_name_says(data):
     torch.testing.assert_close(task.dense.state_dict(), before, rtol=0, atol=0)
 
 
+def test_few_labels_are_few_and_the_distilled_see_text_without(data):
+    rows = Sst2.load(data, 100)
+    alone, distilled = (phrases_of(name, rows, AMOUNTS) for name in (ALONE, DISTILLED))
+    assert torch.equal(alone.labels, rows.labelled.labels[:50])
+    assert torch.equal(distilled.labels, torch.cat([alone.labels, torch.full((32,), -100)]))
+    assert (distilled.lengths[50:] >= 4).all()
+    assert (rows.unlabelled.lengths < 4).any()
+    assert phrases_of(TRAINED[-1], rows, AMOUNTS) is rows.labelled
+    plenty = replace(AMOUNTS, unlabelled=10**9, least=1)
+    assert len(phrases_of(DISTILLED, rows, plenty)) == 300  # all of train.tsv
+
+
 def test_the_observer_chosen_moves_the_logits_least(data):
     rows = Sst2.load(data, 100)
     task = task_of(rows)
@@ -110,13 +124,15 @@ def test_goals_are_met_by_figures_alone():
         ("INT8 GPTQ", quantization.POINTS),
         ("INT8 static", quantization.MEAN_COSINE),
         (DISTILLED, quantization.POINTS),
-        ("ternary QAT: distilled - alone", "points"),
+        ("ternary QAT, few labels: distilled - alone", "points"),
     }
     with_goal = {name for (name, _), row in rows.items() if row.goal is not None}
-    assert with_goal == {*INT8, DISTILLED, "ternary QAT: distilled - alone"}
+    assert with_goal == {*INT8, DISTILLED, "ternary QAT, few labels: distilled - alone"}
     assert rows["INT8 dynamic", quantization.POINTS].value == pytest.approx(-0.5)
     assert rows[DISTILLED, quantization.POINTS].value == pytest.approx(-3.5)
-    assert rows["ternary QAT: distilled - alone", "points"].value == pytest.approx(-3.5 + 10 / 3)
+    assert rows["ternary QAT, few labels: distilled - alone", "points"].value == pytest.approx(
+        -3.5 + 10 / 3
+    )
     assert rows["INT8 static", quantization.MEAN_COSINE].value == pytest.approx(0.985)
     assert rows["ternary GPTQ", quantization.WORST_COSINE].value == pytest.approx(0.1)
 

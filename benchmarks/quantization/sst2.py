@@ -2,9 +2,11 @@
 
 INT8 after training: activations with a scale for each row, or with one scale by an observer (the
 one that keeps the logits best on dev.tsv), smoothed, rounded by GPTQ; INT8 trained under
-quantisation; ternary weights by GPTQ, trained with the labels alone, and with the float model as
+quantisation; ternary weights by GPTQ, trained with few labels alone, and with the float model as
 their teacher too (soft targets, hidden states, attention maps; that needs no labels, so it sees
-phrases without). Three float models, fine-tuned with three seeds; everything is made of each.
+phrases without: as in practice, where there is a model, much text, and few labels). For comparison
+trained with all the labels that the float model had. Three float models, fine-tuned with three
+seeds; everything is made of each.
 
     python -m benchmarks.quantization.sst2 --data DIR
     python -m benchmarks.quantization.sst2 --data DIR --quick
@@ -57,36 +59,31 @@ TERNARY = {"*encoder.layer.*": "ternary-twn-g128", "*": "int8"}
 
 INT8 = ("INT8 dynamic", "INT8 static", "INT8 static, SmoothQuant", "INT8 GPTQ")
 AFTER_TRAINING = (*INT8, "ternary GPTQ")
-ALONE, DISTILLED = "ternary QAT", "ternary QAT, distilled"
-TRAINED = ("INT8 static, QAT", ALONE, DISTILLED)
+ALONE, DISTILLED = "ternary QAT, few labels", "ternary QAT, few labels, distilled"
+TRAINED = ("INT8 static, QAT", ALONE, DISTILLED, "ternary QAT, all labels")
 
 
 @dataclass(frozen=True)
 class Amounts:
     """calibration: phrases that ranges and GPTQ are of. dev: phrases that the observer is chosen
-    on. unlabelled: phrases that the distilled see beside the labelled ones, of `least` tokens or
-    more. Updates of each."""
+    on. few: labelled phrases of what is trained with few labels. unlabelled: phrases that the
+    distilled see beside these, of `least` tokens or more. Updates of each."""
 
     calibration: int
     dev: int
+    few: int
     unlabelled: int
     int8_updates: int
     ternary_updates: int
-    least: int
+    least: int = sst2.LONG
 
 
 def amounts_of(arguments: argparse.Namespace) -> Amounts:
     if arguments.quick:
-        return Amounts(
-            32, dev=100, unlabelled=2000, int8_updates=5, ternary_updates=10, least=sst2.LONG
-        )
-    if arguments.whole:  # no phrases without labels are left
-        return Amounts(
-            1024, dev=10**9, unlabelled=0, int8_updates=600, ternary_updates=6000, least=1
-        )
-    return Amounts(
-        128, dev=500, unlabelled=12_000, int8_updates=20, ternary_updates=400, least=sst2.LONG
-    )
+        return Amounts(32, 100, few=250, unlabelled=2000, int8_updates=5, ternary_updates=10)
+    if arguments.whole:
+        return Amounts(1024, 10**9, 8000, 10**9, int8_updates=600, ternary_updates=6000, least=1)
+    return Amounts(128, 500, few=1000, unlabelled=12_000, int8_updates=20, ternary_updates=400)
 
 
 def training_of(name: str, amounts: Amounts, seed: int) -> Training:
@@ -145,6 +142,17 @@ def towards_ternary(task: Task) -> nn.Module:
     return model
 
 
+def phrases_of(name: str, data: Sst2, amounts: Amounts) -> Phrases:
+    """What one of TRAINED learns from."""
+    if name not in (ALONE, DISTILLED):
+        return data.labelled
+    few = data.labelled.rows(slice(amounts.few))
+    if name == ALONE:
+        return few
+    others = data.unlabelled + data.labelled.rows(slice(amounts.few, None)).without_labels()
+    return few + others.at_least(amounts.least).rows(slice(amounts.unlabelled))
+
+
 def trained(name: str, task: Task, data: Sst2, amounts: Amounts, seed: int) -> nn.Module:
     """The packed model that training under quantisation makes of the float one."""
     ternary = name.startswith("ternary")
@@ -152,12 +160,11 @@ def trained(name: str, task: Task, data: Sst2, amounts: Amounts, seed: int) -> n
     recipe = Recipe(TERNARY if ternary else "int8-static")
     student = sst2.without_word_vectors(prepare_qat(start, recipe, task.calibration).train())
     training = training_of(name, amounts, seed)
-    teacher, objectives, rows = None, [Labels()], data.labelled
+    teacher, objectives = None, [Labels()]
     if name == DISTILLED:
         dense = copy.deepcopy(task.dense)
         objectives += [SoftTargets(TEMPERATURE), *sst2.inner_objectives(student, dense)]
         teacher = Frozen(dense, dtype=torch.bfloat16)
-        rows = rows + data.unlabelled.at_least(amounts.least).rows(slice(amounts.unlabelled))
     distiller = Distiller(
         student,
         teacher,
@@ -166,6 +173,7 @@ def trained(name: str, task: Task, data: Sst2, amounts: Amounts, seed: int) -> n
         transform=None if ternary else follow_ranges(student, training.steps),
         training=training,
     )
+    rows = phrases_of(name, data, amounts)
     return trine.convert(sst2.logits_only(distiller.fit(rows.loader(BATCH)).eval()))
 
 
@@ -266,7 +274,7 @@ def rows_of(results: dict[str, dict[str, Tensor]], facts: dict[str, dict[str, fl
         cosines.append(Row(name, MEAN_COSINE, value, interval, goal=goal, met=met))
         cosines.append(Row(name, WORST_COSINE, cosine.min().item()))
     value, interval = gain(percent[DISTILLED], percent[ALONE])
-    title = "ternary QAT: distilled - alone"
+    title = "ternary QAT, few labels: distilled - alone"
     gains.append(Row(title, "points", value, interval, goal=0.0, met=value > 0))
     return accuracies + gains + sorted(cosines, key=lambda row: row.metric)
 
@@ -302,15 +310,16 @@ def main() -> None:
         name: {key: torch.stack([of[name][key] for of in found.values()]) for key in KEYS}
         for name in ("float", *AFTER_TRAINING, *TRAINED)
     }
+    few, many = (len(phrases_of(name, data, amounts)) for name in (ALONE, DISTILLED))
     notes = (
         f"The float models are MiniLM-L6 fine-tuned on {len(data.labelled)} labelled phrases. "
         f"Static ranges are by {chosen['observer']}, over {amounts.calibration} phrases. What is "
         f"trained has {amounts.int8_updates} (INT8) or {amounts.ternary_updates} (ternary) updates "
-        f"of {BATCH} phrases, the distilled also sees {amounts.unlabelled} without label, of at "
-        f"least {amounts.least} tokens; ternary weights begin half way between the float ones and "
-        "those of GPTQ. Ternary are the linear layers of the encoder; the word embeddings, half of "
-        "the weights, stay in float and are most of the bytes. The published model is larger and "
-        "has all labels and far longer training."
+        f"of {BATCH} phrases. Few labels are {few}; the distilled also see {many - few} phrases "
+        f"without label, of at least {amounts.least} tokens. Ternary weights begin half way "
+        "between the float ones and those of GPTQ. Ternary are the linear layers of the encoder; "
+        "the word embeddings, half of the weights, stay in float and are most of the bytes. The "
+        "published model is larger and has all labels and far longer training."
     )
     study.finish(rows_of(results, facts), notes=notes)
 
