@@ -3,8 +3,13 @@
 import pytest
 import torch
 from devices import DEVICE, devices_to_test, on_device
+from hypothesis import settings
 from instruction_sets import isas_to_test
 from trine import _C, backends
+
+# A busy machine is no failure: hypothesis would fail an example that takes 200 ms.
+settings.register_profile("trine", deadline=None)
+settings.load_profile("trine")
 
 
 @pytest.fixture(autouse=True)
