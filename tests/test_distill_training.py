@@ -46,6 +46,13 @@ def loss_by_hand(student, teacher, x, y):
     return 0.6 * 4 * soft + 0.4 * nn.functional.cross_entropy(s, y)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_adam_is_fused_except_under_a_scaler(precision):
+    """A scaler would leave the unscaling to a fused one, after a pruner has seen the gradients."""
+    made = Training(precision=precision).make_optimizer(network().parameters(), [])
+    assert made.defaults["fused"] == (precision != "fp16")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_is_the_loop_that_one_would_write(optimizer):
     student, teacher = network(), network()

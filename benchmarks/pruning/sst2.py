@@ -4,8 +4,8 @@
 from those that SparseGPT leaves; single weights by magnitude against movement; heads and neurons,
 or whole layers, removed until the model is measured to be 1.5 and 2 times as fast; factors of low
 rank. There is one dense model. What is trained learns from its hidden states, its soft targets and
-the labels, each way with as many updates of the same phrases, three times with other seeds; what
-is not trained is the same each time.
+the labels, by updates of the same phrases, of which models that have become smaller get more, three
+times with other seeds; what is not trained is the same each time.
 
     python -m benchmarks.pruning.sst2 --data DIR
     python -m benchmarks.pruning.sst2 --data DIR --quick
