@@ -173,12 +173,6 @@ def transposed() -> Case:
     return Case(model, torch.randn(IMAGE), {"a": [("b", 1)], "b": [("c", 1)]})
 
 
-def encoder() -> Case:
-    """torch's own: its attention checks its sizes and stays."""
-    layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)
-    return Case(layer, torch.randn(WORDS), {"linear1": [("linear2", 1)]})
-
-
 def used_twice() -> Case:
     """One layer in two places: what it reads and what it makes are the same units."""
 
@@ -229,5 +223,5 @@ def grouped_query_eager() -> Case:
 
 MODULES = [
     concatenated, grouped, shuffled, group_norm, gated, squeeze_excite, attention, padded_shortcut,
-    in_place, transposed, encoder, used_twice, multi_query, grouped_query_eager,
+    in_place, transposed, used_twice, multi_query, grouped_query_eager,
 ]  # fmt: skip

@@ -203,6 +203,7 @@ def test_every_module_that_can_be_rebuilt_is_rebuilt_as_it_was():
         trine.nn.LowRankLinear(4, 6, 2, False, residual=True),
         trine.nn.QuantizingLayerNorm(6, 1e-6, True, False),
         trine.nn.QuantizingRMSNorm(6, None, False),
+        trine.nn.SeparateAttention(8, 3, 4, 6, None, 0.1, False, True),
     ]
     assert {type(module) for module in modules} == set(MODULES)
     for module in modules:

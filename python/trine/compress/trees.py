@@ -20,6 +20,7 @@ from trine.nn import (
     PackedLayer,
     QuantizingLayerNorm,
     QuantizingRMSNorm,
+    SeparateAttention,
 )
 
 Description = dict[str, Any]
@@ -71,6 +72,7 @@ MODULES: dict[type[nn.Module], str] = {
     LowRankLinear: "in_features out_features rank bias residual",
     QuantizingLayerNorm: _LAYER_NORM,
     QuantizingRMSNorm: _RMS_NORM,
+    SeparateAttention: "embed_dim num_heads head_dim kdim vdim dropout bias batch_first",
 }
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, LowRankConv2d)
 # Arguments that say whether there is what the attribute holds.

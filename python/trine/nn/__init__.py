@@ -12,6 +12,7 @@ from trine.nn.low_rank_embedding import LowRankEmbedding
 from trine.nn.normed_ternary import NormedTernaryLinear
 from trine.nn.packed import PackedLayer, PackedLinear
 from trine.nn.quantizing_norm import QuantizingLayerNorm, QuantizingRMSNorm
+from trine.nn.separate_attention import SeparateAttention
 from trine.nn.sparse24 import Sparse24Linear
 from trine.nn.ternary import TernaryLinear
 from trine.nn.ternary24 import Ternary24Linear
@@ -33,6 +34,7 @@ __all__ = [
     "PackedLinear",
     "QuantizingLayerNorm",
     "QuantizingRMSNorm",
+    "SeparateAttention",
     "Sparse24Linear",
     "Ternary24Linear",
     "TernaryLinear",

@@ -32,7 +32,15 @@ from trine.prune.report import PruningReport
 from trine.prune.schedule import Cubic, Iterative, OneShot, RigL, Schedule
 from trine.prune.scope import Global, PerLayer, Scope, Threshold
 from trine.prune.sparse24 import as_sparse24, sr_ste
-from trine.prune.structured import drop_layers, hand_over, macs, prune_structured, remove, trace
+from trine.prune.structured import (
+    drop_layers,
+    hand_over,
+    macs,
+    prune_structured,
+    remove,
+    separate_attention,
+    trace,
+)
 
 __all__ = [
     "NM",
@@ -83,6 +91,7 @@ __all__ = [
     "remove",
     "search_permutation",
     "sensitivity",
+    "separate_attention",
     "size_costs",
     "sparsegpt",
     "sr_ste",

@@ -5,6 +5,7 @@ from trine.prune.structured.layers import drop_layers
 from trine.prune.structured.optimizer import hand_over
 from trine.prune.structured.prune import prune_structured, remove
 from trine.prune.structured.report import GroupReport, RemovalReport, macs
+from trine.prune.structured.separate import separate_attention
 from trine.prune.structured.trace import trace
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "macs",
     "prune_structured",
     "remove",
+    "separate_attention",
     "trace",
 ]

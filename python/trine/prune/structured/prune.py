@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from trine.compress.observe import as_batches
+from trine.compress.edits import record
 from trine.prune.criteria import Magnitude
 from trine.prune.structured.choose import Importance, checked, choose, ratios_of, unit_scores
 from trine.prune.structured.groups import Groups, output_dim
-from trine.prune.structured.remove import without
+from trine.prune.structured.remove import Chosen, without
 from trine.prune.structured.report import report_of
-from trine.prune.structured.trace import trace
+from trine.prune.structured.separate import attentions, separable, with_separate
+from trine.prune.structured.trace import checked_batches, trace_batches
 
 
 def prune_structured(
@@ -32,7 +33,9 @@ def prune_structured(
 
     What belongs together is removed together (see `trace`); a unit is worth the mean of the scores
     of the weights that go with it. On the examples the copy computes what the model computes with
-    the removed weights at zero; this is checked.
+    the removed weights at zero; this is checked. nn.MultiheadAttention that loses some of its heads
+    becomes `trine.nn.SeparateAttention`, by whose projections (`q_proj`, ...) layers and groups are
+    named; criteria that have collected gradients know those after `separate_attention`.
 
     Args:
         model: is left untouched.
@@ -65,14 +68,11 @@ def prune_structured(
     DepGraph (Fang et al. 2023, arXiv:2301.12900) has the idea of tracing what is coupled.
     """
     kinds = checked(ratio, kinds, scope, multiple_of)
-    batches = as_batches(example_inputs)
-    groups = trace(model, batches)
+    batches = checked_batches(model, example_inputs)
+    whole, groups = _traced(model, batches)
     ratios = ratios_of(groups, ratio, kinds, (keep,) if isinstance(keep, str) else tuple(keep))
-    values = unit_scores(model, groups, ratios, Magnitude(2) if importance is None else importance)
-    chosen = choose(groups, ratios, values, scope, multiple_of)
-    small = without(model, groups, chosen, batches)
-    small.removal_report = report_of(model, small, groups, chosen, batches)
-    return small
+    values = unit_scores(whole, groups, ratios, Magnitude(2) if importance is None else importance)
+    return _smaller(model, groups, choose(groups, ratios, values, scope, multiple_of), batches)
 
 
 def remove(
@@ -81,7 +81,7 @@ def remove(
     """A smaller copy of `model` without the named outputs of layers, and all that goes with them.
 
     Args:
-        model, example_inputs: as for `prune_structured`.
+        model, example_inputs: as for `prune_structured`, which tells of nn.MultiheadAttention, too.
         outputs: numbers of outputs by layer name. What they are coupled to goes too: one output of
             a query projection takes its whole head along.
 
@@ -89,16 +89,31 @@ def remove(
         ValueError: no such layer or output; one that cannot go (the message says why); all outputs
             of a layer; a model whose own code cannot run at the smaller sizes.
     """
-    batches = as_batches(example_inputs)
-    groups = trace(model, batches)
+    batches = checked_batches(model, example_inputs)
+    whole, groups = _traced(model, batches)
     chosen: dict[str, np.ndarray] = {}
     for layer, numbers in outputs.items():
-        for name, units in _units_of(model, groups, layer, sorted(set(numbers))).items():
+        for name, units in _units_of(whole, groups, layer, sorted(set(numbers))).items():
             chosen[name] = np.union1d(chosen.get(name, units), units)
     for name, units in chosen.items():
         if len(units) == groups[name].size:
             raise ValueError(f"remove: nothing would be left of {name!r}; drop_layers drops layers")
-    small = without(model, groups, chosen, batches)
+    return _smaller(model, groups, chosen, batches)
+
+
+def _traced(model: nn.Module, batches: list[Any]) -> tuple[nn.Module, Groups]:
+    """The model, with attention separated where that can be, and its groups."""
+    whole, reasons = separable(model, batches)
+    return whole, trace_batches(whole, batches, reasons)
+
+
+def _smaller(model: nn.Module, groups: Groups, chosen: Chosen, batches: list[Any]) -> nn.Module:
+    """The copy without the chosen units; attention that lost none of its own stays as it is."""
+    cut = [p.parameter for name, units in chosen.items() if len(units) for p in groups[name].slices]
+    owners = {name.rpartition(".")[0].rpartition(".")[0] for name in cut}
+    names = [name for name, reason in attentions(model).items() if not reason and name in owners]
+    small = without(with_separate(model, names) if names else model, groups, chosen, batches)
+    record(model, small)
     small.removal_report = report_of(model, small, groups, chosen, batches)
     return small
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from trine.calibration.probe import module_names, probing, run, tensors_in
-from trine.compress.edits import record
 from trine.compress.layers import copy_model
 from trine.prune.structured.groups import Group, Groups, leaves_of
 from trine.prune.structured.sizes import adjust_layers, adjust_owners, candidates
@@ -43,7 +42,6 @@ def without(model: nn.Module, groups: Groups, chosen: Chosen, batches: list[Any]
     outputs = _run_adjusting(small, candidates(small, groups, chosen, shapes), batches)
     if not any(groups[name].kind == "hidden" for name in chosen):
         _compare(model, groups, chosen, batches, outputs)
-    record(model, small)
     return small
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ def trace(model: nn.Module, example_inputs: Any) -> Groups:
     which positions of its tensors belong together: a convolution's filters with the batch norm
     and the channels that read them, queries with keys, all that meets in a residual sum. What
     goes through an operator without a rule, into the output or in from outside keeps its size.
+    So do the heads of nn.MultiheadAttention, which holds them to its width: `prune_structured` and
+    `remove` trace `separate_attention(model)` instead.
 
     Args:
         model: any module; it is left untouched.
@@ -36,17 +38,27 @@ def trace(model: nn.Module, example_inputs: Any) -> Groups:
         ValueError: no module, or one of torch.compile; examples that it cannot be called with; it
             cannot be copied. What the model raises on the examples comes through.
     """
+    return trace_batches(model, checked_batches(model, example_inputs), {})
+
+
+def checked_batches(model: nn.Module, example_inputs: Any) -> list[Any]:
+    """The examples as a list of calls; raises ValueError as `trace` does."""
     require_module(model, "trace")
     if hasattr(model, "_orig_mod"):
         raise ValueError("prune the model first and call torch.compile on the result")
     batches = as_batches(example_inputs)
     for batch in batches:
         check_fits(model, batch)
+    return batches
+
+
+def trace_batches(model: nn.Module, batches: list[Any], attention: Mapping[str, str]) -> Groups:
+    """`trace`; `attention` says of every nn.MultiheadAttention by name why it is not separate."""
     units = Units()
     with probing(model) as probe, module_names(probe) as stack:
         leaves = {name: (x, fresh(x.shape, units)) for name, x in leaves_of(probe)}
         tracer = _Tracer(units, leaves.values(), stack)
-        _keep_what_is_read_whole(probe, leaves, units)
+        _keep_what_is_read_whole(probe, leaves, units, attention)
         for batch in batches:
             with tracer:
                 output = run(probe, batch)
@@ -67,6 +79,7 @@ class _Tracer(TorchDispatchMode):
         self.without_rule: dict[str, str] = {}  # operators, with the first module that called them
         self._units = units
         self._stack = stack
+        self._when_read: dict[int, list[Callable[[], None]]] = {}
         self._leaves = {id(tensor) for tensor, _ in leaves}
         # Tensors are held on to, so that an id stays one tensor's.
         self._labels = {id(tensor): (tensor, label) for tensor, label in leaves}
@@ -74,6 +87,8 @@ class _Tracer(TorchDispatchMode):
     def label(self, tensor: Tensor) -> Label:
         if id(tensor) in self._leaves:
             self.used.add(id(tensor))
+        for action in self._when_read.pop(id(tensor), ()):
+            action()
         known = self._labels.get(id(tensor))
         return fixed(tensor.shape) if known is None else known[1]
 
@@ -86,6 +101,8 @@ class _Tracer(TorchDispatchMode):
         for tensor, label in zip(results, self._apply(operator, step), strict=False):
             if label is not None:
                 self._labels[id(tensor)] = (tensor, label)
+                if step.when_read:
+                    self._when_read[id(tensor)] = step.when_read
         return out
 
     def _apply(self, operator: torch._ops.OpOverload, step: Step) -> list[Label | None]:
@@ -106,12 +123,18 @@ class _Tracer(TorchDispatchMode):
 
 
 def _keep_what_is_read_whole(
-    probe: nn.Module, leaves: Mapping[str, tuple[Tensor, Label]], units: Units
+    probe: nn.Module,
+    leaves: Mapping[str, tuple[Tensor, Label]],
+    units: Units,
+    reasons: Mapping[str, str],
 ) -> None:
     """nn.MultiheadAttention checks that its heads fill its width: nothing of it can be removed."""
     for name, module in probe.named_modules():
         if isinstance(module, nn.MultiheadAttention):
+            reason = reasons.get(
+                name, "checks its own sizes; separate_attention makes its heads free"
+            )
             held = {id(p) for p in module.parameters()}
             for tensor, label in leaves.values():
                 if id(tensor) in held:
-                    freeze(label, units, f"nn.MultiheadAttention {name!r} checks its own sizes")
+                    freeze(label, units, f"nn.MultiheadAttention {name!r} {reason}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from trine.prune.structured.labels import Label, join, keep_size, moved
 from trine.prune.structured.rules.table import Step, rule
+from trine.prune.structured.units import Ids
 
 
 @rule(
@@ -101,8 +103,14 @@ def _statistic(step: Step) -> list[Label]:
         if block is not None and len(block.dims) > 1:
             label = keep_size(label, dim, step.units, "")
         elif block is not None:
-            step.units.tag(block.ids, "statistic")
+            step.when_read.append(partial(_changes, step, block.ids))
     return [_drop(label, dims, keep=out.ndim == len(label.shape))] * 2
+
+
+def _changes(step: Step, ids: Ids) -> None:
+    if set(step.units.roots(ids).tolist()) & step.units.tagged("head"):
+        step.units.freeze(ids, step.reason("over all heads, whose number is part of the result"))
+    step.units.tag(ids, "statistic")
 
 
 @rule("amax", "amin", "max", "min", "argmax", "argmin", "logsumexp", "prod", "all", "any")

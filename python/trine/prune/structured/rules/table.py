@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Step:
     out: Any  # what it returned
     name: str  # of the operator
     where: str  # the module that called it
+    # What to do when something reads a result: most models never look at attention weights.
+    when_read: list[Callable[[], None]] = field(default_factory=list)
 
     def reason(self, text: str) -> str:
         return f"{self.name} in {self.where or 'the model'}: {text}"
