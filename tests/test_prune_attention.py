@@ -464,7 +464,7 @@ def test_training_goes_on_with_the_optimizers_state():
     """As the whole model would, whose removed weights are zero and stay so."""
     found = case(sentences)
     model = found.model
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    optimizer = torch.optim.AdamW(model.named_parameters(), 1e-2)
 
     def train(model: nn.Module, after=lambda: None) -> None:
         for _ in range(3):
@@ -477,7 +477,9 @@ def test_training_goes_on_with_the_optimizers_state():
     small = prune_structured(model, found.inputs, 0.5, kinds="head", multiple_of=1)
     whole, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
     hand_over(optimizer, model, small)
-    assert len(optimizer.param_groups[0]["params"]) == len(list(small.parameters()))
+    group, new = optimizer.param_groups[0], dict(small.named_parameters())
+    assert len(group["params"]) == len(new)
+    assert all(new[n] is p for n, p in zip(group["param_names"], group["params"], strict=True))
     train(small)
 
     def zero() -> None:
@@ -490,7 +492,7 @@ def test_training_goes_on_with_the_optimizers_state():
                     inner.in_proj_bias.data.view(3, WIDTH)[:, rows] = 0
                     inner.out_proj.weight.data[:, rows] = 0
 
-    optimizer = torch.optim.AdamW(whole.parameters(), 1e-2)
+    optimizer = torch.optim.AdamW(whole.named_parameters(), 1e-2)
     optimizer.load_state_dict(state)
     zero()
     train(whole, zero)

@@ -48,7 +48,10 @@ def hand_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Modu
                 state[theirs[name]] = _left(old, parameter, third, kept, names[parameter])
     for group in optimizer.param_groups:
         held = [names[parameter] for parameter in group["params"]]
-        group["params"] = [theirs[new] for name in held for new, _ in made[name]]
+        new = [name for old in held for name, _ in made[old]]
+        group["params"] = [theirs[name] for name in new]
+        if "param_names" in group:  # the optimiser was given names
+            group["param_names"] = new
     optimizer.state = state
 
 
