@@ -12,13 +12,13 @@ makes the exit status 1.
     python -m benchmarks.run instructions
     python -m benchmarks.run gpu
     python -m benchmarks.run gpu --quick --op int8_linear
-    python -m benchmarks.run goals benchmarks/results/<GPU>.json
+    python -m benchmarks.run goals benchmarks/results/<processor or GPU>.json
 
 The first one writes benchmarks/results/<processor>.json and .png; stopped, it goes on with
---resume. `gpu` replays calls from graphs
-and writes <GPU>.json there, which grows as it goes; `goals` says what such a run reached of what
-the CUDA kernels are to reach. Other runs print. `instructions` counts what the inner loops execute
-under valgrind: a figure that repeats on a noisy machine.
+--resume. `gpu` replays calls from graphs and writes <GPU>.json there, which grows as it goes.
+`goals` says what such a run reached of what the kernels are to reach. Other runs print.
+`instructions` counts what the inner loops execute under valgrind: a figure that repeats on a noisy
+machine.
 """
 
 import argparse
@@ -36,9 +36,10 @@ import torch
 import trine
 from rich.console import Console
 
-from benchmarks import instructions, results, roofline, table
-from benchmarks.case import Comparison
+from benchmarks import cpu_goals, goals, instructions, results, roofline, table
+from benchmarks.case import Comparison, sentence
 from benchmarks.ceilings import Ceilings, best_of, measure
+from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu import run as gpu
 from benchmarks.gpu.plan import OPS as GPU_OPS
 from benchmarks.linear_cases import LAYERS, ROWS
@@ -199,6 +200,23 @@ def cpu(arguments: argparse.Namespace) -> int:
     return 1 if any(failure["wrong"] for failure in found.failures) else 0
 
 
+def judge(arguments: argparse.Namespace) -> int:
+    """What a saved run reached."""
+    try:
+        saved = results.read(arguments.file)
+        of = cpu_goals if "isa" in saved["machine"] else gpu_goals
+        shown = goals.table(of.Result(saved), of.GOALS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(
+            f"benchmarks.run goals: {arguments.file} is no result of `cpu` or `gpu`: "
+            f"{sentence(error)}",
+            file=sys.stderr,
+        )
+        return 2
+    Console(width=None if sys.stdout.isatty() else 180).print(shown)
+    return 0
+
+
 def _write(facts: dict[str, object], found: Measured, folder: Path) -> Path:
     return results.write(facts, found.ceilings, found.rows, found.failures, folder)
 
@@ -230,12 +248,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     on_gpu.add_argument(
         "--seconds", type=float, default=float("inf"), help="begin nothing new after so many"
     )
-    judged = commands.add_parser("goals", help="what a saved run of gpu reached")
+    judged = commands.add_parser("goals", help="what a saved run reached")
     judged.add_argument("file", type=Path)
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
     parsed = parse_arguments()
-    commands = {"cpu": cpu, "gpu": gpu.main, "goals": gpu.main_goals}
+    commands = {"cpu": cpu, "gpu": gpu.main, "goals": judge}
     sys.exit(commands.get(parsed.command, lambda _: instructions.main())(parsed))

@@ -1,7 +1,6 @@
 """The GPU's benchmark, on the CPU: graphs and events are stand-ins, all else is what runs there."""
 
 import dataclasses
-import json
 import math
 from types import SimpleNamespace
 
@@ -254,20 +253,6 @@ def test_goals_of_the_losses():
     del rows[3]["transient_bytes"], rows[4]
     judged = [goal.judge(goals.Result({"ceilings": [GPU], "rows": rows})) for goal in goals.GOALS]
     assert judged[-2:] == [("", "not measured", "")] * 2
-
-
-def test_goals_of_nothing_are_not_measured(tmp_path, capsys):
-    path = tmp_path / "some-gpu.json"
-    path.write_text(json.dumps({"ceilings": [], "rows": []}))
-    assert gpu.main_goals(SimpleNamespace(file=path)) == 0
-    assert capsys.readouterr().out.count("not measured") == len(goals.GOALS)
-
-
-def test_what_is_no_result_of_a_gpu_has_no_goals(tmp_path, capsys):
-    path = tmp_path / "cpu.json"
-    path.write_text(json.dumps({"ceilings": [{"threads": 1, "dram_gb_s": 20.0}], "rows": []}))
-    assert gpu.main_goals(SimpleNamespace(file=path)) == 2
-    assert "is no result of a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

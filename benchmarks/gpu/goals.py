@@ -1,22 +1,14 @@
-"""What the CUDA kernels are to reach, and whether a saved run did: ratios within that run.
-
-    python -m benchmarks.run goals benchmarks/results/<gpu name>.json
-
-Each goal is judged by the worst of the shapes that it speaks of, as far as they were measured.
-"""
+"""What the CUDA kernels are to reach, as `benchmarks.goals` judges it."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
-from rich.table import Table
-
+from benchmarks.goals import Figures, Goal, at
 from benchmarks.gpu.ceilings import GpuCeilings
-from benchmarks.table import SHAPE, number, table_of
+from benchmarks.table import SHAPE
 
 LARGE_BYTES = 64_000_000  # of packed weight: beyond any L2
 CLASSES = 128256  # of Llama 3
 FEW = (1, 2, 4, 8, 16)
-Figures = Iterator[tuple[float, str]]  # and the shape or the numbers it comes from
 
 
 class Result:
@@ -41,28 +33,6 @@ class Result:
             if row["name"] == name and all(row.get(key) == wanted[key] for key in wanted):
                 return row["us"]
         return None
-
-
-@dataclass(frozen=True)
-class Goal:
-    text: str
-    goal: float
-    figures: Callable[[Result], Figures]
-    at_most: bool = False
-
-    def judge(self, result: Result) -> tuple[str, str, str]:
-        """The worst figure, the verdict, and where it is from."""
-        found = list(self.figures(result))
-        if not found:
-            return "", "not measured", ""
-        figure, where = (max if self.at_most else min)(found)
-        reached = figure <= self.goal if self.at_most else figure >= self.goal
-        of = f", the worst of {len(found)}" if len(found) > 1 else ""
-        return number(figure, 2), "reached" if reached else "not reached", where + of
-
-
-def at(row: Mapping) -> str:
-    return " ".join(f"{key} {row[key]}" for key in SHAPE if key in row)
 
 
 def share_of_copy(op: str, most: int) -> Callable[[Result], Figures]:
@@ -213,13 +183,3 @@ GOALS = (
         at_most=True,
     ),
 )
-
-
-def table(saved: Mapping) -> Table:
-    result = Result(saved)
-    shown = table_of("goals", ("",), ("goal", "figure"), ("", "where"))
-    for goal in GOALS:
-        figure, verdict, where = goal.judge(result)
-        bound = ("<= " if goal.at_most else ">= ") + f"{goal.goal:g}"
-        shown.add_row(goal.text, bound, figure, verdict, where)
-    return shown

@@ -14,9 +14,10 @@ import trine
 from rich.console import Console
 from trine import _library
 
-from benchmarks import results, table
+from benchmarks import goals, results, table
 from benchmarks.case import Comparison, sentence
-from benchmarks.gpu import ceilings, goals, timing
+from benchmarks.gpu import ceilings, timing
+from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu.ceilings import GpuCeilings
 from benchmarks.gpu.plan import FULL, OPS, QUICK, Plan
 
@@ -109,7 +110,7 @@ def show(saved: dict) -> None:
     measured = [GpuCeilings(**c) for c in saved["ceilings"]]
     for shown in table.tables(saved["rows"], measured, saved["failures"]):
         console.print(shown)
-    console.print(goals.table(saved))
+    console.print(goals.table(gpu_goals.Result(saved), gpu_goals.GOALS))
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -132,18 +133,3 @@ def main(arguments: argparse.Namespace) -> int:
     show(results.read(path))
     print(f"written: {path}")
     return 1 if any(failure["wrong"] for failure in run.failures) else 0
-
-
-def main_goals(arguments: argparse.Namespace) -> int:
-    """What a saved run reached."""
-    try:
-        saved = results.read(arguments.file)
-        shown = goals.table(saved)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(
-            f"benchmarks.run goals: {arguments.file} is no result of a GPU: {sentence(error)}",
-            file=sys.stderr,
-        )
-        return 2
-    Console(width=None if sys.stdout.isatty() else 180).print(shown)
-    return 0
