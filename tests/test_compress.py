@@ -259,7 +259,9 @@ def test_layers_that_must_be_left_alone_are_reported_with_the_reason():
         "patched": "Linear has a forward of its own",
         "normed": "it has parametrizations",
         "pruned": "its weight is not a plain parameter",
-        "attention.out_proj": "nn.MultiheadAttention reads its weight directly",
+        "attention.out_proj": (
+            "nn.MultiheadAttention reads its weight; trine.prune.separate_attention helps"
+        ),
         "never": "no sample reached it",
         "empty": "its weight is empty",
         "wide": "its weight is float64",

@@ -124,7 +124,7 @@ def _obstacle(layer: nn.Module, shared: set[int], known: tuple[type[nn.Module], 
     if parametrize.is_parametrized(layer):
         return "it has parametrizations"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight directly"
+        return "nn.MultiheadAttention reads its weight; trine.prune.separate_attention helps"
     if _has_own_forward(layer, known):
         return f"{type(layer).__name__} has a forward of its own"
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
