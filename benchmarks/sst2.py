@@ -172,15 +172,6 @@ def without_word_vectors(model: nn.Module) -> nn.Module:
     return model
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
-    """The same model, which learns the states of a teacher as they are: so short a training has no
-    noise to spare."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 @dataclass(frozen=True)
 class Sst2:
     """labelled, unlabelled: of train.tsv, no row in both; dev, test: whole."""

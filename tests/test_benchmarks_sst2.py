@@ -107,13 +107,6 @@ def test_a_teacher_learns_once(data, encoder, monkeypatch):
     assert [path.suffix for path in sst2.TEACHERS.iterdir()] == [".safetensors"]
 
 
-def test_without_dropout_training_computes_what_judging_does(encoder):
-    model, batch = sst2.classifier(encoder), sst2.padded([{"input_ids": torch.arange(5)}] * 2)
-    noisy, exact = sst2.logits_of(model.train(), batch), sst2.logits_of(model.eval(), batch)
-    assert not noisy.equal(exact)
-    assert sst2.logits_of(sst2.without_dropout(model).train(), batch).equal(exact)
-
-
 def test_judging_keeps_the_order_of_rows(data, encoder):
     rows = Sst2.load(data, 100, encoder).test
     model = sst2.classifier(encoder).eval()

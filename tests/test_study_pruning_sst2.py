@@ -70,7 +70,7 @@ def test_smaller_models_have_more_updates():
     assert {n: u for n, u in updates.items() if u != 10} == {
         f"{what} {speed}x, distilled": count
         for what in ("heads and neurons", "layers")
-        for speed, count in (("2", 40), ("1.5", 20))
+        for speed, count in (("2", 50), ("1.5", 20))
     }
 
 
