@@ -11,10 +11,11 @@ from rich.console import Console
 from benchmarks import instructions, measure, results, roofline, run
 from benchmarks.bench_int8_linear import OPS as INT8_OPS
 from benchmarks.bench_int8_weight_linear import OPS as INT8_WEIGHT_OPS
+from benchmarks.bench_softmax_kl import TEMPERATURE, nearest_subgradient
 from benchmarks.bench_sparse24_linear import OPS as SPARSE_OPS
 from benchmarks.bench_ternary24_linear import OPS as TERNARY24_OPS
 from benchmarks.bench_ternary_linear import OPS as TERNARY_OPS
-from benchmarks.case import Comparison, Contestant, WrongResult
+from benchmarks.case import Comparison, Contestant, WrongResult, relative_error
 from benchmarks.ceilings import Ceilings, Work, best_of
 from benchmarks.linear_cases import check
 from benchmarks.measure import Timed, Timing, in_turns
@@ -194,3 +195,31 @@ def test_parts_of_a_run():
     assert names("--op", "int8_linear", "--quick") == ["2 threads: linear 2560 x 2560"]
     assert names("--op", "softmax_kl") == ["2 threads: softmax_kl"]
     assert len(names()) == len(run.OTHER) + 3
+
+
+@pytest.mark.parametrize("side", [-1.0, 0.0, 1.0])
+def test_total_variation_may_have_either_slope_where_p_and_q_agree_and_nowhere_else(side):
+    """By hand: T * p * (slope - mean slope) / rows, the slope of one class planted."""
+    torch.manual_seed(0)
+    student = torch.randn(3, 40, dtype=torch.float64)
+    teacher = torch.randn(3, 40, dtype=torch.float64)
+    p, q = (torch.softmax(z / TEMPERATURE, -1) for z in (student, teacher))
+    teacher[1, 5] = student[1, 5]
+    for _ in range(60):  # until p and q of a class agree, but for a rounding of fp32
+        p, q = (torch.softmax(z / TEMPERATURE, -1) for z in (student, teacher))
+        teacher[1, 5] += TEMPERATURE * (p[1, 5] * (1 + 2.0**-24) / q[1, 5]).log()
+
+    def gradient(slope: torch.Tensor) -> torch.Tensor:
+        mean = (p * slope).sum(-1, keepdim=True)
+        return TEMPERATURE * p * (slope - mean) / len(p)
+
+    slope = (p - q).sign() / 2
+    truth = gradient(slope)
+    planted = slope.clone()
+    planted[1, 5] = side / 2
+    student.requires_grad_()
+    judged = nearest_subgradient(gradient(planted), truth, student, teacher, 1.0)
+    assert relative_error(gradient(planted), judged) < 1e-9
+    planted[1, 6] *= -1  # where p and q do not agree
+    judged = nearest_subgradient(gradient(planted), truth, student, teacher, 1.0)
+    assert relative_error(gradient(planted), judged) > 1e-2
