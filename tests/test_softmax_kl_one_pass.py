@@ -1,12 +1,15 @@
 """softmax_kl with its gradient computed in forward: what backward makes of it, however it is used.
 
-Here by the CPU's kernels, in two passes; tests/test_cuda_softmax_kl_on_cpu.py has the kernel.
+Here by the CPU's kernels; tests/test_cuda_softmax_kl_on_cpu.py has CUDA's.
 """
 
 import pytest
 import torch
+from instruction_sets import isas_to_test
+from linear_inputs import assert_same_bits
 from test_softmax_kl import operator_arguments
 from torch import Tensor
+from trine import backends
 from trine.ops import softmax_kl
 from trine.ops.softmax_kl import one_pass, reference
 
@@ -33,6 +36,28 @@ def in_two_passes(function, *arguments):
 
 def gradient(loss: Tensor, student: Tensor, factor: float = 1.0) -> Tensor:
     return torch.autograd.grad(loss * factor if factor != 1 else loss, student)[0]
+
+
+@pytest.mark.parametrize("divergence", reference.DIVERGENCES)
+@pytest.mark.parametrize("cpu_isa", isas_to_test("softmax_kl"))
+def test_same_bits_as_forward_and_backward(cpu_isa, threads, divergence):
+    """Few rows are shared by all threads; of many what one pass has computed is kept for the next,
+    of the longest only a part. The same bits, with a cross entropy or not."""
+    ops = torch.ops.trine
+    for rows, classes, labelled in ((24, 1001, True), (9, 20011, False), (8, 120000, False)):
+        student, teacher = reference.example_inputs(rows, classes=classes)
+        labels = torch.randint(classes, (rows,)) if labelled else None
+        arguments = operator_arguments(student, teacher, 2.0, divergence, 0.3, labels=labels)
+        upstream = torch.rand(rows), torch.rand(rows * labelled)
+        with backends.cpu_isa(cpu_isa):
+            threads(3)
+            soft, hard, saved = ops.softmax_kl(*arguments)
+            gradient = ops.softmax_kl_backward(*upstream, *arguments, saved, False)
+            for number in (1, 3):
+                threads(number)
+                found = ops.softmax_kl_with_gradient(*arguments, *upstream)
+                for a, b in zip(found, (soft, hard, gradient, saved), strict=True):
+                    assert_same_bits(a, b)
 
 
 LABELS = torch.tensor([3, -100, 36, 0, 5, 5])

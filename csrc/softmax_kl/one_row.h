@@ -150,12 +150,48 @@ struct Functions {
     return with_types(student, teacher,
                       [&](const auto* s, const auto* t) { return forward_part<V>(s, t, n, rate); });
   }
+  static SoftmaxKlMaxima maxima(LogitRow student, LogitRow teacher, int64_t n) {
+    return with_types(student, teacher,
+                      [&](const auto* s, const auto* t) { return maxima_part<V>(s, t, n); });
+  }
+  static SoftmaxKlSums exponentials(LogitRow student, LogitRow teacher, int64_t n, float rate,
+                                    SoftmaxKlMaxima maxima, const Kept& kept) {
+    if (kept.scratch != nullptr)
+      return exponentials_part<Keep::exponentials, V>(floats(student), floats(teacher), n, rate,
+                                                      maxima, kept);
+    return with_types(student, teacher, [&](const auto* s, const auto* t) {
+      return exponentials_part<Keep::nothing, V>(s, t, n, rate, maxima, kept);
+    });
+  }
   static SoftmaxKlSlopes slopes(LogitRow student, LogitRow teacher, int64_t n, float rate,
-                                const SoftmaxKlRow& row, Divergence divergence) {
+                                const SoftmaxKlRow& row, Divergence divergence, const Kept& kept) {
     return with_divergence<Wide>(divergence, [&](const auto& slopes_at) {
+      const auto run = [&]<Keep keep, bool of_teacher>(const auto* s, const auto* t) {
+        return slopes_part<keep, of_teacher, Wide>(s, t, n, row, rate, slopes_at, kept);
+      };
+      const auto kept_of = [&]<bool of_teacher>() {
+        const float *s = floats(student), *t = floats(teacher);
+        return kept.scratch != nullptr
+                   ? run.template operator()<Keep::exponentials, of_teacher>(s, t)
+                   : run.template operator()<Keep::slopes, of_teacher>(s, t);
+      };
+      if (kept.gradient != nullptr)
+        return kept.of_teacher ? kept_of.template operator()<true>()
+                               : kept_of.template operator()<false>();
       return with_types(student, teacher, [&](const auto* s, const auto* t) {
-        return slopes_part<Wide>(s, t, n, row, rate, slopes_at);
+        return run.template operator()<Keep::nothing, false>(s, t);
       });
+    });
+  }
+  static void gradient_of_slopes(const float* logits, int64_t n, float rate,
+                                 const SoftmaxKlRow& row, Divergence divergence, float scale,
+                                 const CrossEntropyTerm& hard, const Kept& kept) {
+    with_divergence<V>(divergence, [&](const auto& slopes_at) {
+      const GradientOfSlopes<V> gradient(kept.of_teacher, row, rate, scale, slopes_at);
+      if (kept.scratch != nullptr && hard.factor == 0)
+        gradient_part(kept.scratch, kept.gradient, n, GradientOfKept<V>{gradient}, kept.gradient);
+      else
+        write_gradient<false>(logits, kept.gradient, n, gradient, hard, kept.gradient);
     });
   }
   static void student_gradient(LogitRow student, LogitRow teacher, int64_t n, float rate,
@@ -199,9 +235,13 @@ struct Functions {
     });
   }
 
-  static constexpr SoftmaxKlFunctions all = {forward,          slopes,       student_gradient,
-                                             teacher_gradient, see,          see_backward,
-                                             sum_softmax,      sum_weighted, add_softmax};
+  static constexpr SoftmaxKlFunctions all = {
+      forward,          maxima,           exponentials,       slopes,
+      student_gradient, teacher_gradient, gradient_of_slopes, see,
+      see_backward,     sum_softmax,      sum_weighted,       add_softmax};
+
+ private:
+  static const float* floats(LogitRow row) { return static_cast<const float*>(row.data); }
 };
 
 }  // namespace

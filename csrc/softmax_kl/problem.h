@@ -62,6 +62,8 @@ struct Problem {
   double smoothing = 0;
 
   int64_t rows() const { return student.rows.m; }
+  // Whether the divergence takes slopes; of a teacher known by some classes those of its bins do.
+  bool has_slopes() const { return divergence.kind != Divergence::kullback_leibler && !slots; }
   bool skips(int64_t row) const {
     return row_mask && !static_cast<const bool*>(row_mask->const_data_ptr())[row];
   }

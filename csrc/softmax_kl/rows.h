@@ -220,71 +220,155 @@ struct Quotients {
   }
 };
 
-// sum of p * (slope of p) and of q * (slope of q); the divergences are homogeneous functions of p
-// and q, and so their sum is the divergence (Euler).
-template <class V, class OfDivergence, class S, class T>
+template <class V, class S, class T>
+SoftmaxKlMaxima maxima_part(const S* student, const T* teacher, int64_t n) {
+  const V infinite(-kInfinity);
+  V max_student = infinite, max_teacher = infinite;
+  for_each_vector<true, V>(student, teacher, n, [&](V s, V t, auto count) {
+    if constexpr (!is_whole<decltype(count)>) {
+      s = V::first(count, s, infinite);
+      t = V::first(count, t, infinite);
+    }
+    max_student = V::max(s, max_student);  // in this order NaN is passed over
+    max_teacher = V::max(t, max_teacher);
+  });
+  return {max_student.reduce_max(), max_teacher.reduce_max()};
+}
+
+// How much is kept of a part; see `Kept`.
+enum class Keep { nothing, slopes, exponentials };
+
+template <Keep keep, class V, class S, class T>
+SoftmaxKlSums exponentials_part(const S* student, const T* teacher, int64_t n, float rate,
+                                SoftmaxKlMaxima maxima, const Kept& kept) {
+  const auto origin = [](float max) { return V(max == -kInfinity ? 0.0f : max); };
+  const V origin_s = origin(maxima.student), origin_t = origin(maxima.teacher);
+  const Exponential<V> exp(rate);
+  float* keep_s = kept.of_teacher ? kept.scratch : kept.gradient;
+  float* keep_t = kept.of_teacher ? kept.gradient : kept.scratch;
+  SoftmaxKlSums sums = kEmptySums;
+  sums.max_student = maxima.student;
+  sums.max_teacher = maxima.teacher;
+  for (int64_t begin = 0; begin < n; begin += kBlock<V>) {
+    const int64_t block = std::min(kBlock<V>, n - begin);
+    V sum_s(0.0f), sum_t(0.0f);
+    for_each_vector<true, V>(student + begin, teacher + begin, block, [&](V s, V t, auto count) {
+      if constexpr (!is_whole<decltype(count)>) {
+        s = V::first(count, s, V(-kInfinity));
+        t = V::first(count, t, V(-kInfinity));
+      }
+      const V p = exp(s - origin_s), q = exp(t - origin_t);
+      sum_s = sum_s + p;
+      sum_t = sum_t + q;
+      if constexpr (keep == Keep::exponentials) {
+        p.store(keep_s, count);
+        q.store(keep_t, count);
+        keep_s += count;
+        keep_t += count;
+      }
+    });
+    sums.student += sum_s.reduce_add();
+    sums.teacher += sum_t.reduce_add();
+  }
+  return sums;
+}
+
+// The divergences are homogeneous functions of p and q, and so the sum of p * (slope of p) and of
+// q * (slope of q) is the divergence (Euler). `of_teacher` is that of what is kept.
+template <Keep keep, bool of_teacher, class V, class OfDivergence, class S, class T>
 SoftmaxKlSlopes slopes_part(const S* student, const T* teacher, int64_t n, const SoftmaxKlRow& row,
-                            float rate, const OfDivergence slopes_at) {
+                            float rate, const OfDivergence slopes_at, Kept kept) {
   const Quotients<V> quotients(row, rate);
   const Exponential<V> exp(rate);
-  const float student_scale(row.inverse_sum_teacher * std::exp2(-double(row.log2_ratio)));
-  const float teacher_scale(row.inverse_sum_teacher);
   SoftmaxKlSlopes sums{};
   for (int64_t begin = 0; begin < n; begin += kBlock<V>) {
     const int64_t block = std::min(kBlock<V>, n - begin);
-    V p_sum(0.0f), q_sum(0.0f), student_slope(0.0f), teacher_slope(0.0f);
-    for_each_vector<true, V>(student + begin, teacher + begin, block, [&](V s, V t, auto n) {
-      if constexpr (!is_whole<decltype(n)>) {
-        s = V::first(n, s, V(-kInfinity));
-        t = V::first(n, t, V(-kInfinity));
+    V sum_s(0.0f), sum_t(0.0f);
+    for_each_vector<true, V>(student + begin, teacher + begin, block, [&](V s, V t, auto count) {
+      if constexpr (!is_whole<decltype(count)>) {
+        s = V::first(count, s, V(-kInfinity));
+        t = V::first(count, t, V(-kInfinity));
       }
       const V x = s - V(row.max_student), y = t - V(row.max_teacher);
-      const Quotient<V> c = quotients(x, y);
-      const V larger = exp(V::select(c.p_larger, x, y)) *
-                       V::select(c.p_larger, V(student_scale), V(teacher_scale));
-      const V smaller = larger * c.power.value();  // not larger * (1 + e), which cancels
-      const V p = V::select(c.p_larger, larger, smaller),
-              q = V::select(c.p_larger, smaller, larger);
-      const Slopes<V> slopes = slopes_at(c);
-      p_sum = p_sum + p;
-      q_sum = q_sum + q;
-      student_slope = V::mul_add(p, slopes.student, student_slope);
-      teacher_slope = V::mul_add(q, slopes.teacher, teacher_slope);
+      const Slopes<V> slopes = slopes_at(quotients(x, y));
+      V p(0.0f), q(0.0f);
+      if constexpr (keep == Keep::exponentials) {
+        const V own = V::load(kept.gradient, count), other = V::load(kept.scratch, count);
+        own.store(kept.scratch, count);
+        kept.scratch += count;
+        p = of_teacher ? other : own;
+        q = of_teacher ? own : other;
+      } else {
+        p = exp(x);
+        q = exp(y);
+      }
+      if constexpr (keep != Keep::nothing) {
+        (of_teacher ? slopes.teacher : slopes.student).store(kept.gradient, count);
+        kept.gradient += count;
+      }
+      sum_s = V::mul_add(p, slopes.student, sum_s);
+      sum_t = V::mul_add(q, slopes.teacher, sum_t);
     });
-    sums.student += p_sum.reduce_add();
-    sums.teacher += q_sum.reduce_add();
-    sums.student_slope += student_slope.reduce_add();
-    sums.teacher_slope += teacher_slope.reduce_add();
+    sums.student += sum_s.reduce_add();
+    sums.teacher += sum_t.reduce_add();
   }
-  sums.student_slope *= slopes_at.student_factor;
-  sums.teacher_slope *= slopes_at.teacher_factor;
+  sums.student *= slopes_at.student_factor;
+  sums.teacher *= slopes_at.teacher_factor;
   return sums;
 }
 
 // d loss / d s, over T: p * (slope - sum of p * slope), and likewise for t and q.
-template <bool for_teacher, class V, class OfDivergence>
-struct SlopeGradient {
+template <class V>
+struct GradientOfSlopes {
   using Vector = V;
-  Quotients<V> quotients;
   Exponential<V> exp;
-  OfDivergence slopes_at;
-  float scale, factor, minus_mean;
+  float max, scale, factor, minus_mean;
 
-  SlopeGradient(const SoftmaxKlRow& row, float rate, float scale, const OfDivergence& slopes_at)
-      : quotients(row, rate),
-        exp(rate),
-        slopes_at(slopes_at),
+  template <class OfDivergence>
+  GradientOfSlopes(bool for_teacher, const SoftmaxKlRow& row, float rate, float scale,
+                   const OfDivergence& slopes_at)
+      : exp(rate),
+        max(for_teacher ? row.max_teacher : row.max_student),
         scale(float(scale * row.inverse_sum_teacher *
                     (for_teacher ? 1.0 : std::exp2(-double(row.log2_ratio))))),
         factor(for_teacher ? slopes_at.teacher_factor : slopes_at.student_factor),
         minus_mean(for_teacher ? -row.teacher_mean : -row.student_mean) {}
 
+  [[gnu::always_inline]] V of_exponential(V exponential, V slope) const {
+    return exponential * V(scale) * V::mul_add(slope, V(factor), V(minus_mean));
+  }
+  [[gnu::always_inline]] V operator()(V logits, V slope) const {
+    return of_exponential(exp(logits - V(max)), slope);
+  }
+};
+
+// The same where the exponentials are known.
+template <class V>
+struct GradientOfKept {
+  using Vector = V;
+  GradientOfSlopes<V> of_slopes;
+
+  [[gnu::always_inline]] V operator()(V exponential, V slope) const {
+    return of_slopes.of_exponential(exponential, slope);
+  }
+};
+
+template <bool for_teacher, class V, class OfDivergence>
+struct SlopeGradient {
+  using Vector = V;
+  Quotients<V> quotients;
+  OfDivergence slopes_at;
+  GradientOfSlopes<V> of_slopes;
+
+  SlopeGradient(const SoftmaxKlRow& row, float rate, float scale, const OfDivergence& slopes_at)
+      : quotients(row, rate),
+        slopes_at(slopes_at),
+        of_slopes(for_teacher, row, rate, scale, slopes_at) {}
+
   [[gnu::always_inline]] V operator()(V s, V t) const {
-    const V x = s - V(quotients.max_student), y = t - V(quotients.max_teacher);
-    const V probability = exp(for_teacher ? y : x) * V(scale);
-    const Slopes<V> slopes = slopes_at(quotients(x, y));
-    return probability *
-           V::mul_add(for_teacher ? slopes.teacher : slopes.student, V(factor), V(minus_mean));
+    const Slopes<V> slopes =
+        slopes_at(quotients(s - V(quotients.max_student), t - V(quotients.max_teacher)));
+    return of_slopes(for_teacher ? t : s, for_teacher ? slopes.teacher : slopes.student);
   }
 };
 

@@ -35,16 +35,21 @@
 // takes 20 cycles forward and 25 backward, three quarters of what it could start; bf16 22 and 28.
 // 1024 x 32000 in fp32 on two cores took 27 to 32 ms, forward and backward, page faults of a fresh
 // gradient included: the bytes alone, as plain loops move them, are 19.
+// A scalar loss has its gradient computed in forward, row by row, so that the logits come from
+// memory once (softmax_kl_with_gradient): 0.7 to 0.9 of the time.
 // Gradients written past the caches lost where their memory was fresh, and rows taken in reverse,
 // for what L3 still holds of them, lost too.
-// The divergences of slopes read the rows once more, from L2, for a logarithm of a sum of p and q
-// needs both whole: 60 operations of a vector. Two vectors in turns, for one alone is a chain too
-// long to look past (68 cycles); of four the registers spilled. JSD took 50 cycles for the slopes
-// and 41 for the gradient, skewed KL 53 and 28 or 42, total variation 28 and 14. With all of it on
-// two cores, times forward KL: JSD 1.6 to 2.0, skewed forward 1.5 to 1.9 and reverse 1.7 to 2.0,
-// total variation 1.3 to 1.4; the more, the better the rows fit into the caches. A cross entropy
-// adds 11 cycles forward, and 8 backward in the same loop. Caps, scales, weights of classes and
-// partial teachers go through buffers of a part of a row in L2.
+// The divergences of slopes take more passes over a row in L2, for a logarithm of a sum of p and q
+// needs both whole: maxima, exponentials (28 operations of a vector), slopes (60; two vectors in
+// turns, for one alone is a chain too long to look past, and of four the registers spilled), and
+// gradients (14). In fp32 the exponentials wait where the gradient is to be, and in L2, which takes
+// 20 operations off the slopes and 10 off the gradients; every pass begins where the one before
+// ended. Of 16 elements forward KL then takes 41 cycles for everything, JSD 54, skewed KL 57, total
+// variation 35; of bf16, where nothing is kept, JSD takes 93. With all of it on two cores, times
+// forward KL: JSD 1.2 to 1.5, skewed KL 1.2 to 1.6, total variation 1.0 to 1.2, the most at
+// 512 x 128256, whose rows are larger than L2. Fetching the next row while slopes are computed was
+// lost in the noise. A cross entropy adds 11 cycles forward, and 8 backward in the same loop. Caps,
+// scales, weights of classes and partial teachers go through buffers of a part of a row in L2.
 #pragma once
 
 #include <cstdint>
@@ -91,23 +96,38 @@ struct Divergence {
   float beta;
 };
 
-// Sums over a row or a part of one, of p and q as backward will compute them: the log-sums are
-// rounded, and where p is nearly 1 the difference g - G would be lost beside what p lacks.
+// Sums over a row or a part of one.
 struct SoftmaxKlSlopes {
-  double student, teacher;  // sum of p, of q: nearly 1
-  double student_slope;     // sum of p * g
-  double teacher_slope;     // sum of q * h
+  double student, teacher;  // sum of exp(x_j) * g_j, of exp(y_j) * h_j
+};
+
+struct SoftmaxKlMaxima {
+  float student = -std::numeric_limits<float>::infinity(), teacher = student;
 };
 
 // A kernel works on n elements of a row, all of them or a part. `rate` is log2(e) / T, so that
 // exp(x / T) = 2^(x * rate).
 using SoftmaxKlForward = SoftmaxKlSums(LogitRow student, LogitRow teacher, int64_t n, float rate);
 
-// Not for the Kullback-Leibler divergence, of which the sums tell everything. `row` holds what they
-// tell of the whole row.
+// What is kept for the gradient of one model's logits, of a part whose rows are both fp32, between
+// the passes over it:
+//   after `exponentials`  in `gradient` its exponentials, in `scratch` the other model's
+//   after `slopes`        in `gradient` its slopes, in `scratch` its exponentials
+// Slopes lack the factor that the divergence has for each. Without scratch slopes alone are kept.
+struct Kept {
+  float *gradient = nullptr, *scratch = nullptr;
+  bool of_teacher = false;
+};
+
+// The passes of all divergences but the Kullback-Leibler one, of which the sums tell everything:
+// maxima of the whole row, sums of exponentials, and with what these tell in `row`, slopes. NaN
+// counts in no maximum.
+using SoftmaxKlFindMaxima = SoftmaxKlMaxima(LogitRow student, LogitRow teacher, int64_t n);
+using SoftmaxKlExponentials = SoftmaxKlSums(LogitRow student, LogitRow teacher, int64_t n,
+                                            float rate, SoftmaxKlMaxima maxima, const Kept& kept);
 using SoftmaxKlSecondPass = SoftmaxKlSlopes(LogitRow student, LogitRow teacher, int64_t n,
                                             float rate, const SoftmaxKlRow& row,
-                                            Divergence divergence);
+                                            Divergence divergence, const Kept& kept);
 
 // What a cross entropy adds to the gradient at logits z: factor * exp(z - max) - shift.
 struct CrossEntropyTerm {
@@ -120,6 +140,11 @@ struct CrossEntropyTerm {
 using SoftmaxKlBackward = void(LogitRow student, LogitRow teacher, int64_t n, float rate,
                                const SoftmaxKlRow& row, Divergence divergence, float scale,
                                const CrossEntropyTerm& hard, void* gradient);
+
+// Makes the gradient at fp32 logits of slopes that a second pass left in its place.
+using SoftmaxKlBackwardOfSlopes = void(const float* logits, int64_t n, float rate,
+                                       const SoftmaxKlRow& row, Divergence divergence, float scale,
+                                       const CrossEntropyTerm& hard, const Kept& kept);
 
 // How logits are seen: cap * tanh(scale * x / cap); without a cap (0) scale * x.
 struct LogitsSeen {
@@ -150,8 +175,11 @@ using AddSoftmax = void(LogitRow z, int64_t n, float rate, float max, float fact
 
 struct SoftmaxKlFunctions {
   SoftmaxKlForward* forward;
+  SoftmaxKlFindMaxima* maxima;
+  SoftmaxKlExponentials* exponentials;
   SoftmaxKlSecondPass* slopes;
   SoftmaxKlBackward *student_gradient, *teacher_gradient;
+  SoftmaxKlBackwardOfSlopes* gradient_of_slopes;
   SeeLogits* see;
   SeeLogitsBackward* see_backward;
   SumSoftmax* sum_softmax;

@@ -53,6 +53,11 @@ constexpr double kSmallestExponent = -126.5;
   sums->weighted += other.weighted;
 }
 
+[[maybe_unused]] inline void merge(SoftmaxKlMaxima* maxima, SoftmaxKlMaxima other) {
+  maxima->student = std::max(maxima->student, other.student);
+  maxima->teacher = std::max(maxima->teacher, other.teacher);
+}
+
 struct FinishedRow {
   SoftmaxKlRow row;
   float kl;
@@ -75,16 +80,16 @@ struct FinishedRow {
 [[maybe_unused]] inline void add(SoftmaxKlSlopes* sums, const SoftmaxKlSlopes& other) {
   sums->student += other.student;
   sums->teacher += other.teacher;
-  sums->student_slope += other.student_slope;
-  sums->teacher_slope += other.teacher_slope;
 }
 
 // Completes the row and returns its divergence.
-[[maybe_unused]] inline float finish(const SoftmaxKlSlopes& sums, SoftmaxKlRow* row) {
-  row->student_mean = float(sums.student_slope / sums.student);
-  row->teacher_mean = float(sums.teacher_slope / sums.teacher);
+[[maybe_unused]] inline float finish(const SoftmaxKlSlopes& slopes, const SoftmaxKlSums& sums,
+                                     SoftmaxKlRow* row) {
+  const double student = slopes.student / sums.student, teacher = slopes.teacher / sums.teacher;
+  row->student_mean = float(student);
+  row->teacher_mean = float(teacher);
   if (std::isnan(row->log2_ratio)) return row->log2_ratio;
-  return std::max(0.0f, float(sums.student_slope + sums.teacher_slope));
+  return std::max(0.0f, float(student + teacher));
 }
 
 }  // namespace

@@ -64,8 +64,60 @@ void advise_huge_pages([[maybe_unused]] char* memory, [[maybe_unused]] int64_t b
 #endif
 }
 
-Results forward(const Arguments& arguments) {
-  const Problem problem = read_checked(arguments);
+// What arrives at the rows' losses, and the gradient of one model's logits, to be written part by
+// part.
+class Gradient {
+ public:
+  Gradient(const Arguments& arguments, const Problem& problem, const Tensor& soft,
+           const Tensor& hard, bool for_teacher)
+      : problem_(problem),
+        for_teacher_(for_teacher),
+        soft_(gradient_of_rows(soft, problem.rows(), "the soft loss's gradient")),
+        hard_(gradient_of_rows(hard, problem.labels ? problem.rows() : 0,
+                               "the cross entropy's gradient")),
+        softs_(static_cast<const float*>(soft_.const_data_ptr())),
+        hards_(static_cast<const float*>(hard_.const_data_ptr())),
+        tensor_(like(for_teacher ? arguments.teacher : arguments.student)),
+        out_(static_cast<char*>(tensor_.mutable_data_ptr())) {
+    for (int64_t j = 0; problem.labels && j < problem.classes; ++j)
+      sum_of_weights_ += problem.weight(j);
+    const Matrix& matrix = (for_teacher ? problem.teacher : problem.student).rows;
+    element_ = bytes_of(matrix.type);
+    row_bytes_ = matrix.k * element_;
+    advise_huge_pages(out_, problem.rows() * row_bytes_);
+    for (int64_t i = 0; i < problem.rows(); ++i) {
+      const int64_t written = problem.skips(i) ? 0 : problem.classes * element_;
+      std::memset(out_ + i * row_bytes_ + written, 0,
+                  static_cast<std::size_t>(row_bytes_ - written));
+    }
+  }
+
+  const Tensor& tensor() const { return tensor_; }
+  void* at(const Part& part) const { return out_ + part.row * row_bytes_ + part.begin * element_; }
+  void write(const Worker& worker, const Part& part, const Saved& saved, const Kept& kept) const {
+    const bool has_hard = problem_.labels && !for_teacher_;
+    worker.gradient(part, saved, float(softs_[part.row] / problem_.temperature),
+                    has_hard ? hards_[part.row] : 0.0f, sum_of_weights_, for_teacher_, kept,
+                    at(part));
+  }
+
+ private:
+  static Tensor like(const Tensor& logits) {
+    return new_tensor(logits, std::vector<int64_t>(logits.sizes().begin(), logits.sizes().end()));
+  }
+
+  const Problem& problem_;
+  bool for_teacher_;
+  Tensor soft_, hard_;
+  const float *softs_, *hards_;
+  Tensor tensor_;
+  char* out_;
+  double sum_of_weights_ = 0;
+  int64_t element_, row_bytes_;
+};
+
+// The losses of all rows, and the gradient of the student's logits if there is one to write.
+Results compute(const Arguments& arguments, const Problem& problem, const Gradient* gradient) {
   const SoftmaxKlFunctions& kernel = *select(kKernels).functions;
   const int64_t m = problem.rows(), parts = problem.parts();
   Tensor soft = new_tensor(arguments.student, {m}, ScalarType::Float);
@@ -80,57 +132,108 @@ Results forward(const Arguments& arguments) {
   std::fill(hards, hards + (problem.labels ? m : 0), 0.0f);
   if (parts == 0) return {soft, hard, saved};
 
-  const bool again = problem.divergence.kind != Divergence::kullback_leibler && !problem.slots;
+  const bool again = problem.has_slopes();
+  // Each pass over a row begins where the one before ended, with what is still in L2. The sums of
+  // parts are merged in one order, however many threads there are.
+  const auto in_turn = [&](int64_t j) { return again ? parts - 1 - j : j; };
   const auto finish_first = [&](const Worker& worker, int64_t i, const PartSums& row) {
     if (problem.labels) hards[i] = worker.hard(i, row, &rows[i]);
     softs[i] = worker.soft(i, row, &rows[i]);
   };
+  const auto kept_of = [&](const Worker& worker, const Part& part) {
+    return worker.kept(part, gradient == nullptr ? nullptr : gradient->at(part));
+  };
+  const auto slopes_of = [&](const Worker& worker, const Part& part) {
+    return worker.slopes(part, rows[part.row].soft, kept_of(worker, part));
+  };
+  const auto write = [&](const Worker& worker, const Part& part) {
+    gradient->write(worker, part, rows[part.row], kept_of(worker, part));
+  };
   if (m >= kRowsAThread * int64_t(torch::stable::get_num_threads())) {
-    // A second pass over a row then reads from L2 what the first one has left there.
     const int64_t rows_worth_a_thread = std::max<int64_t>(1, grain(problem) / parts);
     torch::stable::parallel_for(0, m, rows_worth_a_thread, [&](int64_t first, int64_t last) {
-      const Worker worker(problem, kernel);
+      const Worker worker(problem, kernel, gradient != nullptr);
       for (int64_t i = first; i < last; ++i) {
         if (problem.skips(i)) continue;
-        PartSums sums = worker.forward(problem.part(i, 0));
-        for (int64_t j = 1; j < parts; ++j)
-          merge(&sums, worker.forward(problem.part(i, j)), problem);
+        SoftmaxKlMaxima maxima;
+        for (int64_t j = 0; again && j < parts; ++j)
+          merge(&maxima, worker.maxima(problem.part(i, j)));
+        PartSums sums;
+        for (int64_t j = 0; j < parts; ++j) {
+          const Part part = problem.part(i, in_turn(j));
+          const PartSums next = worker.forward(part, maxima, kept_of(worker, part));
+          if (j == 0)
+            sums = next;
+          else
+            merge(&sums, next, problem);
+        }
         finish_first(worker, i, sums);
-        if (!again) continue;
-        SoftmaxKlSlopes slopes{};
-        for (int64_t j = 0; j < parts; ++j)
-          add(&slopes, worker.slopes(problem.part(i, j), rows[i].soft));
-        softs[i] = finish(slopes, &rows[i].soft);
+        if (again) {
+          SoftmaxKlSlopes slopes{};
+          for (int64_t j = 0; j < parts; ++j) add(&slopes, slopes_of(worker, problem.part(i, j)));
+          softs[i] = finish(slopes, sums.soft, &rows[i].soft);
+        }
+        for (int64_t j = parts - 1; gradient != nullptr && j >= 0; --j)
+          write(worker, problem.part(i, j));
       }
     });
     return {soft, hard, saved};
   }
 
-  // Few rows: all threads share each. The sums of parts are added up in the same order.
+  // Few rows: all threads share each.
   const Scratch of_parts(m * parts * int64_t(sizeof(PartSums)));
-  const Scratch slopes_of_parts((again ? m * parts : 0) * int64_t(sizeof(SoftmaxKlSlopes)));
+  const Scratch maxima_of_rows(m * int64_t(sizeof(SoftmaxKlMaxima)));
   auto* sums = of_parts.data<PartSums>();
-  auto* slopes = slopes_of_parts.data<SoftmaxKlSlopes>();
+  auto* maxima = maxima_of_rows.data<SoftmaxKlMaxima>();
+  std::fill(maxima, maxima + m, SoftmaxKlMaxima());
+  if (again) {
+    const Scratch maxima_of_parts(m * parts * int64_t(sizeof(SoftmaxKlMaxima)));
+    auto* found = maxima_of_parts.data<SoftmaxKlMaxima>();
+    for_each_part(problem, kernel, [&](const Worker& worker, int64_t i, const Part& part) {
+      found[i] = worker.maxima(part);
+    });
+    for (int64_t i = 0; i < m * parts; ++i)
+      if (!problem.skips(i / parts)) merge(&maxima[i / parts], found[i]);
+  }
   for_each_part(problem, kernel, [&](const Worker& worker, int64_t i, const Part& part) {
-    sums[i] = worker.forward(part);
+    sums[i] = worker.forward(part, maxima[part.row], kept_of(worker, part));
   });
   const Worker worker(problem, kernel);
   for (int64_t i = 0; i < m; ++i) {
     if (problem.skips(i)) continue;
-    for (int64_t j = 1; j < parts; ++j) merge(&sums[i * parts], sums[i * parts + j], problem);
-    finish_first(worker, i, sums[i * parts]);
+    for (int64_t j = 1; j < parts; ++j)
+      merge(&sums[i * parts + in_turn(0)], sums[i * parts + in_turn(j)], problem);
+    finish_first(worker, i, sums[i * parts + in_turn(0)]);
   }
-  if (!again) return {soft, hard, saved};
-  for_each_part(problem, kernel, [&](const Worker& worker, int64_t i, const Part& part) {
-    slopes[i] = worker.slopes(part, rows[part.row].soft);
-  });
-  for (int64_t i = 0; i < m; ++i) {
-    if (problem.skips(i)) continue;
-    SoftmaxKlSlopes of_row{};
-    for (int64_t j = 0; j < parts; ++j) add(&of_row, slopes[i * parts + j]);
-    softs[i] = finish(of_row, &rows[i].soft);
+  if (again) {
+    const Scratch slopes_of_parts(m * parts * int64_t(sizeof(SoftmaxKlSlopes)));
+    auto* slopes = slopes_of_parts.data<SoftmaxKlSlopes>();
+    for_each_part(problem, kernel, [&](const Worker& worker, int64_t i, const Part& part) {
+      slopes[i] = slopes_of(worker, part);
+    });
+    for (int64_t i = 0; i < m; ++i) {
+      if (problem.skips(i)) continue;
+      SoftmaxKlSlopes of_row{};
+      for (int64_t j = 0; j < parts; ++j) add(&of_row, slopes[i * parts + j]);
+      softs[i] = finish(of_row, sums[i * parts + in_turn(0)].soft, &rows[i].soft);
+    }
   }
+  if (gradient != nullptr)
+    for_each_part(problem, kernel,
+                  [&](const Worker& worker, int64_t, const Part& part) { write(worker, part); });
   return {soft, hard, saved};
+}
+
+Results forward(const Arguments& arguments) {
+  return compute(arguments, read_checked(arguments), nullptr);
+}
+
+ResultsWithGradient with_gradient(const Arguments& arguments, const Tensor& soft_coefficient,
+                                  const Tensor& hard_coefficient) {
+  const Problem problem = read_checked(arguments);
+  const Gradient gradient(arguments, problem, soft_coefficient, hard_coefficient, false);
+  const auto [soft, hard, saved] = compute(arguments, problem, &gradient);
+  return {soft, hard, gradient.tensor(), saved};
 }
 
 Tensor backward(const Tensor& grad_soft, const Tensor& grad_hard, const Arguments& arguments,
@@ -138,39 +241,17 @@ Tensor backward(const Tensor& grad_soft, const Tensor& grad_hard, const Argument
   const Problem problem = read_checked(arguments);
   check(!(for_teacher && problem.slots), kOp,
         ": a teacher known by some classes alone gets no gradient");
-  const SoftmaxKlFunctions& kernel = *select(kKernels).functions;
-  const int64_t m = problem.rows();
-  const Tensor of_soft = gradient_of_rows(grad_soft, m, "the soft loss's gradient");
-  const Tensor of_hard =
-      gradient_of_rows(grad_hard, problem.labels ? m : 0, "the cross entropy's gradient");
-  check(saved.scalar_type() == ScalarType::Float && saved.dim() == 2 && saved.size(0) == m &&
-            saved.size(1) == kSavedColumns && saved.is_contiguous(),
+  const Gradient gradient(arguments, problem, grad_soft, grad_hard, for_teacher);
+  check(saved.scalar_type() == ScalarType::Float && saved.dim() == 2 &&
+            saved.size(0) == problem.rows() && saved.size(1) == kSavedColumns &&
+            saved.is_contiguous(),
         kOp, ": the saved rows must be as the forward op returned them");
-  const auto* softs = static_cast<const float*>(of_soft.const_data_ptr());
-  const auto* hards = static_cast<const float*>(of_hard.const_data_ptr());
   const auto* rows = static_cast<const Saved*>(saved.const_data_ptr());
-  double sum_of_weights = 0;
-  for (int64_t j = 0; problem.labels && j < problem.classes; ++j)
-    sum_of_weights += problem.weight(j);
-
-  const Tensor& logits = for_teacher ? arguments.teacher : arguments.student;
-  const Matrix& matrix = (for_teacher ? problem.teacher : problem.student).rows;
-  Tensor gradient =
-      new_tensor(logits, std::vector<int64_t>(logits.sizes().begin(), logits.sizes().end()));
-  auto* out = static_cast<char*>(gradient.mutable_data_ptr());
-  const int64_t element = bytes_of(matrix.type), row_bytes = matrix.k * element;
-  advise_huge_pages(out, m * row_bytes);
-  for (int64_t i = 0; i < m; ++i) {
-    const int64_t written = problem.skips(i) ? 0 : problem.classes * element;
-    std::memset(out + i * row_bytes + written, 0, static_cast<std::size_t>(row_bytes - written));
-  }
-  for_each_part(problem, kernel, [&](const Worker& worker, int64_t, const Part& part) {
-    const bool has_hard = problem.labels && !for_teacher;
-    worker.gradient(part, rows[part.row], float(softs[part.row] / problem.temperature),
-                    has_hard ? hards[part.row] : 0.0f, sum_of_weights, for_teacher,
-                    out + part.row * row_bytes + part.begin * element);
-  });
-  return gradient;
+  for_each_part(problem, *select(kKernels).functions,
+                [&](const Worker& worker, int64_t, const Part& part) {
+                  gradient.write(worker, part, rows[part.row], {});
+                });
+  return gradient.tensor();
 }
 
 }  // namespace
@@ -198,4 +279,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trine, m) {
 STABLE_TORCH_LIBRARY_IMPL(trine, CPU, m) {
   m.impl("softmax_kl", TORCH_BOX(&trine::softmax_kl_op<trine::forward>));
   m.impl("softmax_kl_backward", TORCH_BOX(&trine::softmax_kl_backward_op<trine::backward>));
+  m.impl("softmax_kl_with_gradient",
+         TORCH_BOX(&trine::softmax_kl_with_gradient_op<trine::with_gradient>));
 }

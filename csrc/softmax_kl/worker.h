@@ -47,13 +47,30 @@ inline void merge(PartSums* row, PartSums next, const Problem& problem) {
 // Computes on parts of rows, in memory of its own; one for each piece of work.
 class Worker {
  public:
-  Worker(const Problem& problem, const SoftmaxKlFunctions& kernel)
+  // `whole_rows`: one row after the other, all passes over each.
+  Worker(const Problem& problem, const SoftmaxKlFunctions& kernel, bool whole_rows = false)
       : problem_(problem),
         kernel_(kernel),
         bins_(problem.slots ? problem.slots->count + 1 : 0),
-        memory_((3 * problem.part_size() + 3 * bins_) * int64_t(sizeof(float))) {}
+        kept_(whole_rows && keeps_slopes() ? std::min(problem.classes, kMostKept) : 0),
+        memory_((3 * problem.part_size() + 3 * bins_ + kept_) * int64_t(sizeof(float))) {}
 
-  PartSums forward(const Part& part) const {
+  // In the kernels' order, as all that is of two rows.
+  SoftmaxKlMaxima maxima(const Part& part) const {
+    const auto [s, t] = rows_of(part);
+    return kernel_.maxima(s, t, part.size);
+  }
+
+  // What can be kept of a part whose gradient is to be at `gradient` (nullptr: nothing).
+  Kept kept(const Part& part, void* gradient) const {
+    if (gradient == nullptr || !keeps_slopes()) return {};
+    float* scratch = buffer(3) + 3 * bins_ + part.begin;
+    return {static_cast<float*>(gradient), part.begin + part.size <= kept_ ? scratch : nullptr,
+            problem_.reversed};
+  }
+
+  // `maxima` of the whole row, and what is kept, where the divergence has slopes.
+  PartSums forward(const Part& part, SoftmaxKlMaxima maxima, const Kept& kept) const {
     PartSums sums{};
     const LogitRow s = see(problem_.student, part, 0);
     if (problem_.labels) {
@@ -68,15 +85,18 @@ class Worker {
     if (problem_.slots) {
       sums.tail = kernel_.sum_softmax(tail_of(part), part.size, problem_.rate);
     } else {
-      const LogitRow t = see(problem_.teacher, part, 1);
-      sums.soft = problem_.reversed ? kernel_.forward(t, s, part.size, problem_.rate)
-                                    : kernel_.forward(s, t, part.size, problem_.rate);
+      LogitRow first = s, second = see(problem_.teacher, part, 1);
+      if (problem_.reversed) std::swap(first, second);
+      sums.soft = problem_.has_slopes()
+                      ? kernel_.exponentials(first, second, part.size, problem_.rate, maxima, kept)
+                      : kernel_.forward(first, second, part.size, problem_.rate);
     }
     return sums;
   }
 
-  SoftmaxKlSlopes slopes(const Part& part, const SoftmaxKlRow& row) const {
-    return slopes(see(problem_.student, part, 0), see(problem_.teacher, part, 1), part.size, row);
+  SoftmaxKlSlopes slopes(const Part& part, const SoftmaxKlRow& row, const Kept& kept) const {
+    const auto [s, t] = rows_of(part);
+    return kernel_.slopes(s, t, part.size, problem_.rate, row, problem_.divergence, kept);
   }
 
   // The divergence of a row; of one with a second pass that is not known yet.
@@ -108,7 +128,7 @@ class Worker {
 
   // Writes the gradient of soft_scale * T * soft + hard_scale * hard at a part's logits.
   void gradient(const Part& part, const Saved& saved, float soft_scale, float hard_scale,
-                double sum_of_weights, bool for_teacher, void* out) const {
+                double sum_of_weights, bool for_teacher, const Kept& kept, void* out) const {
     const Logits& logits = for_teacher ? problem_.teacher : problem_.student;
     const FloatType type = logits.rows.type;
     const int64_t n = part.size;
@@ -117,15 +137,19 @@ class Worker {
     if (is_nan(soft_scale, saved.soft.log2_ratio) || is_nan(hard_scale, saved.inverse_sum))
       return fill_with_nan(type, out, n);
     if (hard_scale == 0 && !logits.seen.changes() && !problem_.slots)
-      return soft_gradient(see(problem_.student, part, 0), see(problem_.teacher, part, 1), n, saved,
-                           soft_scale, for_teacher, out);
+      return kept.gradient != nullptr
+                 ? gradient_of_slopes(part, saved, soft_scale, kept)
+                 : soft_gradient(see(problem_.student, part, 0), see(problem_.teacher, part, 1), n,
+                                 saved, soft_scale, for_teacher, out);
     if (soft_scale != 0 && hard_scale != 0 && adds_hard(logits))
-      return both_gradients(part, saved, soft_scale, hard_scale, out);
+      return both_gradients(part, saved, soft_scale, hard_scale, kept, out);
     const bool in_place = type == FloatType::float32 && !logits.seen.changes();
     float* sum = in_place ? static_cast<float*>(out) : buffer(2);
     const LogitRow z = widened(logits, part, for_teacher ? 1 : 0);
     if (soft_scale == 0 || problem_.slots)
       std::fill(sum, sum + n, 0.0f);
+    else if (kept.gradient != nullptr)
+      gradient_of_slopes(part, saved, soft_scale, kept);
     else
       soft_gradient(for_teacher ? see(problem_.student, part, 0) : z,
                     for_teacher ? z : see(problem_.teacher, part, 1), n, saved, soft_scale,
@@ -174,9 +198,10 @@ class Worker {
     return {buffer(i), FloatType::float32};
   }
 
-  SoftmaxKlSlopes slopes(LogitRow s, LogitRow t, int64_t n, const SoftmaxKlRow& row) const {
-    if (problem_.reversed) std::swap(s, t);
-    return kernel_.slopes(s, t, n, problem_.rate, row, problem_.divergence);
+  // In the kernels' order.
+  std::pair<LogitRow, LogitRow> rows_of(const Part& part) const {
+    const LogitRow s = see(problem_.student, part, 0), t = see(problem_.teacher, part, 1);
+    return problem_.reversed ? std::pair(t, s) : std::pair(s, t);
   }
   void soft_gradient(LogitRow s, LogitRow t, int64_t n, const Saved& saved, float scale,
                      bool for_teacher, void* out, const CrossEntropyTerm& hard = {}) const {
@@ -184,6 +209,20 @@ class Worker {
     const auto run =
         for_teacher != problem_.reversed ? kernel_.teacher_gradient : kernel_.student_gradient;
     run(s, t, n, problem_.rate, saved.soft, problem_.divergence, scale, hard, out);
+  }
+
+  // Whether the student's slopes can be left where its gradient is to be.
+  bool keeps_slopes() const {
+    const Logits &student = problem_.student, &teacher = problem_.teacher;
+    return problem_.has_slopes() && student.rows.type == FloatType::float32 &&
+           !student.seen.changes() &&
+           (teacher.rows.type == FloatType::float32 || teacher.seen.changes());
+  }
+  void gradient_of_slopes(const Part& part, const Saved& saved, float scale, const Kept& kept,
+                          const CrossEntropyTerm& hard = {}) const {
+    const LogitRow z = problem_.student.at(part.row, part.begin);
+    kernel_.gradient_of_slopes(static_cast<const float*>(z.data), part.size, problem_.rate,
+                               saved.soft, problem_.divergence, scale, hard, kept);
   }
 
   // Whether a kernel adds the cross entropy's gradient to the divergence's.
@@ -195,11 +234,14 @@ class Worker {
            type == (teacher.seen.changes() ? FloatType::float32 : teacher.rows.type);
   }
   void both_gradients(const Part& part, const Saved& saved, float soft_scale, float hard_scale,
-                      void* out) const {
+                      const Kept& kept, void* out) const {
     const double of_each = hard_scale * problem_.smoothing / double(problem_.classes);
     const CrossEntropyTerm hard{saved.max, hard_scale * saved.inverse_sum, float(of_each)};
-    soft_gradient(see(problem_.student, part, 0), see(problem_.teacher, part, 1), part.size, saved,
-                  soft_scale, false, out, hard);
+    if (kept.gradient != nullptr)
+      gradient_of_slopes(part, saved, soft_scale, kept, hard);
+    else
+      soft_gradient(see(problem_.student, part, 0), see(problem_.teacher, part, 1), part.size,
+                    saved, soft_scale, false, out, hard);
     const int64_t label = problem_.label(part.row), at = label - part.begin;
     if (at < 0 || at >= part.size) return;
     // Of the label itself once more, because it must be rounded once.
@@ -239,13 +281,14 @@ class Worker {
   float of_bins(int64_t row, Saved* saved) const {
     fill_bins(row, *saved);
     const auto [s, t] = bin_rows();
-    const FinishedRow finished =
-        finish(problem_.reversed ? kernel_.forward(t, s, bins_, problem_.rate)
-                                 : kernel_.forward(s, t, bins_, problem_.rate),
-               problem_.rate);
+    const LogitRow first = problem_.reversed ? t : s, second = problem_.reversed ? s : t;
+    const SoftmaxKlSums sums = kernel_.forward(first, second, bins_, problem_.rate);
+    const FinishedRow finished = finish(sums, problem_.rate);
     saved->soft = finished.row;
     if (problem_.divergence.kind == Divergence::kullback_leibler) return finished.kl;
-    return finish(slopes(s, t, bins_, finished.row), &saved->soft);
+    return finish(
+        kernel_.slopes(first, second, bins_, problem_.rate, finished.row, problem_.divergence, {}),
+        sums, &saved->soft);
   }
 
   float* student_bins() const { return buffer(3); }
@@ -300,8 +343,12 @@ class Worker {
 
   const Problem& problem_;
   const SoftmaxKlFunctions& kernel_;
-  int64_t bins_;
-  Scratch memory_;  // logits of both models, a gradient, the bins' logits and gradient
+  int64_t bins_, kept_;  // kept_: of a row's classes, the first of them
+  Scratch
+      memory_;  // logits of both models, a gradient, the bins' logits and gradient, what is kept
+
+  // Less than half a MB; it comes to the memory that the gradient takes.
+  static constexpr int64_t kMostKept = 7 << 14;
 };
 
 }  // namespace

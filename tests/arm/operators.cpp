@@ -11,6 +11,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -182,6 +183,16 @@ std::vector<Tensor> run(const Call& call) {
             "softmax_kl_backward")(of_soft, of_hard, student, teacher, indices, labels, {}, {},
                                    temperature, divergence, beta, smoothing, classes, scale, cap,
                                    scale, cap, false, saved, for_teacher));
+    const auto together = registered_as<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, Optional, Optional, Optional, Optional, double, std::string,
+        double, double, int64_t, double, double, double, double, bool, const Tensor&,
+        const Tensor&)>("softmax_kl_with_gradient")(
+        student, teacher, indices, labels, {}, {}, temperature, divergence, beta, smoothing,
+        classes, scale, cap, scale, cap, false, of_soft, of_hard);
+    const Tensor &gradient = std::get<2>(together), &expected = results[2];
+    if (std::memcmp(gradient.const_data_ptr(), expected.const_data_ptr(),
+                    std::size_t(expected.numel() * expected.element_size())) != 0)
+      fail("softmax_kl_with_gradient gives another gradient than softmax_kl_backward");
     return results;
   }
   fail("no op is named " + call.op);

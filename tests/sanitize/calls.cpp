@@ -371,6 +371,13 @@ Call softmax_kl(const Shape& shape, ScalarType type, int variant, Values values)
                                  const Tensor&, bool)>("softmax_kl_backward")(
                 of_soft, of_hard, student, teacher, indices, labels, weight, mask, 2.0, divergence,
                 0.3, smoothing, k, 1.0, cap, 1.0, cap, false, saved, for_teacher));
+    const auto together = registered_as<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, Optional, Optional, Optional, Optional, double, std::string,
+        double, double, int64_t, double, double, double, double, bool, const Tensor&,
+        const Tensor&)>("softmax_kl_with_gradient")(student, teacher, indices, labels, weight, mask,
+                                                    2.0, divergence, 0.3, smoothing, k, 1.0, cap,
+                                                    1.0, cap, false, of_soft, of_hard);
+    outputs.push_back(std::get<2>(together));
     return outputs;
   };
 }

@@ -66,11 +66,12 @@ def softmax_kl(
     - "skewed_reverse_kl": KL(p || m), m = beta * p + (1 - beta) * q
     - "total_variation": the sum of |p - q|, halved
 
-    On GPUs of compute capability 9.0 (H100, H200) a scalar loss of float32 or bfloat16 logits whose
-    student alone takes a gradient computes that in forward, so that the logits are read once: in
-    bfloat16 6 bytes a class for both directions, in place of 10. The gradient then stays in memory
-    from forward on. `loss.backward()` hands it on; a factor from upstream other than 1 costs one
-    more pass over it (4 bytes a class), as does a compiled function. float16 takes two passes, for
+    On the CPU, and on GPUs of compute capability 9.0 (H100, H200), a scalar loss of float32 or
+    bfloat16 logits whose student alone takes a gradient computes that in forward, so that the
+    logits are read once: in bfloat16 6 bytes a class for both directions, in place of 10. The
+    gradient then stays in memory from forward on. `loss.backward()` hands it on; a factor from
+    upstream other than 1 costs one more pass over it (4 bytes a class), as does a compiled function
+    on a GPU; compiled for the CPU it is computed in backward. float16 takes two passes, for
     a loss scale has to come before the rounding, and so do a teacher of `teacher_indices` and rows
     that a cluster of eight blocks cannot hold (some 450 thousand classes of 16 bits).
 
@@ -189,7 +190,10 @@ def softmax_kl(
     if hard_coefficient is None:
         hard_coefficient = soft_coefficient.new_empty(0)
     total, soft, hard, *_ = one_pass.op(*arguments, soft_coefficient, hard_coefficient)
-    return loss.of(soft, hard)._replace(loss=total) if return_terms else total
+    if not return_terms:
+        return total
+    terms = loss.of(soft, hard)
+    return LossTerms(total, total.detach() if terms.hard is None else terms.soft, terms.hard)
 
 
 def _classes(student: Tensor, teacher: Tensor, indices: Tensor | None, classes: int | None) -> int:

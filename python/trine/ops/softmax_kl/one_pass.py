@@ -1,4 +1,4 @@
-"""The loss together with its gradient, computed while the logits are on the chip.
+"""The loss together with its gradient, computed while the logits are on the chip or in its caches.
 
 The rows' coefficients in a scalar loss are known before backward, so that forward can write the
 gradient of the student's logits, and `loss.backward()` hands it on. Another factor from upstream
@@ -53,24 +53,25 @@ def pays(
 
 
 def _has_kernel(device: torch.device) -> bool:
+    if device.type == "cpu":
+        # What torch.compile makes of it is a factor's pass over memory of its own, always.
+        return not torch.compiler.is_compiling()
     if device.type != "cuda" or not (_library.cuda_library.loaded and torch.cuda.is_available()):
         return False
     found = torch.cuda.get_device_properties(device)
     return (found.major, found.minor) == (9, 0)
 
 
-def _in_two_passes(*arguments) -> tuple[Tensor, ...]:
-    *inputs, soft_c, hard_c = arguments
-    soft, hard, saved = _forward_op(*inputs)
-    return soft, hard, _backward_op(soft_c, hard_c, *inputs, saved, False), saved
-
-
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return torch.where(factor == 0, 0, gradient * factor)
 
 
-def _scale(gradient: Tensor, factor: Tensor) -> None:
-    gradient.copy_(_scaled(gradient, factor))
+def _scale_on_cpu(gradient: Tensor, factor: Tensor) -> None:
+    value = factor.item()
+    if value == 0:  # also of NaN
+        gradient.zero_()
+    elif value != 1:
+        gradient.mul_(value)
 
 
 def _compute(*arguments) -> tuple[Tensor, ...]:
@@ -130,9 +131,8 @@ def _again(ctx, of_sum: Tensor | None) -> Tensor:
     return _backward_op(soft_c, hard_c, *inputs, saved, False)
 
 
-torch.library.impl("trine::softmax_kl_with_gradient", "CompositeExplicitAutograd", _in_two_passes)
 torch.library.register_fake("trine::softmax_kl_with_gradient", _fake_raw)
-torch.library.impl("trine::softmax_kl_scale_", "CompositeExplicitAutograd", _scale)
+torch.library.impl("trine::softmax_kl_scale_", "CPU", _scale_on_cpu)
 torch.library.register_fake("trine::softmax_kl_scale_", lambda gradient, factor: None)
 torch.library.define(_OF_SUM, _SCHEMA)
 torch.library.impl(_OF_SUM, "CompositeExplicitAutograd", _compute)
