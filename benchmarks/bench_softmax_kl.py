@@ -170,6 +170,10 @@ def _comparison(case: Case) -> Comparison:
             enter(name, loss, _error(loss, case.divergence, *inputs))
         except Exception as reason:  # a peer's trouble of any kind is a row of the table
             failures[f"{name} {case}"] = sentence(reason)
+    if case.labelled and case.divergence == "forward_kl":  # no rival: it shows what a teacher adds
+        alone = hot([partial(_gradient, peers.cross_entropy, *inputs)])
+        name = f"cross entropy alone, eager {case.kind}"
+        contestants.append(Contestant(name, alone, work, None))
     shape = {"rows": case.rows, "classes": case.classes}
     return Comparison(shape, "", contestants, failures=failures, wrong=wrong)
 

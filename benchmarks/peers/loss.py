@@ -51,6 +51,11 @@ def eager(
     return soft if labels is None else 0.5 * soft + 0.5 * F.cross_entropy(student, labels)
 
 
+def cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+    """Of the labels alone: what a training without a teacher computes."""
+    return F.cross_entropy(student, labels)
+
+
 def compiled(function: Callable) -> Callable:
     """Through torch.compile, for exactly the shapes that it is called with."""
     torch._dynamo.reset()  # else the shapes of earlier functions count against its limit

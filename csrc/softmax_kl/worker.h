@@ -344,8 +344,8 @@ class Worker {
   const Problem& problem_;
   const SoftmaxKlFunctions& kernel_;
   int64_t bins_, kept_;  // kept_: of a row's classes, the first of them
-  Scratch
-      memory_;  // logits of both models, a gradient, the bins' logits and gradient, what is kept
+  // Logits of both models, a gradient, the bins' logits and gradient, what is kept.
+  Scratch memory_;
 
   // Less than half a MB; it comes to the memory that the gradient takes.
   static constexpr int64_t kMostKept = 7 << 14;
