@@ -46,10 +46,10 @@
 // 20 operations off the slopes and 10 off the gradients; every pass begins where the one before
 // ended. Of 16 elements forward KL then takes 41 cycles for everything, JSD 54, skewed KL 57, total
 // variation 35; of bf16, where nothing is kept, JSD takes 93. With all of it on two cores, times
-// forward KL: JSD 1.2 to 1.5, skewed KL 1.2 to 1.6, total variation 1.0 to 1.2, the most at
-// 512 x 128256, whose rows are larger than L2. Fetching the next row while slopes are computed was
-// lost in the noise. A cross entropy adds 11 cycles forward, and 8 backward in the same loop. Caps,
-// scales, weights of classes and partial teachers go through buffers of a part of a row in L2.
+// forward KL: JSD 1.2 to 1.5, skewed KL 1.1 to 1.8, total variation 0.8 to 1.2, by shape and by
+// how busy the memory is. Fetching the next row while slopes are computed was lost in the noise. A
+// cross entropy adds 11 cycles forward, and 8 backward in the same loop. Caps, scales, weights of
+// classes and partial teachers go through buffers of a part of a row in L2.
 #pragma once
 
 #include <cstdint>
