@@ -152,7 +152,7 @@ struct Functions {
   }
   static SoftmaxKlMaxima maxima(LogitRow student, LogitRow teacher, int64_t n) {
     return with_types(student, teacher,
-                      [&](const auto* s, const auto* t) { return maxima_part<V>(s, t, n); });
+                      [&](const auto* s, const auto* t) { return maxima_part<true, V>(s, t, n); });
   }
   static SoftmaxKlSums exponentials(LogitRow student, LogitRow teacher, int64_t n, float rate,
                                     SoftmaxKlMaxima maxima, const Kept& kept) {

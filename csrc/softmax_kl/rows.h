@@ -113,6 +113,22 @@ BlockSums<V> sum_block(const S* student, const T* teacher, int64_t count, float 
   return sums;
 }
 
+// `ahead`: whether what comes next is fetched.
+template <bool ahead, class V, class S, class T>
+SoftmaxKlMaxima maxima_part(const S* student, const T* teacher, int64_t n) {
+  const V infinite(-kInfinity);
+  V max_student = infinite, max_teacher = infinite;
+  for_each_vector<ahead, V>(student, teacher, n, [&](V s, V t, auto count) {
+    if constexpr (!is_whole<decltype(count)>) {
+      s = V::first(count, s, infinite);
+      t = V::first(count, t, infinite);
+    }
+    max_student = V::max(s, max_student);  // in this order NaN is passed over; it shows in the sums
+    max_teacher = V::max(t, max_teacher);
+  });
+  return {max_student.reduce_max(), max_teacher.reduce_max()};
+}
+
 template <class V, class S, class T>
 SoftmaxKlSums forward_part(const S* student, const T* teacher, int64_t n, float rate) {
   SoftmaxKlSums sums = kEmptySums;
@@ -121,17 +137,8 @@ SoftmaxKlSums forward_part(const S* student, const T* teacher, int64_t n, float 
     const int64_t count = std::min(kBlock<V>, n - begin);
     const S* s = student + begin;
     const T* t = teacher + begin;
-    const V infinite(-kInfinity);
-    V max_student = infinite, max_teacher = infinite;
-    for_each_vector<false, V>(s, t, count, [&](V at_s, V at_t, auto n) {
-      if constexpr (!is_whole<decltype(n)>) {
-        at_s = V::first(n, at_s, infinite);
-        at_t = V::first(n, at_t, infinite);
-      }
-      max_student = V::max(at_s, max_student);  // in this order NaN is passed over; it shows in
-      max_teacher = V::max(at_t, max_teacher);  // the sums
-    });
-    raise_maxima(&sums, max_student.reduce_max(), max_teacher.reduce_max(), rate);
+    const SoftmaxKlMaxima maxima = maxima_part<false, V>(s, t, count);
+    raise_maxima(&sums, maxima.student, maxima.teacher, rate);
 
     const auto add = [&](const BlockSums<V>& block) {
       sums.impossible_teacher =
@@ -219,21 +226,6 @@ struct Quotients {
     return {log2, power_of_2(log2), V::greater(bits, zero), V::greater(zero, bits)};
   }
 };
-
-template <class V, class S, class T>
-SoftmaxKlMaxima maxima_part(const S* student, const T* teacher, int64_t n) {
-  const V infinite(-kInfinity);
-  V max_student = infinite, max_teacher = infinite;
-  for_each_vector<true, V>(student, teacher, n, [&](V s, V t, auto count) {
-    if constexpr (!is_whole<decltype(count)>) {
-      s = V::first(count, s, infinite);
-      t = V::first(count, t, infinite);
-    }
-    max_student = V::max(s, max_student);  // in this order NaN is passed over
-    max_teacher = V::max(t, max_teacher);
-  });
-  return {max_student.reduce_max(), max_teacher.reduce_max()};
-}
 
 // How much is kept of a part; see `Kept`.
 enum class Keep { nothing, slopes, exponentials };
