@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_sst2 import make_encoder, text_of, tokenize, write_data
 from trine.demo.sentences import Encoder
-from trine.distill import Training
+from trine.distill import Frozen, Training
 
 from benchmarks import sst2
 from benchmarks.sst2 import Sst2
@@ -114,6 +114,20 @@ def test_judging_keeps_the_order_of_rows(data, encoder):
     for row, label in zip(rows, rows.labels, strict=True):
         expected.append(model(input_ids=row["input_ids"][None]).logits.argmax() == label)
     assert sst2.right(model, rows).tolist() == [e.item() for e in expected]
+
+
+def test_a_teacher_that_remembers_says_what_it_would_say(data, encoder):
+    rows = Sst2.load(data, 100, encoder).unlabelled
+    model = sst2.classifier(encoder).eval()
+    teacher = sst2.Remembering(model, rows)
+    model.config.output_hidden_states = True
+    for batch in rows.loader(8):
+        expected, found = Frozen(model)(batch, {}), teacher(batch, {})
+        torch.testing.assert_close(found["logits"], expected["logits"])
+        counts = batch["attention_mask"].bool()
+        for layer in ("hidden_states.1", "hidden_states.2"):
+            states = expected[layer][counts].bfloat16()
+            torch.testing.assert_close(found[layer][counts], states, rtol=2**-7, atol=1e-3)
 
 
 def test_latency_is_of_every_model_at_two_batches(data, encoder):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import trine
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from trine.nn import Sparse24Linear
@@ -226,6 +228,19 @@ def test_soft_movement_needs_no_ratio():
     assert scope.keep(scores, lambda aim: aim)["a"].tolist() == [False, False, True, True]
     with pytest.raises(ValueError, match="RigL keeps a ratio and Threshold has none"):
         Pruner(nn.Sequential(nn.Linear(2, 2)), Movement(), Weight(), scope, RigL(2, 1, begin=1))
+
+
+@given(
+    st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 3e38, torch.inf]), min_size=1, max_size=40),
+    st.floats(0, 0.99),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_lowest_go_and_among_equals_the_last(scores, ratio, dtype):
+    kept = PerLayer(ratio).keep({"a": torch.tensor(scores, dtype=dtype)}, lambda aim: aim)["a"]
+    order = sorted(range(len(scores)), key=lambda i: (scores[i], -i))
+    may_go = [i for i in order if scores[i] != torch.inf]
+    gone = set(may_go[: round(ratio * len(scores))])
+    assert kept.tolist() == [i not in gone for i in range(len(scores))]
 
 
 def test_report_says_what_is_saved():

@@ -303,6 +303,24 @@ def test_in_a_loop_of_accelerate():
     assert not any(optimizer.state[w]["exp_avg"][w == 0].any() for w in weights(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nothing_is_left_of_what_is_pruned(dtype):
+    """Not of a gradient that is no number, either, and in weights of any strides."""
+    layer = nn.Linear(6, 4, dtype=dtype)
+    layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    pruner = Pruner(layer, Magnitude(), scope=PerLayer(0.5), optimizer=optimizer)
+    off = ~pruner.masks()["weight"]
+    assert off.sum() == 12
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.full_like(before, torch.nan).where(off, torch.ones_like(before))
+    optimizer.step()
+    pruner.step()
+    assert (layer.weight[off] == 0).all()
+    assert (optimizer.state[layer.weight]["momentum_buffer"][off] == 0).all()
+    torch.testing.assert_close(layer.weight[~off], before[~off] - 0.1)
+
+
 def test_clipping_does_not_see_what_is_pruned():
     model = network()
     pruner = Pruner(model, Magnitude(), scope=PerLayer(0.5), optimizer=adam(model))

@@ -39,7 +39,7 @@ def data(tmp_path, monkeypatch):
 
 def test_each_way_leaves_what_its_name_says(data):
     dense = sst2.classifier(sst2.load_encoder()).eval()
-    task = task_of(Sst2.load(data, 200), dense, {1.5: 0.5, 2.0: 0.5})
+    task = task_of(Sst2.load(data, 200), Amounts(2, 64, least=1), dense, {1.5: 0.5, 2.0: 0.5})
     before = {name: w.clone() for name, w in dense.state_dict().items()}
     for name in ("2:4 magnitude", "2:4 Wanda", "2:4 SparseGPT"):
         sparse = shape_of(name, task).bert.encoder.modules()

@@ -26,7 +26,6 @@ from trine.distill import (
     Distiller,
     Fixed,
     Frozen,
-    Numbered,
     Training,
     cache_teacher,
     student_from_teacher,
@@ -149,18 +148,16 @@ def lesson_of(
         heads = teacher.config.num_attention_heads
         names = {letter: letter for letter in "qkv"}
         of_student, of_teacher = projections(student), projections(teacher)
-        frozen = Frozen(teacher, of_teacher, dtype=torch.bfloat16)
+        frozen = Frozen(teacher, of_teacher, dtype=sst2.DTYPE)
         return Lesson(frozen, [*task, SelfRelations(names, names, heads)], of_student)
     inner = sst2.inner_objectives(student, teacher)
-    return Lesson(Frozen(teacher, dtype=torch.bfloat16), task + inner, {})
+    return Lesson(Frozen(teacher, dtype=sst2.DTYPE), task + inner, {})
 
 
 def teach(
     student: nn.Module, way: str, lesson: Lesson, rows: Phrases, training: Training
 ) -> nn.Module:
-    loader = DataLoader(
-        Numbered(rows), batch_sampler=ByLength(rows.lengths, BATCH), collate_fn=sst2.padded
-    )
+    loader = DataLoader(rows, batch_sampler=ByLength(rows.lengths, BATCH), collate_fn=sst2.padded)
     objective = Together(*lesson.objectives)
     distiller = Distiller(
         student,
@@ -182,7 +179,7 @@ def training_of(name: str, amounts: Amounts, seed: int) -> Training:
         steps=updates,
         learning_rate=3e-4 if layered else 2e-3,
         decay="linear",
-        precision="bf16" if layered else "fp32",
+        precision=sst2.PRECISION if layered else "fp32",
         seed=seed,
     )
 
@@ -201,14 +198,14 @@ def transfer_set(data: Sst2, amounts: Amounts) -> Phrases:
 
 def right(model: nn.Module, rows: Phrases) -> Tensor:
     """In the precision of training."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=sst2.PRECISION == "bf16"):
         return sst2.right(model, rows)
 
 
 def cached(teacher: nn.Module, rows: Phrases, folder) -> CachedTeacher:
     """The teacher's answers to all rows, computed once."""
-    frozen = Frozen(copy.deepcopy(teacher), dtype=torch.bfloat16)
-    loader = DataLoader(Numbered(rows), 2 * BATCH, collate_fn=sst2.padded)
+    frozen = Frozen(copy.deepcopy(teacher), dtype=sst2.DTYPE)
+    loader = DataLoader(rows, 2 * BATCH, collate_fn=sst2.padded)
     return cache_teacher(frozen, loader, folder, top_k=None, dtype="float32")
 
 

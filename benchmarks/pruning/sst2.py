@@ -22,12 +22,12 @@ import trine
 from torch import Tensor, nn
 from trine import prune
 from trine.calibration import SecondMoment, calibrate
-from trine.distill import Distiller, Fixed, Frozen, Training, student_from_teacher
+from trine.distill import Distiller, Fixed, Training, student_from_teacher
 from trine.distill.objectives import Labels, SoftTargets, Together, uniform_layers
 from trine.factorize import Parameters, Svd, factorize
 
 from benchmarks import sst2
-from benchmarks.sst2 import Phrases, Sst2
+from benchmarks.sst2 import Phrases, Remembering, Sst2
 from benchmarks.study import (
     SEEDS,
     Row,
@@ -92,20 +92,26 @@ def training_of(name: str, amounts: Amounts, seed: int) -> Training:
         steps=updates,
         learning_rate=3e-4 if smaller else 2e-4,
         decay="linear",
-        precision="bf16",
+        precision=sst2.PRECISION,
         seed=seed,
     )
 
 
 @dataclass(frozen=True)
 class Task:
-    """A dense model and all that there is to prune it with: what its weights do to the data."""
+    """A dense model and all that there is to prune it with: what its weights do to the data, and
+    the phrases that it teaches what is left of it."""
 
     dense: nn.Module
+    lessons: Phrases
     importance: dict[str, Tensor]
     calibration: list[dict[str, Tensor]]
     example: dict[str, Tensor]
     ratios: dict[float, float]  # of heads and neurons, by how many times as fast it makes the model
+
+    @cached_property
+    def teacher(self) -> Remembering:
+        return Remembering(self.dense, self.lessons)
 
     @cached_property
     def by_sparsegpt(self) -> nn.Module:
@@ -176,18 +182,18 @@ def pruner_of(name: str, model: nn.Module, updates: int) -> prune.Pruner | None:
     )
 
 
-def trained(name: str, task: Task, rows: Phrases, training: Training) -> nn.Module:
-    model = sst2.without_word_vectors(shape_of(name, task).train())
-    dense, pruner = copy.deepcopy(task.dense), pruner_of(name, model, training.steps)
+def trained(name: str, task: Task, training: Training) -> nn.Module:
+    model = sst2.without_dropout(sst2.without_word_vectors(shape_of(name, task).train()))
+    pruner = pruner_of(name, model, training.steps)
     distiller = Distiller(
         model,
-        Frozen(dense, dtype=torch.bfloat16),
-        Together(Labels(), SoftTargets(TEMPERATURE), sst2.hidden_states(model, dense)),
+        task.teacher,
+        Together(Labels(), SoftTargets(TEMPERATURE), sst2.hidden_states(model, task.teacher.model)),
         Fixed(WEIGHTS),
         pruner=pruner,
         training=training,
     )
-    model = distiller.fit(rows.loader(BATCH))
+    model = distiller.fit(task.lessons.loader(BATCH))
     if pruner is not None:
         pruner.finish()
     model = sst2.logits_only(model.eval())
@@ -199,11 +205,12 @@ def transfer_set(data: Sst2, amounts: Amounts) -> Phrases:
     return data.labelled.at_least(amounts.least) + without
 
 
-def task_of(data: Sst2, dense: nn.Module, ratios: dict[float, float]) -> Task:
+def task_of(data: Sst2, amounts: Amounts, dense: nn.Module, ratios: dict[float, float]) -> Task:
     calibration = data.calibration(CALIBRATION)
     layers = prune.prunable_layers(dense, LAYERS)
     importance = prune.Wanda(calibration).scores(dense, layers)
-    return Task(dense, importance, calibration, calibration[len(calibration) // 2], ratios)
+    example = calibration[len(calibration) // 2]
+    return Task(dense, transfer_set(data, amounts), importance, calibration, example, ratios)
 
 
 def measured_ratios(task: Task, rows: Phrases) -> dict[str, float]:
@@ -249,10 +256,9 @@ def once(study: Study, data: Sst2, task: Task) -> dict[str, Tensor]:
 
 def taught(study: Study, data: Sst2, task: Task, amounts: Amounts, name: str) -> Tensor:
     """Which test sentences a model of that way gets right, by seed."""
-    rows = transfer_set(data, amounts)
 
     def one(seed: int) -> dict[str, Tensor]:
-        model = trained(name, task, rows, training_of(name, amounts, seed))
+        model = trained(name, task, training_of(name, amounts, seed))
         return {"right": sst2.right(model, data.test)}
 
     parts = [study.part(f"{name}, seed {seed}", partial(one, seed)) for seed in SEEDS]
@@ -324,7 +330,7 @@ def main() -> None:
     settings |= {name: asdict(training_of(name, amounts, 0)) for name in TRAINED}
     parts = 3 + len(ONE_SHOT) + len(SEEDS) * len(TRAINED)
     study = Study("pruning-sst2", arguments, parts, settings)
-    task = task_of(data, data.teacher(scale.teacher), {})
+    task = task_of(data, amounts, data.teacher(scale.teacher), {})
     found = study.part("ratios", lambda: measured_ratios(task, data.test))
     ratios = {speed: found[f"{speed:g}"] for speed in SPEEDS}
     task = replace(task, ratios=ratios)
@@ -337,7 +343,7 @@ def main() -> None:
         f"The dense model is MiniLM-L6 fine-tuned on {len(data.labelled)} labelled phrases; what "
         f"is trained has {amounts.updates} updates of {BATCH} phrases (smaller models "
         f"{MORE_UPDATES[2.0]} times as many for 2x, {MORE_UPDATES[1.5]} times for 1.5x), drawn "
-        f"from {len(transfer_set(data, amounts))} of at least {amounts.least} tokens, "
+        f"from {len(task.lessons)} of at least {amounts.least} tokens, "
         f"{amounts.unlabelled} of them without label. Pruned are the linear layers of the encoder; "
         "the word embeddings, half of the weights, stay. Magnitude and movement leave zeros in "
         "dense layers, which save nothing; the scores of movement begin at magnitudes, because "

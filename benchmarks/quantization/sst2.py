@@ -94,7 +94,7 @@ def training_of(name: str, amounts: Amounts, seed: int) -> Training:
         steps=updates,
         learning_rate=3e-4 if ternary else 2e-5,
         decay="linear",
-        precision="bf16",
+        precision=sst2.PRECISION,
         seed=seed,
     )
 
@@ -164,7 +164,7 @@ def trained(name: str, task: Task, data: Sst2, amounts: Amounts, seed: int) -> n
     if name == DISTILLED:
         dense = copy.deepcopy(task.dense)
         objectives += [SoftTargets(TEMPERATURE), *sst2.inner_objectives(student, dense)]
-        teacher = Frozen(dense, dtype=torch.bfloat16)
+        teacher = Frozen(dense, dtype=sst2.DTYPE)
     distiller = Distiller(
         student,
         teacher,

@@ -18,6 +18,8 @@ from trine.prune.scope import Scope, Threshold
 
 __all__ = ["Pruner"]
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
 
 class Pruner:
     """Prunes a model while it is trained.
@@ -148,7 +150,7 @@ class Pruner:
             self._growth = self._pool(self._gradients())
         for parameter, off in self._pruned():
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(off, 0)
+                _clear(parameter.grad, off)
         self._collected = True
 
     @torch.no_grad()
@@ -255,7 +257,8 @@ class Pruner:
         for name, layer in self.layers.items():
             if name not in scores or scores[name].shape != layer.weight.shape:
                 raise ValueError(f"{who} gave no score for each weight of layer '{name}'")
-            if not scores[name].isfinite().all():
+            # The sum first, in a tenth of the time; but that of finite scores may overflow.
+            if not scores[name].sum().isfinite() and not scores[name].isfinite().all():
                 raise ValueError(
                     f"{who}: scores of layer '{name}' are NaN or infinite; its weights, its "
                     "gradients or the calibration data are"
@@ -305,7 +308,7 @@ class Pruner:
 
     def _apply(self) -> None:
         for parameter, off in self._pruned():
-            parameter.masked_fill_(off, 0)
+            _clear(parameter, off)
 
     def _clear_state(self) -> None:
         """Once for each mask: afterwards gradients of 0 keep it so."""
@@ -314,7 +317,7 @@ class Pruner:
         for parameter, off in self._pruned():
             for value in self.optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.masked_fill_(off, 0)
+                    _clear(value, off)
 
     def _snapshot(self) -> dict[str, Any]:
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
@@ -327,3 +330,14 @@ class Pruner:
             self.optimizer.load_state_dict(copy.deepcopy(self._earlier["optimizer"]))
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
+
+
+def _clear(tensor: Tensor, off: Tensor) -> None:
+    """tensor[off] = 0, whatever is there."""
+    if tensor.device.type != "cpu":
+        tensor.masked_fill_(off, 0)
+        return
+    # masked_fill_ takes ten times as long on the CPU as this: off - 1 has all bits where off is 0,
+    # and none where it is 1.
+    bits = _BITS[tensor.element_size()]
+    tensor.view(bits).bitwise_and_(off.to(bits).sub_(1))

