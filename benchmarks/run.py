@@ -204,8 +204,10 @@ def judge(arguments: argparse.Namespace) -> int:
     """What a saved run reached."""
     try:
         saved = results.read(arguments.file)
-        of = cpu_goals if "isa" in saved["machine"] else gpu_goals
-        shown = goals.table(of.Result(saved), of.GOALS)
+        if isa := saved["machine"].get("isa"):
+            shown = goals.table(cpu_goals.Result(saved), cpu_goals.goals_of(isa))
+        else:
+            shown = goals.table(gpu_goals.Result(saved), gpu_goals.GOALS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(
             f"benchmarks.run goals: {arguments.file} is no result of `cpu` or `gpu`: "

@@ -242,7 +242,8 @@ class Sst2:
 
 def fine_tune(model: nn.Module, rows: Phrases, training: Training, batch: int = 32) -> nn.Module:
     """Train all of `model` that is trainable on labels alone; in eval mode afterwards."""
-    distiller = Distiller(model, None, Labels(), Fixed({"hard": 1.0}), training=training)
+    objective, balance = Labels(), Fixed({"hard": 1.0})
+    distiller = Distiller(model, None, objective, balance, training=training, progress=True)
     return distiller.fit(rows.loader(batch)).eval()
 
 

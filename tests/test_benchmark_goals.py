@@ -89,7 +89,7 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def judged():
     result = cpu_goals.Result({"ceilings": list(CEILINGS.values()), "rows": ROWS})
-    return {goal.text: goal.judge(result) for goal in cpu_goals.GOALS}
+    return {goal.text: goal.judge(result) for goal in cpu_goals.goals_of("avx512vnni")}
 
 
 @pytest.mark.parametrize("begin", EXPECTED)
@@ -105,11 +105,46 @@ def test_a_second_thread_reads_no_more_than_the_memory_gives(judged):
     ]
     result = cpu_goals.Result({"ceilings": list(CEILINGS.values()), "rows": rows})
     where = "int8_linear M 1 N 2560 K 2560: 1.20 of 1.50"
-    assert cpu_goals.GOALS[-1].judge(result) == ("0.80", "not reached", where)
+    assert cpu_goals.OF_ALL[-1].judge(result) == ("0.80", "not reached", where)
+
+
+def test_goals_of_a_processor_with_no_more_than_avx2():
+    rows = [
+        _linear("ternary_linear", 8, 100.0) | {"gop_s": 150.0},
+        _linear("ternary_linear", 8, 200.0, n=4096) | {"gop_s": 110.0},
+        _linear("ternary_linear", 1, 1000.0, n=4096) | {"K": 4096},  # 10 GB/s
+        _linear("torch dynamic fbgemm", 32, 85.0),
+        *ROWS,
+    ]
+    result = cpu_goals.Result({"ceilings": list(CEILINGS.values()), "rows": rows})
+    found = {goal.text: goal.judge(result) for goal in cpu_goals.goals_of("avx2")}
+    assert {text: verdict for text, verdict in found.items() if text.startswith("ternary")} == {
+        "ternary_linear, 1 row, 4096^2 from memory: GB/s of packed weights": (
+            ("10.00", "reached", "M 1 N 4096 K 4096")
+        ),
+        "ternary_linear, 1 row, 2560^2 from the caches: GB/s of packed weights": (
+            ("25.00", "reached", "M 1 N 2560 K 2560")
+        ),
+        "ternary_linear, 8 rows, from memory: GOP/s": (
+            ("110.00", "not reached", "M 8 N 4096 K 2560, the worst of 2")
+        ),
+    } | {
+        f"ternary_linear, {rows} rows, from memory: GOP/s": ("", "not measured", "")
+        for rows in (32, 128, 512)
+    }
+    fbgemm = found["int8_linear, which is exact: times as fast as fbgemm, which saturates"]
+    assert fbgemm == ("0.85", "reached", "M 32 N 2560 K 2560")
+    losses = found["softmax_kl, KL either way and JSD: times as fast as eager"]
+    assert losses[:2] == ("7.00", "reached")
 
 
 @pytest.mark.parametrize(
-    ("machine", "goals"), [({"isa": "avx2"}, cpu_goals.GOALS), ({}, gpu_goals.GOALS)]
+    ("machine", "goals"),
+    [
+        ({"isa": "avx2"}, cpu_goals.goals_of("avx2")),
+        ({"isa": "avx512bf16"}, cpu_goals.goals_of("avx512bf16")),
+        ({}, gpu_goals.GOALS),
+    ],
 )
 def test_goals_of_nothing_are_not_measured(tmp_path, capsys, machine, goals):
     path = tmp_path / "some.json"

@@ -338,11 +338,23 @@ def _own_function(inner: nn.MultiheadAttention, x: Tensor) -> Tensor:
     return F.linear(x, inner.in_proj_weight)
 
 
+def _of_torch_alone(inner: nn.Module, x: Tensor) -> Tensor:
+    if not isinstance(inner, nn.MultiheadAttention):
+        raise TypeError("an attention of torch is needed")
+    return inner(x, x, x)[0]
+
+
+def _otherwise_scaled(inner: nn.Module, x: Tensor) -> Tensor:
+    return inner(x, x, x)[0] * (1 if isinstance(inner, nn.MultiheadAttention) else 2)
+
+
 STAYING = {
     "adds keys of its own": (lambda: attention(add_bias_kv=True), None),
     "adds keys": (lambda: attention(add_zero_attn=True), None),
     "not as torch builds it": (lambda: _Subclass(12, 3).double(), None),
     "is read by the model's own code": (attention, _own_function),
+    "then raises TypeError: an attention of torch is needed": (attention, _of_torch_alone),
+    "gives other outputs when separated": (attention, _otherwise_scaled),
     "mean in inner: over all heads": (attention, lambda inner, x: inner(x, x, x)),
     "the model's output keeps its size": (
         attention,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trine import nn as packed_nn  # a package that imports this one: used in calls only
+from trine._bits import clear
 from trine.ops._checks import check_rows
 from trine.ops._linear import in_autocast_dtype, needs_grad, without_autocast
 from trine.quantize.batch_norm import FoldedNorm
@@ -180,7 +181,9 @@ class _DecayOfPruned(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         (weight,) = ctx.saved_tensors
-        return grad + ctx.decay * weight.masked_fill(two_of_four(weight), 0), None
+        pruned = weight.clone()
+        clear(pruned, two_of_four(weight))
+        return grad + ctx.decay * pruned, None
 
 
 class _ThroughQuantization(torch.autograd.Function):

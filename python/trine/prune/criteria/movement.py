@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trine._bits import put
 from trine.prune.criteria.base import Criterion
 
 __all__ = ["Movement"]
@@ -103,7 +104,7 @@ class Movement(Criterion):
     def _remember(self, layers: Mapping[str, nn.Module]) -> None:
         for name, layer in layers.items():
             dense = self._dense[name]
-            dense.copy_(torch.where(layer.weight != 0, layer.weight, dense))
+            put(dense, layer.weight != 0, layer.weight)
 
     def values(self, name: str) -> Tensor | None:
         return self._dense[name]

@@ -80,13 +80,15 @@ def separable(model: nn.Module, batches: list[Any]) -> tuple[nn.Module, dict[str
     separated = with_separate(model, names)
     before = _outputs(model, batches)
     try:
-        same = same_outputs(_outputs(separated, batches), before)
-    except Exception:  # whatever the model's own code raises for want of a parameter
-        same = False
-    if same:
-        return separated, reasons
-    reads = "is read by the model's own code, so nothing of it is removed"
-    return model, reasons | dict.fromkeys(names, reads)
+        if same_outputs(_outputs(separated, batches), before):
+            return separated, reasons
+        reason = "gives other outputs when separated, so nothing of it is removed"
+    except AttributeError:
+        reason = "is read by the model's own code, so nothing of it is removed"
+    except Exception as error:  # of the model's own code
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"cannot be separated, for the model then raises {what}"
+    return model, reasons | dict.fromkeys(names, reason)
 
 
 def _outputs(model: nn.Module, batches: list[Any]) -> list:

@@ -1,0 +1,61 @@
+"""What a mask chooses, against PyTorch's own functions: every bit of it, and nothing else."""
+
+import pytest
+import torch
+from trine._bits import clear, put
+
+DTYPES = (
+    *(torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+)
+SPECIAL = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-8, 1.0)
+
+
+def some(dtype: torch.dtype, strides: str) -> torch.Tensor:
+    values = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (7, 9))].to(dtype)
+    return {"plain": values, "transposed": values.T, "every other": values[:, ::2]}[strides]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(*(x.contiguous().view(torch.uint8) for x in (a, b)))
+
+
+@pytest.mark.parametrize("strides", ["plain", "transposed", "every other"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_pytorch_chooses(dtype, strides):
+    torch.manual_seed(0)
+    tensor, values = some(dtype, strides), some(dtype, strides)
+    mask = torch.rand(tensor.shape) < 0.5
+    cleared, filled = tensor.clone(), tensor.clone()
+    clear(cleared, mask)
+    put(filled, mask, values)
+    zero = torch.zeros((), dtype=dtype)
+    for found, chosen in ((cleared, zero.expand_as(tensor)), (filled, values)):
+        assert same_bits(found[mask], chosen[mask])
+        assert same_bits(found[~mask], tensor[~mask])
+
+
+def test_a_view_of_more_is_changed_where_it_is():
+    whole = torch.ones(4, 6)
+    clear(whole[1:3, ::2], torch.tensor([[True, False, True], [False, True, False]]))
+    assert whole.sum() == 24 - 3
+    assert (whole[:, 1::2] == 1).all()
+
+
+def test_values_of_another_type_and_nothing_at_all():
+    tensor, mask = torch.zeros(3), torch.tensor([True, False, True])
+    put(tensor, mask, torch.tensor([1.5, 2.5, 3.5], dtype=torch.float64))
+    assert tensor.tolist() == [1.5, 0.0, 3.5]
+    empty = torch.zeros(0, 4)
+    clear(empty, empty.bool())
+    put(empty, empty.bool(), empty)
+
+
+def test_a_parameter_keeps_its_history_apart():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    version = weight._version
+    with torch.no_grad():
+        clear(weight, torch.eye(2).bool())
+    assert weight._version > version  # autograd notices
+    assert weight.requires_grad
+    assert weight.tolist() == [[0, 1], [1, 0]]
