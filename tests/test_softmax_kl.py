@@ -134,8 +134,11 @@ def test_rounding_makes_no_loss_negative(isa):
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
 def test_close_logits_lose_no_more_than_in_torch(isa, distance):
-    """Where the student has nearly learnt the teacher, p_s - p_t must not cancel."""
-    _, teacher = reference.example_inputs(8, classes=5000)
+    """Where the student has nearly learnt the teacher, p_s - p_t must not cancel.
+
+    A row's error is mostly that of its two sums, and a matter of luck: so of many rows.
+    """
+    _, teacher = reference.example_inputs(100, classes=5000)
     student = teacher + distance * torch.randn_like(teacher)
 
     def in_torch(s: Tensor, t: Tensor) -> Tensor:
