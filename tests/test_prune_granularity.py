@@ -231,7 +231,9 @@ def test_soft_movement_needs_no_ratio():
 
 
 @given(
-    st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 3e38, torch.inf]), min_size=1, max_size=40),
+    st.lists(
+        st.sampled_from([-torch.inf, -1.0, 0.0, 0.5, 2.0, 3e38, torch.inf]), min_size=1, max_size=40
+    ),
     st.floats(0, 0.99),
     st.sampled_from([torch.float32, torch.float64]),
 )

@@ -118,10 +118,21 @@ def _all_but_lowest(scores: Tensor, ratio: float) -> Tensor:
 
 def _lowest(flat: Tensor, rank: int) -> Tensor:
     """The value of that rank, the lowest being the first."""
-    if flat.device.type == "cpu":  # 20 times as fast as torch's: it partitions by whole vectors
-        values = flat.detach().numpy()
-        return flat.new_tensor(np.partition(values, rank - 1)[rank - 1])
+    if flat.device.type == "cpu":
+        return flat.new_tensor(_lowest_of(flat.detach().numpy(), rank))
     return flat.kthvalue(rank).values
+
+
+def _lowest_of(values: np.ndarray, rank: int) -> float:
+    """By NumPy's partition: 10 times as fast as torch's kthvalue, but not where many are equal, as
+    those are that were pruned before. They are the lowest."""
+    first = values.min()
+    ties = np.count_nonzero(values == first)
+    if rank <= ties:
+        return first
+    if ties > len(values) // 8:
+        values, rank = values[values > first], rank - ties
+    return np.partition(values, rank - 1)[rank - 1]
 
 
 def _check_ratio(who: str, ratio: float) -> None:
