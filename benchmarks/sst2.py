@@ -261,7 +261,7 @@ class Remembering:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, rows: Phrases) -> None:
-        self.model = copy.deepcopy(model)
+        self.model = copy.deepcopy(model)  # `hidden_states` looks at its config, and changes it
         self.begins = rows.lengths.cumsum(0) - rows.lengths  # of each row, among all tokens
         self.tokens: dict[str, Tensor] = {}  # [tokens, width], by layer
         self.logits = torch.empty(len(rows), CLASSES)

@@ -352,7 +352,7 @@ STAYING = {
     "adds keys of its own": (lambda: attention(add_bias_kv=True), None),
     "adds keys": (lambda: attention(add_zero_attn=True), None),
     "not as torch builds it": (lambda: _Subclass(12, 3).double(), None),
-    "is read by the model's own code": (attention, _own_function),
+    "then raises AttributeError: 'SeparateAttention'": (attention, _own_function),
     "then raises TypeError: an attention of torch is needed": (attention, _of_torch_alone),
     "gives other outputs when separated": (attention, _otherwise_scaled),
     "mean in inner: over all heads": (attention, lambda inner, x: inner(x, x, x)),
