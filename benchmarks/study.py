@@ -7,11 +7,13 @@ benchmarks/results/<study>.json and .png, and prints the rows as a table.
 
 import argparse
 import json
+import multiprocessing
+import multiprocessing.connection
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 import trine
 from rich.console import Console
+from rich.status import Status
 from torch import Tensor, nn
 from trine.evaluate import bootstrap_interval, disk_bytes
 
@@ -106,9 +109,12 @@ class Study:
         self.quick = arguments.quick
         self.settings = {**settings, "threads": torch.get_num_threads()}
         self.console = Console(stderr=True)
-        self.seconds = 0.0
         self.folder = UNFINISHED / (f"{name}-quick" if self.quick else name)
         self._open(arguments.resume)
+        self._elapsed = self.folder / "seconds"  # until the last part was done, all starts together
+        self._begun = time.perf_counter()
+        if self._elapsed.exists():
+            self._begun -= float(self._elapsed.read_text())
 
     def _open(self, resume: bool) -> None:
         kept = self.folder / "settings.json"
@@ -128,22 +134,80 @@ class Study:
 
     def part(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `compute` returns (tensors, numbers, texts), or returned before it was stopped."""
-        path = self.folder / f"{name.replace('/', '-').replace(' ', '-')}.pt"
+        if not self._path(name).exists():
+            with self.console.status(f"{self.done + 1}/{self.parts} {name}"):
+                self._keep(name, compute)
+        return self._found(name)
+
+    def parts_at_once(
+        self, computes: Mapping[str, Callable[[], dict[str, Any]]]
+    ) -> dict[str, dict[str, Any]]:
+        """As `part`, for each of these: one process with one thread for each thread that torch has.
+
+        For what has too little work for several threads, such as training a small model. The
+        processes are forked, so that they share what has been made before; see `without_cuda`.
+        """
+        for name in [name for name in computes if self._path(name).exists()]:
+            self._found(name)
+        left = [name for name in computes if not self._path(name).exists()]
+        with self.console.status("") as status:
+            for name in self._forked({name: computes[name] for name in left}, status):
+                self._found(name)
+        return {name: torch.load(self._path(name), weights_only=True) for name in computes}
+
+    def _forked(
+        self, computes: Mapping[str, Callable[[], dict[str, Any]]], status: Status
+    ) -> Iterator[str]:
+        """Names, as soon as they are kept."""
+
+        def alone(name: str) -> None:
+            torch.set_num_threads(1)
+            self._keep(name, computes[name])
+
+        context = multiprocessing.get_context("fork")
+        waiting, running = list(computes), {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < torch.get_num_threads():
+                    name = waiting.pop(0)
+                    process = context.Process(target=alone, args=(name,), daemon=True)
+                    process.start()
+                    running[process.sentinel] = (name, process)
+                names = ", ".join(name for name, _ in running.values())
+                status.update(f"{self.done + 1}/{self.parts} {names}")
+                for sentinel in multiprocessing.connection.wait(list(running)):
+                    name, process = running.pop(sentinel)
+                    process.join()
+                    if process.exitcode:
+                        sys.exit(f"'{name}' failed, see above; --resume keeps what is done")
+                    yield name
+        finally:
+            for _, process in running.values():
+                process.terminate()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name.replace('/', '-').replace(' ', '-')}.pt"
+
+    def _keep(self, name: str, compute: Callable[[], dict[str, Any]]) -> None:
+        start = time.perf_counter()
+        found = {**compute()}
+        found["seconds"] = time.perf_counter() - start
+        path = self._path(name)
+        beside = path.with_suffix(".tmp")
+        torch.save(found, beside)
+        beside.replace(path)
+
+    def _found(self, name: str) -> dict[str, Any]:
+        """What was kept, with a line that says so."""
+        found = torch.load(self._path(name), weights_only=True)
         self.done += 1
+        elapsed = time.perf_counter() - self._begun
+        beside = self._elapsed.with_suffix(".tmp")
+        beside.write_text(str(elapsed))
+        beside.replace(self._elapsed)
+        left = elapsed / self.done * (self.parts - self.done) / 60
         label = f"{self.done}/{self.parts} {name}"
-        if path.exists():
-            found = torch.load(path, weights_only=True)
-        else:
-            with self.console.status(label):
-                start = time.perf_counter()
-                found = {**compute()}
-                found["seconds"] = time.perf_counter() - start
-            beside = path.with_suffix(".tmp")
-            torch.save(found, beside)
-            beside.replace(path)
-        self.seconds += found["seconds"]
-        left = self.seconds / self.done * (self.parts - self.done)
-        self.console.print(f"{label}: {found['seconds']:.0f} s (about {left / 60:.0f} min left)")
+        self.console.print(f"{label}: {found['seconds']:.0f} s (about {left:.0f} min left)")
         return found
 
     def finish(
@@ -157,7 +221,8 @@ class Study:
         """
         facts = machine_facts(f"python -m benchmarks.{self.name.replace('-', '.', 1)}")
         head = {"study": self.name, "machine": facts, "quick": self.quick, "notes": notes}
-        head |= {"seeds": self.seeds, "seconds": round(self.seconds), "settings": self.settings}
+        seconds = round(time.perf_counter() - self._begun)
+        head |= {"seeds": self.seeds, "seconds": seconds, "settings": self.settings}
         lines = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
         text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
         path = FOLDER / f"{self.name}.json"
@@ -171,6 +236,16 @@ class Study:
         if notes:
             console.print(notes)
         console.print(f"written: {path}, {picture}")
+
+
+def without_cuda() -> None:
+    """Ends the program with one sentence where CUDA would be in the way of `Study.parts_at_once`:
+    with a device in sight the first backward pass starts threads that no fork survives."""
+    if torch.cuda.is_available():
+        sys.exit(
+            "this study measures the CPU in forked processes, which a CUDA device does not allow; "
+            "run it with CUDA_VISIBLE_DEVICES= (nothing) in the environment"
+        )
 
 
 def as_table(title: str, rows: Sequence[Row]):

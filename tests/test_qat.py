@@ -1,6 +1,7 @@
 """Training under quantisation: the kernel's arithmetic, its bits, and its gradients."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -102,6 +103,16 @@ class TestWeightRules:
             [1, 1, 0, 0, 1, 1],
             [0, 1, 1, 0, 1, 1],
         ]
+
+    def test_two_of_four_shows_nan(self):
+        """Two of every four stay, wherever NaN is among them, and NaN does."""
+        values = [torch.nan, -torch.nan, torch.inf, -0.0, 0.0, 2.0, -3.0]
+        weight = torch.tensor(list(itertools.product(values, repeat=4)))
+        mask = two_of_four(weight)
+        assert (mask.sum(1) == 2).all()
+        assert ((weight.isnan() & mask).sum(1) == weight.isnan().sum(1).clamp(max=2)).all()
+        assert torch.equal(two_of_four(weight.bfloat16()), mask)
+        assert torch.equal(two_of_four(weight.T.contiguous().T), mask)
 
     @pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 40, 101])
     def test_two_of_four_is_the_best_choice(self, k):

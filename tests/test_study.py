@@ -1,6 +1,8 @@
 """What the studies in benchmarks/ share."""
 
 import json
+import os
+from functools import partial
 
 import pytest
 import torch
@@ -47,6 +49,56 @@ def test_a_stopped_study_goes_on(tmp_path):
         Study("test-it", arguments("--resume"), 2, {"epochs": 2})
     Study("test-it", arguments(), 2, {"epochs": 1}).part("a/b c", lambda: part("a"))
     assert calls == ["a", "d", "a"]
+
+
+def test_parts_at_once_are_processes_of_one_thread(capfd):
+    def part(name: str):
+        return {"name": name, "process": os.getpid(), "threads": torch.get_num_threads()}
+
+    threads = torch.get_num_threads()
+    first = Study("test-it", arguments(), 4, {})
+    first.part("a", lambda: part("a"))
+    computes = {name: partial(part, name) for name in ("a", "b", "c", "d")}
+    found = first.parts_at_once(computes)
+    assert list(found) == ["a", "b", "c", "d"]
+    assert [of["name"] for of in found.values()] == list(found)
+    assert [of["threads"] for of in found.values()] == [threads, 1, 1, 1]
+    assert len({of["process"] for of in found.values()}) == 4
+    assert torch.get_num_threads() == threads
+    again = Study("test-it", arguments("--resume"), 4, {})
+    assert again.parts_at_once(computes) == found
+
+
+def test_a_part_that_fails_ends_the_study_and_leaves_what_is_done(capfd, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one after the other
+
+    def fails():
+        raise ValueError("no weights")
+
+    made = Study("test-it", arguments(), 2, {})
+    with pytest.raises(SystemExit, match="'b' failed, see above; --resume"):
+        made.parts_at_once({"a": lambda: {"x": 1}, "b": fails})
+    assert "no weights" in capfd.readouterr().err
+    again = Study("test-it", arguments("--resume"), 2, {})
+    found = again.parts_at_once({"a": fails, "b": lambda: {"x": 2}})
+    assert [of["x"] for of in found.values()] == [1, 2]
+
+
+def test_seconds_are_of_all_starts(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(study.time, "perf_counter", lambda: clock[0])
+
+    def part(seconds: float):
+        clock[0] += seconds
+        return {}
+
+    Study("test-it", arguments(), 2, {}).part("a", lambda: part(7))
+    clock[0] += 1000  # stopped
+    again = Study("test-it", arguments("--resume"), 2, {})
+    again.part("a", lambda: part(7))
+    again.part("b", lambda: part(30))
+    again.finish([Row("a", "errors, %", 2.5)])
+    assert json.loads((tmp_path / "test-it.json").read_text())["seconds"] == 37
 
 
 def test_nothing_to_resume():

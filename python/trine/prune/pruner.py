@@ -149,7 +149,7 @@ class Pruner:
             self._growth = self._pool(self._gradients())
         for parameter, off in self._pruned():
             if parameter.grad is not None:
-                clear(parameter.grad, off)
+                clear(off, parameter.grad)
         self._collected = True
 
     @torch.no_grad()
@@ -291,7 +291,7 @@ class Pruner:
             values = self.criterion.values(name)
             if values is not None:
                 weight = self.layers[name].weight
-                put(weight, comes_back, values)
+                put(comes_back, weight, values)
 
     def _set(self, kept: dict[str, Tensor]) -> None:
         self._kept = kept
@@ -307,16 +307,15 @@ class Pruner:
 
     def _apply(self) -> None:
         for parameter, off in self._pruned():
-            clear(parameter, off)
+            clear(off, parameter)
 
     def _clear_state(self) -> None:
         """Once for each mask: afterwards gradients of 0 keep it so."""
         if self.optimizer is None:
             return
         for parameter, off in self._pruned():
-            for value in self.optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    clear(value, off)
+            state = self.optimizer.state.get(parameter, {}).values()
+            clear(off, *(v for v in state if isinstance(v, Tensor) and v.shape == off.shape))
 
     def _snapshot(self) -> dict[str, Any]:
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()

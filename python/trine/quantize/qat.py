@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trine import nn as packed_nn  # a package that imports this one: used in calls only
-from trine._bits import clear
+from trine._bits import only
 from trine.ops._checks import check_rows
 from trine.ops._linear import in_autocast_dtype, needs_grad, without_autocast
 from trine.quantize.batch_norm import FoldedNorm
@@ -181,9 +181,7 @@ class _DecayOfPruned(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         (weight,) = ctx.saved_tensors
-        pruned = weight.clone()
-        clear(pruned, two_of_four(weight))
-        return grad + ctx.decay * pruned, None
+        return grad.add(only(~two_of_four(weight), weight), alpha=ctx.decay), None
 
 
 class _ThroughQuantization(torch.autograd.Function):

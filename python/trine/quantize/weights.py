@@ -4,12 +4,14 @@ Everything is computed in fp32 after widening, with one rounding at each step, s
 packing see the same codes.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from trine._bits import only
 from trine.ops import quantize_rows
 from trine.ops._linear import scaled_by_groups
 from trine.ops.quantize_rows import reference
@@ -95,26 +97,31 @@ def _mean(blocks: Tensor) -> Tensor:
 
 def two_of_four(weight: Tensor) -> Tensor:
     """Mark the two largest magnitudes of every four consecutive columns; among equals the first.
+    NaN counts as larger than any number.
 
     Returns a bool mask of the shape of `weight` [N, K]. A last group of fewer than four columns
     keeps at most two as well.
     """
     n, k = weight.shape
-    # Padding is smaller than any magnitude, so that it never takes a place.
-    magnitude = torch.nn.functional.pad(weight.float().abs(), (0, -k % 4), value=-1.0)
+    # As integers the bits of magnitudes have the same order, and NaN, the largest, has a place.
+    magnitude = weight.detach().float().view(torch.int32) & 0x7FFF_FFFF
+    if k % 4:  # -1 is smaller than any magnitude, so that padding never takes a place
+        magnitude = torch.nn.functional.pad(magnitude, (0, -k % 4), value=-1)
     groups = magnitude.reshape(n, -(-k // 4), 4).permute(2, 0, 1).contiguous()
+    before = {}  # (i, j): whether i goes before j
+    for i, j in itertools.combinations(range(4), 2):
+        before[i, j] = groups[i] >= groups[j]
+        before[j, i] = ~before[i, j]
     kept = []
     for i in range(4):
-        a, b, c = (
-            groups[i] >= groups[j] if i < j else groups[i] > groups[j] for j in range(4) if j != i
-        )
+        a, b, c = (before[i, j] for j in range(4) if j != i)
         kept.append((a & b) | (c & (a | b)))  # it goes before at least two of the others
     return torch.stack(kept, -1).flatten(1)[:, :k]
 
 
 def sparse24(weight: Tensor) -> tuple[Tensor, None]:
     """`weight` [N, K] with the other two of every four set to 0 (see `two_of_four`); no scale."""
-    return torch.where(two_of_four(weight), weight, 0), None
+    return only(two_of_four(weight), weight), None
 
 
 def sparse24_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

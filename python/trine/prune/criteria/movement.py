@@ -104,7 +104,7 @@ class Movement(Criterion):
     def _remember(self, layers: Mapping[str, nn.Module]) -> None:
         for name, layer in layers.items():
             dense = self._dense[name]
-            put(dense, layer.weight != 0, layer.weight)
+            put(layer.weight != 0, dense, layer.weight)
 
     def values(self, name: str) -> Tensor | None:
         return self._dense[name]
