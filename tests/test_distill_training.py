@@ -148,6 +148,9 @@ def test_progress_names_terms_and_throughput(capsys):
     assert "step 6/6" in err
     assert "examples/s" in err
     assert "soft" in err
+    # No terminal: lines, not one that overwrites itself, and no more than the first and the last.
+    assert [line.split()[1] for line in err.splitlines()] == ["1/6", "6/6"]
+    assert not {"\r", "\033"} & set(err)
 
 
 def test_adapters_are_trained_at_their_own_rate():

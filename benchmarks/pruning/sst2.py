@@ -53,7 +53,8 @@ MORE_UPDATES = {
     "heads and neurons 2x, distilled": 5,
     "layers 2x, distilled": 5,
 }
-RATIOS = tuple(ratio / 20 for ratio in range(3, 18, 2))
+RATIOS = tuple(ratio / 20 for ratio in range(3, 18))
+SPARE = 1.05  # so much faster than it has to be: measured again, a model may be found 5% slower
 CALIBRATION = 256  # phrases
 
 ONE_SHOT = ("2:4 magnitude", "2:4 Wanda", "2:4 SparseGPT", "SVD", "SVD of outputs")
@@ -218,12 +219,12 @@ def task_of(data: Sst2, amounts: Amounts, dense: nn.Module, ratios: dict[float, 
 
 
 def measured_ratios(task: Task, rows: Phrases) -> dict[str, float]:
-    """The least share of heads and neurons whose removal makes a batch of 32 so much faster."""
+    """The least share of heads and neurons whose removal makes a batch of 32 as fast."""
     models = {"dense": task.dense} | {ratio: without_parts(task, ratio) for ratio in RATIOS}
     times = {name: of["batch 32"] for name, of in sst2.latency_ms(models, rows).items()}
 
     def least(speed: float) -> float:
-        fast = (ratio for ratio in RATIOS if times["dense"] / times[ratio] >= speed)
+        fast = (ratio for ratio in RATIOS if times["dense"] / times[ratio] >= SPARE * speed)
         return min(fast, default=max(RATIOS))
 
     return {f"{speed:g}": least(speed) for speed in SPEEDS}

@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["History"]
 
+SECONDS_BETWEEN_LINES = 10  # of a log, which no line overwrites as it does on a terminal
+
 
 class History:
     """Rows of numbers by step, in folder/history.jsonl, one a line.
@@ -17,13 +19,14 @@ class History:
     Args:
         folder: None: rows are kept in memory only.
         tensorboard: also as scalars, in folder/tensorboard.
-        show: a line on stderr that says how far it is.
+        show: a line on stderr that says how far it is; in a log one every ten seconds.
     """
 
     def __init__(self, folder: Path | None, *, tensorboard: bool, show: bool) -> None:
         self.rows: list[dict[str, Any]] = []
         self.folder, self.show = folder, show
         self._started, self._examples = time.monotonic(), 0
+        self._shown = -float("inf")  # when the last line was
         self._writer = None
         if tensorboard:
             if folder is None:
@@ -64,13 +67,17 @@ class History:
         if self.show:
             text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             line = f"step {row['step']}/{steps}  {self._examples / seconds:.0f} examples/s  {text}"
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+            elif row["step"] == steps or seconds - self._shown >= SECONDS_BETWEEN_LINES:
+                print(line, file=sys.stderr, flush=True)
+                self._shown = seconds
 
     def close(self) -> None:
         """Draw the curves, if there is a folder and matplotlib."""
         if self._writer is not None:
             self._writer.close()
-        if self.show:
+        if self.show and sys.stderr.isatty():
             print(file=sys.stderr)
         if self.folder is not None and self.rows:
             draw(self.rows, self.folder / "curves.png")
