@@ -205,7 +205,8 @@ class Study:
         beside = self._elapsed.with_suffix(".tmp")
         beside.write_text(str(elapsed))
         beside.replace(self._elapsed)
-        left = elapsed / self.done * (self.parts - self.done) / 60
+        kept = len(list(self.folder.glob("*.pt")))  # more than done, where a study goes on
+        left = elapsed / kept * (self.parts - kept) / 60
         label = f"{self.done}/{self.parts} {name}"
         self.console.print(f"{label}: {found['seconds']:.0f} s (about {left:.0f} min left)")
         return found
