@@ -14,6 +14,9 @@ Call = Callable[[], object]
 SAMPLE_SECONDS = 1e-3  # many times the clock's cost; one timer tick of the system is seen in it
 LONG_SECONDS = 50e-3  # a call that lasts this long the first time is no short one later
 LEAST_ROUNDS = 3
+# Samples of so long altogether are enough, be it one: PyTorch takes a minute for products in bf16
+# where the processor has no instructions for them.
+ENOUGH_SECONDS = 20.0
 # A sample counts as disturbed where the threads of this process stood ready to run, but waited for
 # a processor, for more than this share of it. A wake-up takes a few microseconds: not counted.
 DISTURBED_SHARE = 0.02
@@ -47,8 +50,8 @@ def in_turns(
     """Time each of `calls` by name, one sample of each in a round, every second round backwards.
 
     A call is through after `rounds` undisturbed samples, or twice as many in all; or, but not
-    before LEAST_ROUNDS, when its samples have taken `budget` seconds. `mode`: what PyTorch runs
-    them in.
+    before LEAST_ROUNDS or ENOUGH_SECONDS, when its samples have taken `budget` seconds. `mode`:
+    what PyTorch runs them in.
     """
     with mode():
         repeats = {name: _repeats(timed) for name, timed in calls.items()}
@@ -58,7 +61,8 @@ def in_turns(
         order = list(calls)
         for done in range(2 * rounds):
             for name in order:
-                if len(clean[name]) == rounds or (done >= LEAST_ROUNDS and spent[name] > budget):
+                of_time = budget if done >= LEAST_ROUNDS else ENOUGH_SECONDS
+                if len(clean[name]) == rounds or spent[name] > of_time:
                     continue
                 seconds, waited = _sample(calls[name], repeats[name])
                 spent[name] += seconds

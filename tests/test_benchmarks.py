@@ -53,8 +53,12 @@ def test_disturbed_samples_are_left_out_counted_and_made_up_for(clock):
 
 
 def test_a_slow_call_ends_early_and_a_fast_one_goes_on(clock):
-    calls = {"slow": _call(clock, 10.0), "fast": _call(clock, 0.5)}
-    assert in_turns(calls, 7, 20.0) == {"slow": Timing(10.0, 3, 0), "fast": Timing(0.5, 7, 0)}
+    calls = {"slow": _call(clock, 6.0), "fast": _call(clock, 0.5), "endless": _call(clock, 99.0)}
+    assert in_turns(calls, 7, 5.0) == {
+        "slow": Timing(6.0, 3, 0),
+        "fast": Timing(0.5, 7, 0),
+        "endless": Timing(99.0, 1, 0),
+    }
 
 
 def test_where_every_sample_is_disturbed_all_count_and_the_table_says_so(clock):

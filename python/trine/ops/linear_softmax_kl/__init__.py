@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from trine.ops._checks import FLOAT_DTYPES, in_forward_mode, refuse_tangents
+from trine.ops.linear_softmax_kl.heads import dtype_of_products
 from trine.ops.linear_softmax_kl.operator import op
 from trine.ops.softmax_kl.loss import Loss, LossTerms, pair
 
@@ -54,7 +55,8 @@ def linear_softmax_kl(
     Args:
         student_hidden: [..., H], float32, bfloat16 or float16.
         student_weight: [C, H], as of `nn.Linear`; of the same dtype, except under autocast, which
-            decides on the dtype of the products as it does for `F.linear`.
+            decides on the dtype of the products as it does for `F.linear`. Products of 16 bits are
+            computed in fp32 on a CPU that has no instructions for them.
         teacher_hidden: [..., H'], of any dtype and width; or, where there is no teacher_weight,
             what `softmax_kl` takes for a teacher: logits, log-probabilities, or some of them.
         teacher_weight: [C', H'] or None.
@@ -116,8 +118,8 @@ def linear_softmax_kl(
     student_cap, teacher_cap = pair(softcap, 0.0)
     if is_log:
         teacher_scale, teacher_cap = 1.0, 0.0
-    student_dtype = _dtype_of_products(student_weight)
-    teacher_dtype = _dtype_of_products(teacher_hidden if teacher_weight is None else teacher_weight)
+    student_dtype = _dtype_of_linear(student_weight)
+    teacher_dtype = _dtype_of_linear(teacher_hidden if teacher_weight is None else teacher_weight)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in student]
     # In fp16 the gradient for an upstream one of 1 would vanish.
     at_once = reduction != "none" and loss.rows > 0 and student_dtype != torch.float16
@@ -141,8 +143,8 @@ def linear_softmax_kl(
         classes,
         *(student_scale, student_cap, teacher_scale, teacher_cap),
         teacher_is_log_probabilities,
-        student_dtype,
-        teacher_dtype,
+        dtype_of_products(student_weight, student_dtype),
+        dtype_of_products(teacher_weight, teacher_dtype),
         *(wanted if at_once else [False] * 3),
         memory_limit,
     )
@@ -157,7 +159,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _dtype_of_products(weight: Tensor) -> torch.dtype:
+def _dtype_of_linear(weight: Tensor) -> torch.dtype:
     """That of F.linear."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
