@@ -20,7 +20,7 @@ _ALIGN = 64
 
 def _without_instructions() -> frozenset[torch.dtype]:
     """Of 16 bits, for which oneDNN finds none on this processor: PyTorch's own products then take
-    several times as long as fp32 ones, those of bf16 on Zen 3 seven times."""
+    many times as long as fp32 ones. On Zen 3, 128 rows, 2000 classes: bf16 787 ms, in fp32 29."""
     if not torch.backends.mkldnn.is_available():  # what PyTorch multiplies with is not known
         return frozenset()
     found = {
