@@ -147,13 +147,13 @@ class Study:
         For what has too little work for several threads, such as training a small model. The
         processes are forked, so that they share what has been made before; see `without_cuda`.
         """
-        for name in [name for name in computes if self._path(name).exists()]:
-            self._found(name)
-        left = [name for name in computes if not self._path(name).exists()]
+        kept = [name for name in computes if self._path(name).exists()]
+        found = {name: self._found(name) for name in kept}
+        left = {name: compute for name, compute in computes.items() if name not in found}
         with self.console.status("") as status:
-            for name in self._forked({name: computes[name] for name in left}, status):
-                self._found(name)
-        return {name: torch.load(self._path(name), weights_only=True) for name in computes}
+            for name in self._forked(left, status):
+                found[name] = self._found(name)
+        return {name: found[name] for name in computes}
 
     def _forked(
         self, computes: Mapping[str, Callable[[], dict[str, Any]]], status: Status

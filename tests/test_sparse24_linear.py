@@ -76,11 +76,22 @@ def test_matches_reference(isa, values_dtype, m, n, k):
 
 
 @pytest.mark.parametrize("values_dtype", VALUES_DTYPES)
-def test_every_number_of_rows(isa, values_dtype):
+@pytest.mark.parametrize("k", [70, 1100])  # one slice of k, several
+def test_every_number_of_rows(isa, values_dtype, k):
     for m in range(1, 35):
         dtype = dtype_beside(isa, values_dtype)
-        args, scale = reference.example_inputs(m, 19, 70, dtype, values_dtype, bias=m % 2)
+        args, scale = reference.example_inputs(m, 19, k, dtype, values_dtype, bias=m % 2)
         assert_matches_reference(*args, **scale)
+
+
+@pytest.mark.parametrize("m", [1, 2, 7, 9, 40])
+def test_largest_int8_products(isa, m):
+    """127 times 127 or -128, all of one sign: no pair of products may saturate."""
+    k = 260
+    (_, values, indices, _), scale = reference.example_inputs(m, 5, k, torch.float32, torch.int8)
+    for value in (-128, -127, 127):
+        for x in (torch.ones(m, k), -torch.ones(m, k)):
+            assert_matches_reference(x, torch.full_like(values, value), indices, **scale)
 
 
 @pytest.mark.parametrize("values_dtype", VALUES_DTYPES)

@@ -84,6 +84,14 @@ def test_a_part_that_fails_ends_the_study_and_leaves_what_is_done(capfd, monkeyp
     assert [of["x"] for of in found.values()] == [1, 2]
 
 
+def test_forked_parts_need_a_machine_without_cuda_in_sight(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match="run it with CUDA_VISIBLE_DEVICES="):
+        study.without_cuda()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    study.without_cuda()
+
+
 def test_seconds_are_of_all_starts(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(study.time, "perf_counter", lambda: clock[0])

@@ -3,18 +3,16 @@
 // kLanes rows. A group of a weight row is broadcast from where it lies. So every lane is a sum of
 // its own: nothing is added up at the end of a row, and no byte of the weight is prepared.
 //
-//   for a block of weight rows (they stay in L2; decoded here, where they must be)
+//   for a block of weight rows (they stay in L2)
 //     for up to kMaxVectors vectors of activation rows
 //       for a slice of k, for kColumns weight rows: accumulate  -> int32 sums
 //       finish_rows                                                 -> y
 //
 // A Weight takes part by naming `ManyRows`, the traits of its instruction set, and kManyRows, from
-// how many rows on this is the faster way. Its rows are read as ManyRows::Value from where row(n)
-// points, `stride` bytes apart, or, where it has
-//   void decode_row(int64_t n, ManyRows::Value* dense) const;  // writes round_up(k, 64) values
-// from a panel into which each block is decoded. ManyRows has
-//   Value                        of the weight, signed
+// how many rows on this is the faster way. Its rows are read as int8 from where row(n) points,
+// `stride` bytes apart. ManyRows has
 //   kLanes, kGroup, kMaxVectors  as above
+//   kLastRows                    up to so many rows beyond whole vectors pass as few rows
 //   kGroupBytes                  that a group takes in an interleaved vector
 //   kColumns, kSliceK            weight rows and k of a tile
 //   kFirstSum(q, k)              what the sums of an activation row begin with; only where not 0
@@ -24,7 +22,7 @@
 //                                hold anything
 //   accumulate<vectors>(w, ahead, x, groups, first, sums)
 //                                sums[i * kManySums + j] += row i of x . row j of w, or = where it
-//                                is the first; may prefetch the weight `ahead` values further on
+//                                is the first; may prefetch the weight `ahead` bytes further on
 //   sum_rows(w, groups, sums)    sums[j] += the sum of row j of w; only where kOffset is not 0
 #pragma once
 
@@ -89,63 +87,17 @@ class InterleavedRows {
   Scratch storage_;
 };
 
-// The rows of a weight as ManyRows::Value: in place, or decoded a block at a time.
-template <class Weight>
-class DenseRows {
- public:
-  using Value = typename Weight::ManyRows::Value;
-  static constexpr bool kDecoded =
-      requires(const Weight& weight, Value* dense) { weight.decode_row(int64_t{0}, dense); };
-  // Of L2 for each value: where it is decoded, what it is decoded from passes through as well.
-  static constexpr int64_t kBytes = int64_t(sizeof(Value)) + kDecoded;
-
-  DenseRows(const Weight& weight, int64_t k, int64_t columns) : weight_(weight) {
-    if constexpr (kDecoded) {
-      stride_ = round_up(k, 64);
-      panel_.emplace(columns * stride_ * int64_t(sizeof(Value)));
-    } else {
-      stride_ = weight.stride;
-    }
-  }
-
-  // row() may be called for rows [n, n_end) until the next call.
-  void select(int64_t n, int64_t n_end) {
-    first_n_ = n;
-    if constexpr (kDecoded)
-      for (; n < n_end; ++n) weight_.decode_row(n, decoded(n));
-  }
-
-  const Value* row(int64_t n) const {
-    if constexpr (kDecoded)
-      return decoded(n);
-    else
-      return weight_.row(n);
-  }
-
-  int64_t stride() const { return stride_; }  // values from row to row
-
- private:
-  Value* decoded(int64_t n) const { return panel_->data<Value>() + (n - first_n_) * stride_; }
-
-  const Weight& weight_;
-  int64_t stride_, first_n_ = 0;
-  std::optional<Scratch> panel_;
-};
-
 template <class Weight>
 void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
                       const Scaling& scaling, const LinearOutput& out, const Tile& tile) {
   using Vectors = typename Weight::ManyRows;
-  using Value = typename Vectors::Value;
-  // The last rows are few rows where they would fill little of a vector.
   const int64_t last = (tile.m_end - tile.m_begin) % Vectors::kLanes;
-  const int64_t m_many = last > Weight::kMaxTileRows ? tile.m_end : tile.m_end - last;
+  const int64_t m_many = last > Vectors::kLastRows ? tile.m_end : tile.m_end - last;
   const InterleavedRows<Vectors> activations(x, tile.m_begin, m_many, k);
 
   constexpr int64_t kSliceGroups = Vectors::kSliceK / Vectors::kGroup;
-  const int64_t columns = block_columns(k * DenseRows<Weight>::kBytes);
+  const int64_t columns = block_columns(k);
   const int64_t together = activations.groups() <= kSliceGroups ? kFinishedTogether : columns;
-  DenseRows<Weight> dense(weight, k, columns);
   alignas(64) int32_t sums[Vectors::kMaxVectors * Vectors::kLanes * kManySums];
   alignas(64) int32_t weight_sums[kMaxBlockColumns];
   constexpr bool kPrefilled = requires { Vectors::kFirstSum; };
@@ -161,7 +113,6 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
     if constexpr (FetchedAhead<Weight>)  // what the tiles prefetch in the next block
       weight.touch(n_end * weight.row_length(),
                    std::min(columns, tile.n_end - n_end) * weight.row_length());
-    dense.select(n, n_end);
     const int32_t* given =
         scaling.column_minus == nullptr ? nullptr : scaling.column_minus + (n - tile.n_begin);
     std::fill_n(weight_sums, kMaxBlockColumns, 0);
@@ -178,14 +129,14 @@ void many_rows_linear(const QuantizedRows& x, const Weight& weight, int64_t k,
         do {  // once even if k is 0
           const int64_t groups = std::min(kSliceGroups, activations.groups() - group);
           for (int64_t j = begin; j < end; j += Vectors::kColumns) {
-            const Value* w[Vectors::kColumns];
+            const int8_t* w[Vectors::kColumns];
             for (int64_t c = 0; c < Vectors::kColumns;
                  ++c)  // beyond the last: that again, never read
-              w[c] = dense.row(std::min(j + c, n_end - 1)) + group * Vectors::kGroup;
+              w[c] = weight.row(std::min(j + c, n_end - 1)) + group * Vectors::kGroup;
             if constexpr (kSumWeight)
               if (first == 0) Vectors::sum_rows(w, groups, weight_sums + (j - n));
             with_count<Vectors::kMaxVectors>(count, [&](auto vectors) {
-              Vectors::template accumulate<vectors>(w, Vectors::kColumns * dense.stride(),
+              Vectors::template accumulate<vectors>(w, Vectors::kColumns * weight.stride,
                                                     activations.tile(first, count, group), groups,
                                                     group == 0 && !kPrefilled, sums + (j - begin));
             });

@@ -1,40 +1,19 @@
-// Float values on AVX2, see float_values.h; and int8 values, decoded to dense bytes on their way to
-// vpmaddubsw, see gemm_avx2.h.
+// Float values on AVX2, see float_values.h; and int8 values, see int8_picks_avx2.h and
+// int8_lanes_avx2.h.
 //
-// What bounds it: float values with few rows, the six instructions that pick and multiply eight
-// columns of x; with many, the loads, nine for eight multiply-adds. Int8 values with few rows, the
-// eight instructions that decode 32 columns and the four that multiply them; with many, the dense
-// products, which cannot skip the zeros.
+// What bounds float values: with few rows, the six instructions that pick and multiply eight
+// columns of x; with many, the loads, nine for eight multiply-adds.
 #include "common/x86/gemm_avx2.h"
 #include "common/x86/transpose.h"
 #include "sparse24_linear/float_values.h"
-#include "sparse24_linear/int8_avx2.h"
+#include "sparse24_linear/int8_lanes_avx2.h"
+#include "sparse24_linear/int8_picks_avx2.h"
 
 namespace trine {
 namespace {
 
-struct SparseWeight : FetchedSparse {
-  static constexpr int32_t kOffset = 0;
-  static constexpr int64_t kMaxTileRows = kTileRows;
-  static constexpr auto kFirstSum = sum_below_zero;
-  using ManyRows = RowVectors;
-  static constexpr int64_t kManyRows = 8;
-
-  int64_t whole_k = weight.chunks * kSparse24Columns;
-
-  SparseRow row(int64_t n) const { return sparse_row(weight, n); }
-
-  static __m256i load(const SparseRow& row, int64_t k) {
-    return decode_32(row, k);
-  }  // Only past the last column: a row is whole chunks of 32.
-  static __m256i load_tail(const SparseRow&, int64_t) { return _mm256_setzero_si256(); }
-
-  void decode_row(int64_t n, int8_t* dense) const {
-    auto* to = reinterpret_cast<__m256i*>(dense);
-    for (int64_t k = 0; k < whole_k; k += 32) _mm256_store_si256(to + k / 32, load(row(n), k));
-    if (weight.chunks % 2 != 0) _mm256_store_si256(to + weight.chunks, _mm256_setzero_si256());
-  }
-};
+// Up to so many rows of x they are taken by picks; of more, up to so many beyond whole vectors.
+constexpr int64_t kFewInt8Rows = 8, kLastInt8Rows = 3;
 
 struct Simd {
   static constexpr int64_t kLanes = 8;
@@ -109,7 +88,12 @@ void sparse24_float_avx2(const FloatBlocks& x, const Sparse24FloatWeight& weight
 
 void sparse24_int8_avx2(const QuantizedRows& x, const Sparse24Int8Weight& weight,
                         const LinearOutput& out, const Tile& tile) {
-  sparse24_int8_tile<SparseWeight, PanelWeight>(x, weight, out, tile);
+  const int64_t rows = tile.m_end - tile.m_begin, last = rows % kLaneRows;
+  Tile lanes = tile, picks = tile;
+  lanes.m_end = picks.m_begin =
+      rows <= kFewInt8Rows ? tile.m_begin : tile.m_end - (last <= kLastInt8Rows ? last : 0);
+  if (lanes.m_begin < lanes.m_end) linear_by_lanes(x, weight, out, lanes);
+  if (picks.m_begin < picks.m_end) linear_by_picks(x, weight, out, picks);
 }
 
 }  // namespace trine

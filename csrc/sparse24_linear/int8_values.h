@@ -49,22 +49,14 @@ struct FetchedSparse {
   }
 };
 
-// Whether gemm_blocking.h takes the weight as it is: decoded as it is loaded, or for many rows.
-template <class Weight>
-constexpr bool by_itself(int64_t rows) {
-  if constexpr (requires { typename Weight::ManyRows; })
-    if (rows >= Weight::kManyRows) return true;
-  return rows <= Weight::kMaxTileRows;
-}
-
-// Weight decodes its rows as they are loaded, kStep columns at a time. Where more activation rows
-// pass than one tile takes, it is decoded once, to a panel of dense rows that stays in L2.
+// Weight decodes its rows as they are loaded. Where more activation rows pass than one tile takes,
+// it is decoded once, to a panel of dense rows that stays in L2.
 template <class Weight, class Panel>
 void sparse24_int8_tile(const QuantizedRows& x, const Sparse24Int8Weight& weight,
                         const LinearOutput& out, const Tile& tile) {
   const Weight sparse{{weight}};
   const int64_t k = weight.chunks * kSparse24Columns;
-  if (by_itself<Weight>(tile.m_end - tile.m_begin))
+  if (tile.m_end - tile.m_begin <= Weight::kMaxTileRows)
     return integer_linear(x, sparse, k, {weight.scale}, out, tile);
 
   const int64_t stride = round_up(k, 64), columns = block_columns(stride);

@@ -14,14 +14,8 @@
 //
 // How a kernel uses this header (its file must be named avx2.cpp):
 //
-//   1. Describe the weight by a type. `PanelWeight` takes bytes in memory: rows of `stride`
-//      bytes, a multiple of 64, 32-byte aligned; row `first_n` at `data`. Bytes beyond k may be
-//      anything. Decode a block of block_columns(k) rows into a Scratch,
-//      then
-//        integer_linear(x, PanelWeight{panel, stride, n}, k, {weight_scale}, out,
-//                       {tile.m_begin, tile.m_end, n, n + rows});
-//      for each block in turn: the panel stays in L2 while all activation rows pass.
-//      `PackedInt8Weight` reads packed INT8 rows directly. Your own type needs
+//   1. Describe the weight by a type. `PackedInt8Weight` reads packed INT8 rows. Your own type
+//      needs
 //        static constexpr int32_t kOffset = 0;
 //        static constexpr int64_t kMaxTileRows = kTileRows;
 //        static constexpr auto kFirstSum = sum_below_zero;
@@ -90,28 +84,44 @@ struct Signed {
   return _mm_cvtsi128_si32(sum_lanes(sum, sum, sum, sum));
 }
 
-struct PanelWeight {
-  static constexpr int32_t kOffset = 0;
-  static constexpr int64_t kMaxTileRows = kTileRows;
-  static constexpr auto kFirstSum = sum_below_zero;
-  using Row = const int8_t*;
-
-  Row data;
-  int64_t stride;
-  int64_t first_n;
-  int64_t whole_k = stride;
-
-  Row row(int64_t n) const { return data + (n - first_n) * stride; }
-  static __m256i load(Row row, int64_t k) {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(row + k));
-  }
-  __m256i load_tail(Row row, int64_t k) const { return load(row, k); }
+struct Halves {
+  __m256i v[4];
 };
+
+// Each half by itself: word j of its four words in a, b, c, d becomes v[j].
+[[maybe_unused]] inline Halves transposed(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+  const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+  return {{_mm256_unpacklo_epi64(ab_low, cd_low), _mm256_unpackhi_epi64(ab_low, cd_low),
+           _mm256_unpacklo_epi64(ab_high, cd_high), _mm256_unpackhi_epi64(ab_high, cd_high)}};
+}
+
+// write(group, four columns of each of eight rows, a row in each 32-bit lane) for `groups` groups
+// of columns. Rows from `rows` on repeat the last.
+template <class Write>
+[[gnu::always_inline]] inline void transpose_rows(const int8_t* q, int64_t stride, int64_t rows,
+                                                  int64_t groups, const Write& write) {
+  const int8_t* row[8];
+  for (int64_t i = 0; i < 8; ++i) row[i] = q + std::min(i, rows - 1) * stride;
+  for (int64_t group = 0; group < groups; group += 4) {
+    // Four groups of rows i and i + 4; then half h of column j holds group j of rows 4h .. 4h + 3.
+    const auto two_rows = [&](int64_t i) {
+      const auto load = [&](int64_t r) {
+        return _mm_load_si128(reinterpret_cast<const __m128i*>(row[r] + group * 4));
+      };
+      return _mm256_setr_m128i(load(i), load(i + 4));
+    };
+    const Halves columns = transposed(two_rows(0), two_rows(1), two_rows(2), two_rows(3));
+    const int64_t count = std::min<int64_t>(4, groups - group);
+    for (int64_t j = 0; j < count; ++j) write(group + j, columns.v[j]);
+  }
+}
 
 // Eight activation rows to a vector, for gemm_many_rows.h: |q| and signs of four k of each.
 struct RowVectors {
-  using Value = int8_t;
   static constexpr int64_t kLanes = 8;
+  static constexpr int64_t kLastRows =
+      4;  // more would take longer than a vector that they do not fill
   static constexpr int64_t kGroup = 4;
   static constexpr int64_t kGroupBytes = 64;
   static constexpr int kMaxVectors = 2;
@@ -124,26 +134,12 @@ struct RowVectors {
 
   static void interleave(const int8_t* q, int64_t stride, int64_t rows, int64_t groups, char* to,
                          int64_t to_stride) {
-    const int8_t* row[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) row[i] = q + std::min(i, rows - 1) * stride;
-    for (int64_t group = 0; group < groups; group += 4) {
-      // Four groups of rows i and i + 4; then half h of column j holds group j of rows 4h .. 4h
-      // + 3.
-      const auto two_rows = [&](int64_t i) {
-        const auto load = [&](int64_t r) {
-          return _mm_load_si128(reinterpret_cast<const __m128i*>(row[r] + group * kGroup));
-        };
-        return _mm256_setr_m128i(load(i), load(i + 4));
-      };
-      const Halves columns = transposed(two_rows(0), two_rows(1), two_rows(2), two_rows(3));
-      const int64_t count = std::min<int64_t>(4, groups - group);
-      for (int64_t j = 0; j < count; ++j, to += to_stride) {
-        const Signed apart = signs_apart(columns.v[j]);
-        auto* at = reinterpret_cast<__m256i*>(to);
-        _mm256_store_si256(at, apart.magnitude);
-        _mm256_store_si256(at + 1, apart.negative);
-      }
-    }
+    transpose_rows(q, stride, rows, groups, [&](int64_t group, __m256i columns) {
+      const Signed apart = signs_apart(columns);
+      auto* at = reinterpret_cast<__m256i*>(to + group * to_stride);
+      _mm256_store_si256(at, apart.magnitude);
+      _mm256_store_si256(at + 1, apart.negative);
+    });
   }
 
   // gcc keeps sums in registers only where everything is inlined when it first looks: by force.
@@ -193,19 +189,6 @@ struct RowVectors {
         add(r + 4, _mm256_extracti128_si256(rows.v[r], 1));
       });
     });
-  }
-
- private:
-  struct Halves {
-    __m256i v[4];
-  };
-
-  // Each half by itself: word j of its four words in a, b, c, d becomes v[j].
-  static Halves transposed(__m256i a, __m256i b, __m256i c, __m256i d) {
-    const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
-    const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
-    return {{_mm256_unpacklo_epi64(ab_low, cd_low), _mm256_unpackhi_epi64(ab_low, cd_low),
-             _mm256_unpacklo_epi64(ab_high, cd_high), _mm256_unpackhi_epi64(ab_high, cd_high)}};
   }
 };
 

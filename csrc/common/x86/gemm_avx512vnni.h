@@ -80,8 +80,9 @@ using Int32x16 = int32_t __attribute__((vector_size(64)));
 // Sixteen activation rows to a vector, for gemm_many_rows.h. Here the activations are the unsigned
 // operand: q + 128.
 struct RowVectors {
-  using Value = int8_t;
   static constexpr int64_t kLanes = 16;
+  static constexpr int64_t kLastRows =
+      8;  // more would take longer than a vector that they do not fill
   static constexpr int64_t kGroup = 4;
   static constexpr int64_t kGroupBytes = 64;
   static constexpr int kMaxVectors = 3;
