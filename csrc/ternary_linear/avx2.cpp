@@ -12,7 +12,9 @@ struct Simd : Vectors256 {
   static constexpr int64_t kDotsPerSum = 64;  // pairs of at most 2 * 2 * 127, below 2^15 together
 
   static Sums dot(Sums sum, Words codes, Words q) {
-    return sum + (Sums)_mm256_maddubs_epi16((__m256i)codes, (__m256i)q);
+    sum += (Sums)_mm256_maddubs_epi16((__m256i)codes, (__m256i)q);
+    asm("" : "+x"(sum));  // gcc would add up products first, for which it has no registers
+    return sum;
   }
   static Int32 widened(Sums sum) {
     return (Int32)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));

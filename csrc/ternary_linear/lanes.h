@@ -25,6 +25,7 @@
 
 #include "common/gemm_blocking.h"
 #include "ternary_linear/groups.h"
+#include "ternary_linear/planes.h"
 
 namespace trine {
 namespace {
@@ -70,8 +71,7 @@ template <class Simd, int kRows, int kVectors, bool groups>
 void multiply_tile(const uint32_t* panel, const uint8_t* ahead, const int8_t* q, int64_t q_stride,
                    const Units& units, int32_t* sums) {
   constexpr int64_t kColumns = kVectors * Simd::kLanes;
-  // One row leaves registers for a sum of each plane: see streams.h.
-  constexpr int kPlaneSums = Simd::kScalesPlanes && kRows == 1 ? 4 : 1;
+  constexpr int kPlaneSums = kRows == 1 ? Simd::kPlaneSums : 1;  // one row leaves registers
   for (int64_t unit = 0; unit < units.count; ++unit) {
     typename Simd::Sums acc[kRows * kPlaneSums][kVectors];
     typename Simd::Int32 total[kRows][kVectors];
@@ -88,10 +88,9 @@ void multiply_tile(const uint32_t* panel, const uint8_t* ahead, const int8_t* q,
     const auto flush = [&]() __attribute__((always_inline)) {
       unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
         unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-          if constexpr (kPlaneSums == 4)
-            total[i][v] += (acc[0][v] + (acc[1][v] >> 2)) + ((acc[2][v] >> 4) + (acc[3][v] >> 6));
-          else
-            total[i][v] += Simd::widened(acc[i][v]);
+          total[i][v] += add_planes<Simd, kPlaneSums>([&](auto sum) __attribute__((always_inline)) {
+            return acc[i * kPlaneSums + sum][v];
+          });
         });
       });
     };
@@ -108,8 +107,7 @@ void multiply_tile(const uint32_t* panel, const uint8_t* ahead, const int8_t* q,
       unrolled<4>([&](auto plane) __attribute__((always_inline)) {
         typename Simd::Words codes[kVectors];
         unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-          codes[v] = kPlaneSums == 4 ? words[v] & (0x03030303u << 2 * plane)
-                                     : words[v] >> 2 * plane & 0x03030303u;
+          codes[v] = codes_of_plane<kPlaneSums>(words[v], plane);
         });
         unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
           const auto x = Simd::broadcast(q + i * q_stride + 4 * plane);
@@ -120,8 +118,8 @@ void multiply_tile(const uint32_t* panel, const uint8_t* ahead, const int8_t* q,
         });
       });
       q += kTernaryPerWord;
-      if constexpr (Simd::kDotsPerSum > 0)
-        if ((word + 1) % (Simd::kDotsPerSum / 4) == 0) {
+      if constexpr (constexpr int64_t kWords = words_per_sum<Simd, kPlaneSums>(); kWords > 0)
+        if ((word + 1) % kWords == 0) {
           flush();
           clear();
         }

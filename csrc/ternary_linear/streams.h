@@ -23,8 +23,9 @@
 // One row from the caches: the products, of which one starts each cycle. A load, four ANDs and four
 // vpdpbusd, so 4 cycles, take 64 packed bytes, 59 GB/s at 3.7 GHz; 49 are measured. From two rows
 // on the shifts, three for each vector, are hidden; 92 to 94% of the product's peak is measured at
-// 4 to 12 rows. With 32 bytes (AVX2) a load, 3 shifts, 4 ANDs and a vpmaddubsw and an addition for
-// each plane and row: 15 instructions on four ports, 31 GB/s; 25 are measured.
+// 4 to 12 rows. With 32 bytes (AVX2) and one row a load, a shift, 4 ANDs, and a vpmaddubsw and an
+// addition for each plane: 14 instructions, of which Zen 3 is measured to take three a cycle, 24
+// GB/s (22 with a shift for each plane).
 #pragma once
 
 #include <immintrin.h>
@@ -34,6 +35,7 @@
 
 #include "common/gemm_blocking.h"
 #include "common/pages.h"
+#include "ternary_linear/planes.h"
 #include "ternary_linear/ternary_linear.h"
 
 namespace trine {
@@ -75,9 +77,7 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
   using Words = typename Simd::Words;
   using Sums = typename Simd::Sums;
   using Int32 = typename Simd::Int32;
-  // One row leaves registers for a sum of each plane, whose codes then stay where they lie in their
-  // bytes, 4^i times too large.
-  constexpr int kPlaneSums = Simd::kScalesPlanes && kRows == 1 && !chunks ? 4 : 1;
+  constexpr int kPlaneSums = kRows == 1 && !chunks ? Simd::kPlaneSums : 1;  // one leaves registers
   constexpr int64_t kVectorBytes = Simd::kLanes * 4, kPackedBytes = Simd::kPackedBytes;
   constexpr int64_t kAhead = chunks ? kGroupedPrefetchBytes : kPrefetchBytes;
   // A step reads a whole vector, of which another packed form may use less: none beyond the row.
@@ -109,8 +109,7 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
           x[i] = Simd::load(q + i * q_stride + (4 * step + plane) * kVectorBytes);
         });
         unrolled<kStreams>([&](auto s) __attribute__((always_inline)) {
-          const Words codes = kPlaneSums == 4 ? words[s] & (0x03030303u << 2 * plane)
-                                              : words[s] >> 2 * plane & 0x03030303u;
+          const Words codes = codes_of_plane<kPlaneSums>(words[s], plane);
           unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
             Sums& sum = acc[i * kPlaneSums + plane % kPlaneSums][s];
             sum = Simd::dot(sum, codes, x[i]);
@@ -121,10 +120,9 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
     const auto flush = [&]() __attribute__((always_inline)) {
       unrolled<kRows>([&](auto i) __attribute__((always_inline)) {
         unrolled<kStreams>([&](auto s) __attribute__((always_inline)) {
-          if constexpr (kPlaneSums == 4)
-            total[i][s] += (acc[0][s] + (acc[1][s] >> 2)) + ((acc[2][s] >> 4) + (acc[3][s] >> 6));
-          else
-            total[i][s] += Simd::widened(acc[i][s]);
+          total[i][s] += add_planes<Simd, kPlaneSums>([&](auto sum) __attribute__((always_inline)) {
+            return acc[i * kPlaneSums + sum][s];
+          });
         });
       });
     };
@@ -149,8 +147,8 @@ void sum_streams(const int8_t* q, int64_t q_stride, Streams streams, int64_t str
       if constexpr (chunks) {
         store_chunks(step);
         clear();
-      } else if constexpr (Simd::kDotsPerSum > 0)
-        if ((step + 1) % (Simd::kDotsPerSum / 4) == 0) {
+      } else if constexpr (constexpr int64_t kWords = words_per_sum<Simd, kPlaneSums>(); kWords > 0)
+        if ((step + 1) % kWords == 0) {
           flush();
           clear();
         }

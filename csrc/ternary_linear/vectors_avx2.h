@@ -15,7 +15,7 @@ struct Vectors256 {
   static constexpr int kStreamRows = 2;
   // From three rows on, more of them for each word that is decoded are worth its transposition.
   static constexpr int64_t kFewRows = 2;
-  static constexpr bool kScalesPlanes = false;  // four times as many sums: there are 16 registers
+  static constexpr int kPlaneSums = 2;  // of four streams: there are 16 registers
   using Words = uint32_t __attribute__((vector_size(32)));
   using Int32 = int32_t __attribute__((vector_size(32)));
   using Floats = float __attribute__((vector_size(32)));

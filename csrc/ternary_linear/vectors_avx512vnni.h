@@ -13,7 +13,7 @@ struct Vectors512 {
   static constexpr int kStreamRows = 4;
   static constexpr int64_t kFewRows = 12;
   // No scaled sum overflows: kTernaryMaxK / 64 products of up to 3 << 6 are below 2^31.
-  static constexpr bool kScalesPlanes = true;
+  static constexpr int kPlaneSums = 4;
   static constexpr int64_t kDotsPerSum = 0;
   using Words = uint32_t __attribute__((vector_size(64)));
   using Int32 = Int32x16;
