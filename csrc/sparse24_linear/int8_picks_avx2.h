@@ -12,10 +12,11 @@
 // What bounds it: the vector instructions. 64 columns of a weight row take seven to make places and
 // |values| from the packed row, and seven more for each row of x, where dense columns take eight
 // for each row of x. Measured on Zen 3 at 2560 x 2560, beside the dense product: from the caches
-// 0.6 times as fast with one row, 0.8 to 0.9 with two to eight; from memory, where the weight's
+// 0.6 to 0.9 times as fast with one to eight rows; from memory, where the weight's
 // 5/8 of the bytes count, 1.15 to 1.35 times with one to three rows, 0.85 to 1 with four to eight.
 #pragma once
 
+#include "common/changed_rows.h"
 #include "common/x86/gemm_avx2.h"
 #include "sparse24_linear/int8_values.h"
 
@@ -149,23 +150,18 @@ void accumulate_tile(const Weight& weight, const TileRows& x, int64_t n, int64_t
 [[maybe_unused]] inline void linear_by_picks(const QuantizedRows& x,
                                              const Sparse24Int8Weight& weight,
                                              const LinearOutput& out, const Tile& tile) {
-  const int64_t first_m = tile.m_begin, rows = tile.m_end - first_m;
-  const Scratch storage(rows * x.stride);
-  auto* tables = storage.data<int8_t>();
-  for (int64_t at = 0; at < rows * x.stride; at += 64) {
-    const auto* q = reinterpret_cast<const __m256i*>(x.q + first_m * x.stride + at);
-    const __m256i low = _mm256_load_si256(q), high = _mm256_load_si256(q + 1);
-    auto* to = reinterpret_cast<__m256i*>(tables + at);
+  const auto to_tables = [](const int8_t* q, int8_t* tables) {
+    const auto* from = reinterpret_cast<const __m256i*>(q);
+    const __m256i low = _mm256_load_si256(from), high = _mm256_load_si256(from + 1);
+    auto* to = reinterpret_cast<__m256i*>(tables);
     _mm256_store_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
     _mm256_store_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
-  }
-  // From here on, row 0 is the tile's first.
-  const QuantizedRows by_tables{tables, x.stride, x.scale + first_m, x.sum + first_m};
-  const int64_t row_bytes = out.stride * (out.type == FloatType::float32 ? 4 : 2);
-  const LinearOutput y{static_cast<char*>(out.y) + first_m * row_bytes, out.stride, out.type,
-                       out.bias};
-  integer_linear(by_tables, PackedPicks{{weight}}, weight.chunks * kSparse24Columns, {weight.scale},
-                 y, {0, rows, tile.n_begin, tile.n_end});
+  };
+  with_changed_rows(x, out, tile, to_tables,
+                    [&](const QuantizedRows& rows, const LinearOutput& y, const Tile& part) {
+                      integer_linear(rows, PackedPicks{{weight}}, weight.chunks * kSparse24Columns,
+                                     {weight.scale}, y, part);
+                    });
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 // - five rows and more: the making of the picks, then the units that pick or multiply, see picks.h:
 //   0.7 to 0.96 times at 5 and 8 rows, 1.0 to 1.14 at 16, 1.13 to 1.22 at 32, from 128 rows on 1.22
 //   to 1.28. Fetching what the next panel is made of, or touching its pages, gained nothing.
-#include "ternary24_linear/changed_rows.h"
+#include "common/changed_rows.h"
 #include "ternary24_linear/picks.h"
 #include "ternary_linear/streams.h"
 #include "ternary_linear/vectors_avx512vnni.h"

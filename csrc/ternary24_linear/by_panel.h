@@ -15,8 +15,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/changed_rows.h"
 #include "common/gemm_blocking.h"
-#include "ternary24_linear/changed_rows.h"
 #include "ternary24_linear/ternary24_linear.h"
 #include "ternary_linear/ternary_linear.h"
 

@@ -120,8 +120,8 @@ template <class Write>
 // Eight activation rows to a vector, for gemm_many_rows.h: |q| and signs of four k of each.
 struct RowVectors {
   static constexpr int64_t kLanes = 8;
-  static constexpr int64_t kLastRows =
-      4;  // more would take longer than a vector that they do not fill
+  // More would take longer than a vector that they do not fill.
+  static constexpr int64_t kLastRows = 4;
   static constexpr int64_t kGroup = 4;
   static constexpr int64_t kGroupBytes = 64;
   static constexpr int kMaxVectors = 2;

@@ -81,8 +81,8 @@ using Int32x16 = int32_t __attribute__((vector_size(64)));
 // operand: q + 128.
 struct RowVectors {
   static constexpr int64_t kLanes = 16;
-  static constexpr int64_t kLastRows =
-      8;  // more would take longer than a vector that they do not fill
+  // More would take longer than a vector that they do not fill.
+  static constexpr int64_t kLastRows = 8;
   static constexpr int64_t kGroup = 4;
   static constexpr int64_t kGroupBytes = 64;
   static constexpr int kMaxVectors = 3;
